@@ -1,0 +1,47 @@
+# Every target does its own set-up: an environment in .venv, made with $(PYTHON).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install dev demo test test-system lint bench clean
+
+help:
+	@echo "make demo         train ten clients on Flower's simulation; prints where the results are"
+	@echo "make test         the test suite"
+	@echo "make test-system  the long tests: fresh clones, real processes"
+	@echo "make lint         ruff"
+	@echo "make bench        the benchmarks, each as a table"
+
+install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/flatfed run engine.name=ray run.output-dir="$(CURDIR)/results"
+
+test: dev
+	$(BIN)/python -m pytest -m "not long"
+
+test-system: dev
+	$(BIN)/python -m pytest -m long
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.startup
+
+clean:
+	rm -rf $(VENV) build *.egg-info

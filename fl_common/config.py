@@ -1,0 +1,473 @@
+"""The configuration: every key, its default, range, unit and meaning, in one typed model.
+
+Keys are `group.name` with dashes (`clients.per-round`); the methods' own groups come from their
+files in strategies/ and regularizers/.  `resolve` turns raw values into a `Config` or raises one
+`ConfigError` that holds every mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from fl_common.data import catalogue as data_catalogue
+from fl_common.models import catalogue as model_catalogue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic.fields import FieldInfo
+
+Scalar = str | int | float | bool
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Group(BaseModel):
+    """A group of keys; attributes have underscores where keys have dashes."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        alias_generator=_dashed,
+        populate_by_name=True,
+        protected_namespaces=(),
+    )
+
+
+class Run(Group):
+    rounds: int = Field(30, ge=1, description="rounds to train")
+    seed: int = Field(0, ge=0, description="seed of every random stream")
+    name: str = Field("", description="name of the results folder; empty: a timestamp")
+    output_dir: str = Field(
+        "",
+        description="where results folders are made; empty: ./results for `flatfed run`, "
+        "$FLATFED_RESULTS or ~/flatfed-results for `flwr run`",
+    )
+    resume: bool = Field(False, description="continue a run from its checkpoint")
+
+
+class Clients(Group):
+    number: int = Field(10, ge=1, description="clients in the federation (N)")
+    per_round: int = Field(0, ge=0, description="clients drawn per round; 0: all")
+    sampling: Literal["fixed", "bernoulli"] = Field(
+        "fixed",
+        description="fixed: exactly per-round clients; bernoulli: each with probability "
+        "per-round / number, redrawn while empty",
+    )
+    min_replies: int = Field(
+        1, ge=1, description="accepted replies without which a round ends the run"
+    )
+    deadline_s: float = Field(
+        3600.0, gt=0, description="how long a round, or the roll call, waits for replies [s]"
+    )
+
+
+class Data(Group):
+    source: str = Field("digits", description="data set: " + ", ".join(data_catalogue.SOURCES))
+    path: str = Field("", description="folder, file or hub name, for sources that need one")
+    partition: Literal[data_catalogue.PARTITIONS] = Field(  # type: ignore[valid-type]
+        "dirichlet",
+        description="how samples are split over clients; dirichlet: per class, unequal sizes; "
+        "dirichlet-balanced: equal sizes, one class prior per client",
+    )
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller: less alike")
+    min_size: int = Field(10, ge=1, description="smallest partition (dirichlet) [samples]")
+    classes_per_client: int = Field(2, ge=1, description="classes a client holds (pathological)")
+    augment: str = Field(
+        "default",
+        description="normalisation and augmentation: default (usual for the source), none "
+        "(normalise only), fedalign, moon, feddc, fling (as published), crop-flip",
+    )
+    image_size: int = Field(
+        0, ge=0, description="side to resize images to (folder, huggingface); 0: as they are [px]"
+    )
+    cache_dir: str = Field(
+        "", description="decoded data; empty: $FLATFED_CACHE or ~/.cache/flatfed"
+    )
+
+
+class Model(Group):
+    name: str = Field(
+        "digits-cnn",
+        description="model: " + ", ".join(model_catalogue.MODELS) + ", or your own as "
+        "package.module:Name, called with shape= and classes=",
+    )
+    norm: Literal["batch", "group"] = Field("batch", description="normalisation layers")
+
+
+class Train(Group):
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="the clients' optimizer")
+    lr: float = Field(0.1, gt=0, description="local learning rate (eta)")
+    lr_decay: float = Field(1.0, gt=0, le=1, description="factor on lr after each round")
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD momentum")
+    nesterov: bool = Field(False, description="Nesterov momentum")
+    weight_decay: float = Field(0.0, ge=0, description="coupled decay, added after clipping")
+    clip_norm: float = Field(0.0, ge=0, description="bound on the gradient's norm; 0: none")
+    epochs: int = Field(1, ge=1, description="local epochs per round (E)")
+    batch_size: int = Field(32, ge=1, description="samples per step; the last may be smaller")
+    keep_optimizer: bool = Field(
+        False, description="each client keeps its momentum from round to round"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:K")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="bfloat16: autocast over float32 parameters"
+    )
+    threads: int = Field(1, ge=1, description="torch threads per process")
+    deterministic: bool = Field(True, description="only kernels that repeat their sums")
+
+
+class StrategyChoice(Group):
+    name: str = Field("fedavg", description="the federated algorithm")
+    params: str = Field("", description="parameters of a strategy that is not ours")
+
+
+class Eval(Group):
+    every: int = Field(1, ge=1, description="evaluate after every so many rounds, and the last")
+    on: Literal["server"] = Field("server", description="whose data: the server's test set")
+
+
+class Engine(Group):
+    name: Literal["inprocess", "ray"] = Field(
+        "inprocess", description="inprocess: one process; ray: Flower's simulation"
+    )
+    connection: str = Field("", description="Flower connection to submit to (grpc)")
+    workers: int = Field(1, ge=1, description="training processes of the in-process engine")
+    cohort: int = Field(1, ge=1, description="clients trained at once in one process")
+
+
+class Client(Group):
+    state_dir: str = Field("", description="where clients keep what must survive a crash")
+
+
+class CoreConfig(Group):
+    run: Run = Run()
+    clients: Clients = Clients()
+    data: Data = Data()
+    model: Model = Model()
+    train: Train = Train()
+    strategy: StrategyChoice = StrategyChoice()
+    regularizers: str = Field("", description="client-side methods, comma-separated")
+    eval: Eval = Eval()
+    engine: Engine = Engine()
+    client: Client = Client()
+
+    @property
+    def regularizer_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.regularizers.split(",") if name.strip())
+
+    @property
+    def cohort_size(self) -> int:
+        return self.clients.per_round or self.clients.number
+
+    def params_of(self, method: str) -> Any:
+        """The group of a strategy or regularizer."""
+        return getattr(self, method.replace("-", "_"))
+
+    def flat(self) -> dict[str, Scalar]:
+        """All keys with their values, as in Flower's run config."""
+        return {key: _get(self, key) for key, _ in fields()}
+
+
+Config = CoreConfig
+
+
+class ConfigError(ValueError):
+    """Every mistake of a configuration; one line each: key, value, what is wrong, the remedy."""
+
+    def __init__(self, errors: list[str]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(errors))
+
+
+@cache
+def methods(room: Literal["strategies", "regularizers"]) -> dict[str, Any]:
+    """The methods of a room by name: every file in it but base.py declares one."""
+    base = importlib.import_module(f"{room}.base")
+    package = importlib.import_module(room)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{room}.{module.name}")
+    return dict(sorted(base.METHODS.items()))
+
+
+@cache
+def schema() -> type[CoreConfig]:
+    """The whole model: `CoreConfig` and a group for every method."""
+    groups = {
+        name.replace("-", "_"): (method.Params, method.Params())
+        for room in ("strategies", "regularizers")
+        for name, method in methods(room).items()
+    }
+    return create_model("Config", __base__=CoreConfig, **groups)
+
+
+def fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every key with its default, type and description; single keys first, then by group."""
+    for single in (True, False):
+        for name, field in schema().model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
+                if not single:
+                    for sub, info in field.annotation.model_fields.items():
+                        yield f"{_dashed(name)}.{_dashed(sub)}", info
+            elif single:
+                yield _dashed(name), field
+
+
+def meaning(field: FieldInfo) -> str:
+    """A key's help text with the values that it may have."""
+    notes = []
+    if get_origin(field.annotation) is Literal:
+        notes = [" | ".join(get_args(field.annotation))]
+    for limit in field.metadata:
+        notes += [
+            f"{words} {getattr(limit, name):g}"
+            for name, words in _BOUNDS.items()
+            if hasattr(limit, name)
+        ]
+    return f"{field.description} ({', '.join(notes)})" if notes else str(field.description)
+
+
+def _get(config: CoreConfig, key: str) -> Scalar:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part.replace("-", "_"))
+    return value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Scalar] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def from_text(values: Mapping[str, str]) -> dict[str, Scalar]:
+    """Command-line values in the type of their key; what does not convert stays text."""
+    types = {key: field.annotation for key, field in fields()}
+    return {key: _convert(text, types.get(key)) for key, text in values.items()}
+
+
+def _convert(text: str, kind: Any) -> Scalar:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.strip().lower()]
+        if kind in (int, float):
+            return kind(text)
+    except (KeyError, ValueError):
+        pass
+    return text
+
+
+def resolve(values: Mapping[str, Scalar], *, absolute_paths: bool = True) -> CoreConfig:
+    """The configuration with `values` over the defaults, checked as a whole.
+
+    With `absolute_paths` a relative path is an error: it would be looked up in the folder of
+    whichever process happens to read it.  Raises ConfigError with every mistake.
+    """
+    known = {key for key, _ in fields()}
+    errors = [unknown_key(key, known) for key in values if key not in known]
+    values = {key: value for key, value in values.items() if key in known}
+    try:
+        config = schema().model_validate(_nest(values))
+    except ValidationError as invalid:
+        errors += [_explain(error) for error in invalid.errors()]
+        # The other values are checked too, with defaults in the place of the wrong ones.
+        wrong = {_key_of(error) for error in invalid.errors()}
+        config = schema().model_validate(_nest({k: v for k, v in values.items() if k not in wrong}))
+    errors += checks(config)
+    if absolute_paths:
+        errors += [
+            f"{key} = {_show(path)}: a relative path depends on the process that reads it; "
+            "give an absolute one"
+            for key, path in paths(config)
+            if path and not Path(path).is_absolute()
+        ]
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def _nest(values: Mapping[str, Scalar]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[name] = value
+    return tree
+
+
+def _key_of(error: Any) -> str:
+    return ".".join(_dashed(str(part)) for part in error["loc"])
+
+
+def absolute_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """`values` with paths made absolute from the current folder; `~` is the home folder."""
+    absolute = dict(values)
+    for key in ("run.output-dir", "data.cache-dir", "client.state-dir", "data.path"):
+        path = values.get(key)
+        if not isinstance(path, str) or not path:
+            continue
+        source = values.get("data.source", Data().source)
+        if key != "data.path" or data_catalogue.is_local_path(source, path):
+            absolute[key] = str(Path(path).expanduser().absolute())
+    return absolute
+
+
+def unknown_key(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "`flatfed config` lists all keys"
+    return f"{key}: unknown key; {hint}"
+
+
+def unknown_name(key: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{key} = {_show(name)}: unknown; {hint}known: {', '.join(known)}"
+
+
+def _show(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+
+_BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+_TYPES = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "finite_number": "must be finite",
+}
+
+
+def _explain(error: Any) -> str:
+    key = _key_of(error)
+    value, limits = error["input"], error.get("ctx", {})
+    if error["type"] == "literal_error":
+        field = dict(fields())[key]
+        return unknown_name(key, value, [str(choice) for choice in get_args(field.annotation)])
+    for name, words in _BOUNDS.items():
+        if name in limits:
+            return f"{key} = {_show(value)}: must be {words} {limits[name]:g}"
+    return f"{key} = {_show(value)}: {_TYPES.get(error['type'], error['msg'])}"
+
+
+def paths(config: CoreConfig) -> list[tuple[str, str]]:
+    """The keys that name places in the file system, with their values."""
+    data = config.data
+    local = data_catalogue.is_local_path(data.source, data.path)
+    return [
+        ("run.output-dir", config.run.output_dir),
+        ("data.cache-dir", data.cache_dir),
+        ("client.state-dir", config.client.state_dir),
+        *([("data.path", data.path)] if local else []),
+    ]
+
+
+def checks(config: CoreConfig) -> list[str]:
+    """Mistakes that single values do not show."""
+    errors = []
+    clients, data, model = config.clients, config.data, config.model
+
+    if clients.per_round > clients.number:
+        errors.append(
+            f"clients.per-round = {clients.per_round}: larger than clients.number = "
+            f"{clients.number}; lower it, or 0 for all"
+        )
+    if clients.min_replies > config.cohort_size:
+        errors.append(
+            f"clients.min-replies = {clients.min_replies}: larger than the cohort of "
+            f"{config.cohort_size}; lower it"
+        )
+    if config.train.nesterov and not config.train.momentum:
+        errors.append("train.nesterov = true: needs train.momentum > 0")
+    if config.train.optimizer == "adam" and (config.train.momentum or config.train.nesterov):
+        errors.append("train.momentum: belongs to train.optimizer=sgd; leave it at 0 with adam")
+    if not _is_device(config.train.device):
+        errors.append(
+            f"train.device = {_show(config.train.device)}: must be auto, cpu, cuda or cuda:K"
+        )
+    errors += _check_methods(config)
+    errors += _check_not_built(config)
+
+    if data.source not in data_catalogue.SOURCES:
+        errors.append(unknown_name("data.source", data.source, list(data_catalogue.SOURCES)))
+        shape = None
+    else:
+        found = data_catalogue.check(
+            data.source,
+            data.path,
+            partition=data.partition,
+            clients=clients.number,
+            min_size=data.min_size,
+            classes_per_client=data.classes_per_client,
+            augment=data.augment,
+            image_size=data.image_size,
+        )
+        errors += [f"{key}: {message}" for key, message in found]
+        shape = data_catalogue.SOURCES[data.source].shape
+    if ":" not in model.name and model.name not in model_catalogue.MODELS:
+        errors.append(unknown_name("model.name", model.name, list(model_catalogue.MODELS)))
+    else:
+        errors += model_catalogue.check(model.name, shape, norm=model.norm)
+    return errors
+
+
+def _is_device(name: str) -> bool:
+    kind, _, index = name.partition(":")
+    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())
+
+
+def _check_methods(config: CoreConfig) -> list[str]:
+    errors = []
+    strategies, regularizers = methods("strategies"), methods("regularizers")
+    chosen = config.regularizer_names
+    if config.strategy.name not in strategies:
+        errors.append(unknown_name("strategy.name", config.strategy.name, list(strategies)))
+    elif config.strategy.params:
+        errors.append(
+            f"strategy.params = {_show(config.strategy.params)}: {config.strategy.name} has its "
+            f"own keys, {config.strategy.name}.*; leave it empty"
+        )
+    for name in chosen:
+        if name not in regularizers:
+            errors.append(unknown_name("regularizers", name, list(regularizers)))
+        elif chosen.count(name) > 1:
+            errors.append(f"regularizers = {_show(config.regularizers)}: {name} stands twice")
+    strategy = strategies.get(config.strategy.name)
+    for name in chosen:
+        if strategy is not None and name in strategy.refuses:
+            errors.append(
+                f"regularizers = {_show(config.regularizers)}: {name} with strategy "
+                f"{config.strategy.name}: {strategy.refuses[name]}"
+            )
+    return list(dict.fromkeys(errors))
+
+
+def _check_not_built(config: CoreConfig) -> list[str]:
+    """Keys whose other values have no meaning yet are refused, never ignored."""
+    defaults = Engine(), Client(), Run()
+    given = {
+        "engine.connection": (config.engine.connection, defaults[0].connection),
+        "engine.workers": (config.engine.workers, defaults[0].workers),
+        "engine.cohort": (config.engine.cohort, defaults[0].cohort),
+        "client.state-dir": (config.client.state_dir, defaults[1].state_dir),
+        "run.resume": (config.run.resume, defaults[2].resume),
+    }
+    return [
+        f"{key} = {_show(value)}: not available in this version; leave it at {_show(default)}"
+        for key, (value, default) in given.items()
+        if value != default
+    ]

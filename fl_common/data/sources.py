@@ -1,0 +1,123 @@
+"""Loading a data set: decoded once, memory-mapped afterwards.
+
+A warm load imports no library but NumPy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fl_common.data import cache, layouts
+from fl_common.data.cache import default_cache_dir
+from fl_common.data.catalogue import SOURCES
+from fl_common.data.errors import DataError
+
+__all__ = ["Dataset", "Split", "default_cache_dir", "load"]
+
+_DECODER = 1  # part of every key: to be raised when the same files give other arrays
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """x: (n, C, H, W) uint8 or (n, F) float32. y: (n,) int64."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set, its arrays mapped from the cache.
+
+    shape: a stored sample, (C, H, W) or (F,); `Transform.shape` tells what a model receives.
+    fingerprint: hex sha256 over all samples, labels, shapes and class names.
+    """
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    fingerprint: str
+
+
+def load(
+    source: str,
+    path: str | Path = "",
+    *,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    image_size: int = 0,
+) -> Dataset:
+    """The data set `source`, decoded from `path` or, from the second time on, mapped.
+
+    seed: draws the held-out fifth of a data set without a test split, and the synthetic samples;
+        others do not depend on it.
+    image_size: side that images are resized and cut to (folder, huggingface); 0: as they are.
+    Raises DataError. A data set of the hub is asked for once: name a revision to change it.
+    """
+    info = SOURCES.get(source)
+    if info is None:
+        raise DataError(f"data.source = {source} is unknown; known: {', '.join(SOURCES)}")
+    layout = layouts.find(source, str(path), info.hub)
+    if source == "imagenet-200":
+        layout = sample_imagenet(layout)
+
+    def make(writer: cache.Writer) -> dict[str, list[str]]:
+        from fl_common.data import readers
+
+        raw = readers.read(source, layout, info, writer.scratch, seed=seed, image_size=image_size)
+        for name, split in (("train", raw.train), ("test", raw.test)):
+            writer.add(f"{name}_x", split.blocks, len(split.y))
+            writer.add(f"{name}_y", [split.y], len(split.y))
+        return {"classes": list(raw.classes)}
+
+    drawn = source == "synthetic" or (info.resizable and not layout.test)
+    key = [_DECODER, source, layouts.fingerprint(layout), seed if drawn else 0, image_size]
+    name = f"{source}-{_digest(key)[:16]}"
+    root = Path(cache_dir or default_cache_dir())
+    entry = cache.fetch(root / "datasets", name, make)
+    splits = {s: Split(entry.arrays[f"{s}_x"], entry.arrays[f"{s}_y"]) for s in ("train", "test")}
+    shape = splits["train"].x.shape[1:]
+    content = [sorted(entry.sha256.items()), shape, entry.facts["classes"]]
+    return Dataset(
+        **splits,
+        classes=tuple(entry.facts["classes"]),
+        shape=shape,
+        fingerprint=_digest(content),
+    )
+
+
+def sample_imagenet(layout: layouts.Layout) -> layouts.Layout:
+    """FedAlign's ImageNet-200: 200 classes and 500 train images of each, all val images.
+
+    Both are drawn by one generator of seed 1993 as in its data_preprocessing/
+    gen_imagenet_subset.py; there the images come in the order of the file system, here sorted.
+    """
+    rng = np.random.RandomState(1993)
+    folders = {folder.name: folder for folder in layout.train}
+    drawn = rng.choice(list(folders), 200, replace=False)
+    train: dict[str, list[Path]] = {}
+    for name in drawn:
+        files = layouts.images(folders[name])
+        if not files:
+            raise DataError(f"{folders[name]} has no images; unpack ImageNet's train set again")
+        numbers = rng.choice(len(files), min(500, len(files)), replace=False)
+        train[name] = [files[i] for i in sorted(numbers)]
+    test = tuple(folder for folder in layout.test if folder.name in train)
+    if len(test) < len(train):
+        missing = min(set(train) - {folder.name for folder in test})
+        raise DataError(f"{layout.root}/val has no class {missing}; sort its images into classes")
+    chosen = tuple(file for name in sorted(train) for file in train[name])
+    return replace(layout, train=chosen, test=test)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

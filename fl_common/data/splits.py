@@ -1,0 +1,44 @@
+"""What a reader hands over: labels at once, samples in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fl_common.data.errors import DataError
+
+HELD_OUT = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class RawSplit:
+    """y: (n,) int64. blocks: samples in the same order, (k, C, H, W) uint8 or (k, F) float32."""
+
+    y: np.ndarray
+    blocks: Iterable[np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """A data set as it is read; `classes[y]` is a label's name."""
+
+    classes: tuple[str, ...]
+    train: RawSplit
+    test: RawSplit
+
+
+def held_out(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending indices of train and of test, a fifth of every class drawn with `seed`.
+
+    A class of n samples gives the nearest whole number to n / 5, so one or two give none.
+    """
+    rng = np.random.default_rng(seed)
+    in_test = np.zeros(len(y), bool)
+    for label in np.unique(y):
+        members = rng.permutation(np.flatnonzero(y == label))
+        in_test[members[: int(HELD_OUT * len(members) + 0.5)]] = True
+    if not in_test.any():
+        raise DataError(f"{len(y)} samples are too few to hold a test set out; add a test split")
+    return np.flatnonzero(~in_test), np.flatnonzero(in_test)

@@ -1,0 +1,143 @@
+"""The models by name. Importing this module does not import torch: config validation uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NORMS = ("batch", "group")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One entry of the catalogue.
+
+    help: one line for listings.
+    factory: "module:function" in this package, called with (shape, classes, norm).
+    input: what a sample may be: "image" (C, H, W), or "any" of image and features (F,).
+    min_side: the smallest image side in pixels that leaves something to classify.
+    norms: the kinds of its norm layers that `model.norm` chooses from; empty without norm layers.
+    """
+
+    help: str
+    factory: str
+    input: str = "image"
+    min_side: int = 1
+    norms: tuple[str, ...] = ()
+
+
+MODELS: dict[str, ModelInfo] = {
+    "digits-cnn": ModelInfo(
+        "small CNN for 8 x 8 digits, always GroupNorm",
+        "convnets:digits_cnn",
+        min_side=2,
+        norms=("group",),
+    ),
+    "mlp": ModelInfo("two hidden layers, 64 and 32", "convnets:mlp", input="any"),
+    "lenet": ModelInfo("LeNet, 62,006 parameters", "convnets:lenet", min_side=16),
+    "cnn": ModelInfo("two conv layers with dropout", "convnets:cnn", min_side=6),
+    "lenet64": ModelInfo("LeNet of FedDyn, FedDC and MAN", "convnets:lenet64", min_side=16),
+    "moon-cnn": ModelInfo("MOON's CNN with projection head", "convnets:moon_cnn", min_side=16),
+    "tiny-convnet": ModelInfo(
+        "MAN's ConvNet for 64 px, always GroupNorm",
+        "convnets:tiny_convnet",
+        min_side=8,
+        norms=("group",),
+    ),
+    "resnet8": ModelInfo("FedPart's (Fling's) ResNet-8", "resnet:resnet8", norms=NORMS),
+    "resnet18": ModelInfo("ResNet-18, CIFAR stem", "resnet:resnet18", norms=NORMS),
+    "resnet18-imagenet": ModelInfo(
+        "ResNet-18, ImageNet stem", "resnet:resnet18_imagenet", norms=NORMS
+    ),
+    "resnet20": ModelInfo("ResNet-20, shortcut A", "resnet:resnet20", norms=NORMS),
+    "resnet20-b": ModelInfo("ResNet-20, shortcut B", "resnet:resnet20_b", norms=NORMS),
+    "resnet56": ModelInfo("ResNet-56, shortcut A", "resnet:resnet56", norms=NORMS),
+    "resnet56-b": ModelInfo("ResNet-56, shortcut B", "resnet:resnet56_b", norms=NORMS),
+    "resnet56-bottleneck": ModelInfo(
+        "FedAlign's ResNet-56, bottleneck blocks", "resnet:resnet56_bottleneck", norms=NORMS
+    ),
+}
+
+
+def check(name: str, shape: tuple[int, ...] | None = None, norm: str = "batch") -> list[str]:
+    """What is wrong with these settings, one line each, with the remedy; empty if nothing is.
+
+    shape: a sample's, (C, H, W) or (F,); None when it is not known yet.
+    norm: `batch`, the default, is each model as published and always accepted. `group` asks for
+        GroupNorm in place of BatchNorm, and is refused where there is no norm layer to choose.
+    """
+    errors = []
+    if norm not in NORMS:
+        errors.append(f"model.norm = {norm!r}: choose one of {', '.join(NORMS)}")
+    if ":" in name:
+        return errors + _check_own(name, norm)
+    info = MODELS.get(name)
+    if info is None:
+        near = get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        errors.append(f"model.name = {name!r} is unknown: {hint}choose one of {', '.join(MODELS)}")
+        return errors
+    if norm == "group" and not info.norms:
+        errors.append(
+            f"model.norm = 'group': {name!r} has no norm layers; use 'batch' (the default), "
+            f"or one of {', '.join(n for n, i in MODELS.items() if i.norms)}"
+        )
+    if shape is not None and (problem := _misfit(info, shape)):
+        fitting = [n for n, i in MODELS.items() if not _misfit(i, shape)]
+        remedy = f"these models fit: {', '.join(fitting)}" if fitting else "check the data"
+        errors.append(f"model.name = {name!r} {problem}: {remedy}")
+    return errors
+
+
+def _check_own(name: str, norm: str) -> list[str]:
+    """What is wrong with "package.module:Name", found without importing the module itself."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = bool(attribute) and find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        return [
+            f"model.name = {name!r}: no module {module!r} can be imported here; write "
+            "package.module:Name and put its folder on PYTHONPATH"
+        ]
+    if norm != "batch":
+        return [f"model.norm = {norm!r}: {name!r} chooses its own norm layers; leave it out"]
+    return []
+
+
+def _misfit(info: ModelInfo, shape: tuple[int, ...]) -> str:
+    """Why samples of this shape do not fit the model; empty if they do."""
+    given = f"but a sample has shape {tuple(shape)}"
+    if len(shape) not in (1, 3) or min(shape) < 1:
+        return f"needs samples of shape (C, H, W) or (F,), {given}"
+    if len(shape) == 1:
+        return f"needs images (C, H, W), {given}" if info.input == "image" else ""
+    if min(shape[1:]) < info.min_side:
+        return f"needs images of at least {info.min_side} x {info.min_side} pixels, {given}"
+    return ""
+
+
+def build(name: str, *, classes: int, shape: tuple[int, ...], norm: str = "batch") -> nn.Module:
+    """A new model that maps (B, *shape) to logits (B, classes).
+
+    name: one of the catalogue (a `Chain`), or "package.module:Name", which is called as
+        Name(shape=shape, classes=classes).
+
+    Weights are drawn from torch's global generator, which the caller seeds. Raises ValueError,
+    one line for each of `check`'s findings.
+    """
+    if errors := check(name, shape, norm):
+        raise ValueError("\n".join(errors))
+    if ":" in name:
+        module, attribute = name.split(":")
+        return getattr(import_module(module), attribute)(shape=shape, classes=classes)
+    module, function = MODELS[name].factory.split(":")
+    factory = getattr(import_module(f"fl_common.models.{module}"), function)
+    return factory(shape, classes, norm)

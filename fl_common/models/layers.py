@@ -1,0 +1,53 @@
+"""What every model of the catalogue is made of: a chain of named modules, norm layers, a head."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+class Chain(nn.Sequential):
+    """A classifier made of named modules called in order; the last, `fc`, is an `nn.Linear`.
+
+    `fc` reads the representation z (B, `fc.in_features`) and gives logits (B, classes). Children
+    are registered in the order in which they run, and every ReLU is a module of its own, so
+    that a forward hook sees each call once.
+    """
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]):
+        super().__init__(OrderedDict(modules))
+
+    def represent(self, x: torch.Tensor) -> torch.Tensor:
+        """The representation z (B, `fc.in_features`) of x (B, *shape)."""
+        for module in list(self.children())[:-1]:
+            x = module(x)
+        return x
+
+
+class ProjectionHead(nn.Sequential):
+    """MOON's head (Li et al. 2021): Linear(d, d), ReLU, Linear(d, width), on (B, d)."""
+
+    def __init__(self, d: int, width: int = 256):
+        layers = ("fc1", nn.Linear(d, d)), ("relu1", nn.ReLU()), ("fc2", nn.Linear(d, width))
+        super().__init__(OrderedDict(layers))
+
+
+def with_head(model: Chain, width: int = 256) -> Chain:
+    """The layers of `model` (shared, not copied) with a head between them and a new `fc`.
+
+    The classifier reads the head's output, as in MOON's code; FedAlign's MOON baseline does the
+    same with a ResNet.
+    """
+    *body, (_, fc) = model.named_children()
+    head = ProjectionHead(fc.in_features, width)
+    return Chain([*body, ("head", head), ("fc", nn.Linear(width, fc.out_features))])
+
+
+def norm2d(norm: str, channels: int) -> nn.Module:
+    """BatchNorm2d for `batch`; for `group`, GroupNorm of 2 groups at every width.
+
+    2 is the group count that FedDC (gaoliang13/FedDC, utils_models.py) puts in place of each
+    BatchNorm of its ResNet-18, whatever its width.
+    """
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(2, channels)

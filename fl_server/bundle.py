@@ -1,0 +1,50 @@
+"""The folder that Flower bundles and ships: the checkout, or a copy of the installed packages."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import tomllib
+from contextlib import contextmanager
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl_common.pyproject import flower_section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGES = ("fl_common", "fl_client", "fl_server", "fl_report", "strategies", "regularizers")
+
+
+@contextmanager
+def app_directory() -> Iterator[Path]:
+    """The Flower app to run; a copy made from an installed wheel is removed afterwards."""
+    root = Path(__file__).resolve().parents[1]
+    if _is_checkout(root):
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="flatfed-app-") as folder:
+        app = Path(folder) / "flatfed"
+        for package in PACKAGES:
+            shutil.copytree(
+                root / package, app / package, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        (app / "pyproject.toml").write_text(_pyproject())
+        yield app
+
+
+def _is_checkout(root: Path) -> bool:
+    path = root / "pyproject.toml"
+    return path.exists() and tomllib.loads(path.read_text())["project"]["name"] == "flatfed"
+
+
+def _pyproject() -> str:
+    needs = [need for need in requires("flatfed") or [] if "extra ==" not in need]
+    return (
+        f'[project]\nname = "flatfed"\nversion = "{version("flatfed")}"\n'
+        f'license = "Apache-2.0"\ndependencies = {needs}\n\n'
+        '[tool.flwr.app]\npublisher = "flatfed"\n\n[tool.flwr.app.components]\n'
+        'serverapp = "fl_server.app:app"\nclientapp = "fl_client.app:app"\n\n' + flower_section()
+    )

@@ -1,0 +1,335 @@
+"""One run of a Flower app in simulation: private while it lasts, nothing left behind afterwards.
+
+Left to itself, `flwr run` shares one SuperLink per machine, lets it live on after the run, takes
+whatever environment and working directory it was first started with, and exits 0 when the
+ServerApp crashed. Here every run has its own Flower home, its own empty working directory (Ray's
+actors import from there first), its own SuperLink and its own Ray session, in one temporary folder.
+
+All of it is started by a keeper: a child process that runs this file as a script. On Linux the
+keeper adopts every orphan among its descendants (Ray's processes leave their sessions and process
+groups, not their ancestry), so it can end them all; and it does so as soon as its standard input
+closes, which the end of the caller, even by SIGKILL, cannot avoid. Elsewhere a process whose parent
+has died escapes the keeper.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+CONNECTION = "private"
+START_TIMEOUT = 60.0  # s, for the SuperLink to listen
+LIST_TIMEOUT = 60.0  # s, for `flwr list` to answer
+GRACE = 3.0  # s, between SIGTERM and SIGKILL
+LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given up
+POLL = 0.05  # s
+LONGEST_ROOT = 20  # bytes; Ray's socket paths add up to 85, and Linux allows 107
+RESULT = "\0flatfed-result "  # begins the keeper's last line
+
+ENVIRONMENT = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ADDRESS": "",  # never join a Ray cluster that is there already
+    "MKL_CBWR": "AUTO,STRICT",
+}
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {2,}(.*)", re.DOTALL)
+_NOISE = (  # true of Flower's shared SuperLink, misleading here
+    "Using SuperLink: ",
+    "Starting logstream for run_id ",
+    "Since flwr 1.32, default simulated SuperNodes",
+    "To change federation size, use the following command:",
+    "\tflwr federation simulation-config ",
+)
+
+
+@dataclass(frozen=True)
+class FlowerStatus:
+    """How Flower says a run ended."""
+
+    run_id: int
+    status: str  # "finished:completed", "finished:failed" or "finished:stopped"
+    details: str  # the reason of a failure
+
+    @property
+    def completed(self) -> bool:
+        """Whether the ServerApp came to its end (its clients may all have failed)."""
+        return self.status == "finished:completed"
+
+
+def run_simulation(
+    app_dir: Path,
+    run_config: Mapping[str, str | int | float | bool],
+    *,
+    clients: int,
+    on_line: Callable[[str], None] = print,
+    env: Mapping[str, str] | None = None,
+) -> FlowerStatus:
+    """Run the Flower app in `app_dir` once, on Ray, and wait for its end.
+
+    `run_config` overrides keys of the app's `[tool.flwr.app.config]` (dotted, as the ServerApp sees
+    them), `clients` is the number of simulated SuperNodes, `env` is added to the environment of
+    every process of the run, and `on_line` gets what the ServerApp prints and logs, line by line.
+    However this function is left, no process and no file of the run remains.
+
+    Raises:
+        ValueError: `clients` or a value of `run_config` is not what Flower can take.
+        RuntimeError: Flower did not start, refused the run, or broke down during it. A ServerApp
+            that raises is no error here: see the returned status.
+    """
+    if clients < 1:
+        raise ValueError(f"clients is {clients}, but a run needs at least 1")
+    job = {"app": str(Path(app_dir).resolve()), "clients": clients, "config": _toml(run_config)}
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, **ENVIRONMENT, **(env or {})},
+        start_new_session=True,  # Ctrl-C is for the caller; the keeper ends when the caller leaves
+    )
+    result: dict[str, Any] = {"error": "The process that looks after the run ended without a word"}
+    tail: deque[str] = deque(maxlen=8)
+    try:
+        keeper.stdin.write(json.dumps(job) + "\n")
+        keeper.stdin.flush()
+        for line in keeper.stdout:
+            if line.startswith(RESULT):
+                result = json.loads(line.removeprefix(RESULT))
+            elif (text := _plain(line)) is not None:
+                tail.append(text)
+                on_line(text)
+    finally:
+        keeper.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            keeper.stdin.close()
+        keeper.wait()
+    if "error" in result:
+        words = [text.strip("│ ") for text in tail if not text.startswith(("╭", "╰"))]
+        raise RuntimeError("\n".join([result["error"], *words]))
+    return FlowerStatus(**result)
+
+
+def _toml(config: Mapping[str, str | int | float | bool]) -> str:
+    """`config` as TOML: a quoted key is one key to Flower, with its dots."""
+    lines = []
+    for key, value in config.items():
+        if not isinstance(value, str | int | float | bool):
+            raise ValueError(f"{key} is a {type(value).__name__}, not a str, int, float or bool")
+        # A float is spelt by Python (JSON has no inf); else JSON's spelling is TOML's, but for DEL.
+        text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        lines.append(f"{json.dumps(key)} = {text}\n".replace("\x7f", "\\u007f"))
+    return "".join(lines)
+
+
+def _plain(line: str) -> str | None:
+    """A line of `flwr run` without colours and Flower's INFO prefix; None if it says nothing."""
+    text = _COLOUR.sub("", line.rstrip("\n"))
+    if match := _LEVEL.fullmatch(text):
+        level, message = match.groups()
+        if not message or message.startswith(_NOISE):
+            return None
+        return message if level == "INFO" else f"{level}: {message}"
+    return None if text.startswith(_NOISE) else text
+
+
+class _CallerGone(Exception):
+    """The caller has closed the keeper's standard input."""
+
+
+def _keep() -> None:
+    """The keeper's life: read the job, run it, end every process, remove the folder, answer."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which children would inherit
+    _adopt_orphans()
+    job = json.loads(sys.stdin.readline())
+    root = tempfile.gettempdir()
+    folder = tempfile.mkdtemp("", "flatfed-", root if len(root) <= LONGEST_ROOT else "/tmp")
+    try:
+        result = _run(Path(folder), **job)
+    except _CallerGone:
+        result = {}
+    except Exception as error:
+        result = {"error": str(error) or repr(error)}
+    finally:
+        _end_descendants()
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(sys.stdout.fileno(), f"{RESULT}{json.dumps(result)}\n".encode())
+
+
+def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
+    """Start a SuperLink, submit the app and print its log as it comes; the fields of a status."""
+    for name in ("home", "empty"):
+        (folder / name).mkdir()
+    (folder / "run.toml").write_text(config, encoding="utf-8")
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
+    os.environ.update(
+        FLWR_HOME=str(folder / "home"),
+        FLWR_LOG_LEVEL="INFO",  # the level at which the SuperLink says that it listens
+        RAY_TMPDIR=str(folder),
+        PATH=f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # Flower's own look-ups
+        NO_PROXY=f"{direct},127.0.0.1",
+        no_proxy=f"{direct},127.0.0.1",
+    )
+    superlink, port = _start_superlink(folder)
+    connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    (folder / "home" / "config.toml").write_text(connection)
+    federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+    options = ("--stream", "--federation-config", federation, "-c", folder / "run.toml")
+    submit = _flwr(folder, "run", app, CONNECTION, *options, stderr=subprocess.STDOUT)
+    _wait(submit, superlink, folder)
+    while True:
+        listing = _flwr(folder, "list", CONNECTION, "--format", "json", stdout=subprocess.PIPE)
+        _wait(listing, superlink, folder, LIST_TIMEOUT)
+        text = _COLOUR.sub("", listing.stdout.read().decode())
+        try:
+            runs = json.loads(text)["runs"]
+        except (ValueError, KeyError):
+            raise RuntimeError(f"Flower does not tell how the run ended: {text}") from None
+        if not runs:
+            raise RuntimeError("Flower refused the run")
+        if runs[0]["status"].startswith("finished"):
+            run_id, status, details = (runs[0][k] for k in ("run-id", "status", "status-details"))
+            details = "" if details == "N/A" else details
+            return {"run_id": int(run_id), "status": status, "details": details}
+        _pause(1.0)  # the stream of lines broke off, the run goes on
+
+
+def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A SuperLink for simulations that listens on a free loopback port, and the port."""
+    log = folder / "superlink.log"
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        port = _free_port()
+        address = ("--host", "127.0.0.1", "--port", str(port))
+        with log.open("wb") as out:
+            options = ("--insecure", "--simulation", *address)
+            streams = {"stdout": out, "stderr": subprocess.STDOUT}
+            superlink = _start(folder, "flower-superlink", *options, **streams)
+        while (ended := superlink.poll()) is None and time.monotonic() < deadline:
+            # Not its /health: another SuperLink may have taken the port, and answer there.
+            if b"Uvicorn running on" in log.read_bytes():
+                return superlink, port
+            _pause()
+        if ended is None:
+            raise _broken(f"did not listen within {START_TIMEOUT:g} s", log)
+        if b"address already in use" not in log.read_bytes():
+            raise _broken(f"ended at its start with exit code {ended}", log)
+
+
+def _free_port() -> int:
+    """A loopback port that nobody used a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def _start(folder: Path, name: str, *arguments: str | Path, **options: Any) -> subprocess.Popen:
+    """Start one of Flower's commands in the empty folder."""
+    command, empty = [BIN / name, *arguments], folder / "empty"
+    return subprocess.Popen(command, cwd=empty, stdin=subprocess.DEVNULL, **options)
+
+
+def _flwr(folder: Path, *arguments: str | Path, **options: Any) -> subprocess.Popen:
+    """Start `flwr`, which shall hold back no line and write UTF-8."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    return _start(folder, "flwr", *arguments, env=env, **options)
+
+
+def _wait(
+    process: subprocess.Popen, superlink: subprocess.Popen, folder: Path, limit: float = math.inf
+) -> None:
+    """Wait for the end of `process`, at most `limit` seconds and while the SuperLink lives."""
+    deadline = time.monotonic() + limit
+    while process.poll() is None:
+        if (ended := superlink.poll()) is not None:
+            raise _broken(f"ended during the run with exit code {ended}", folder / "superlink.log")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"`flwr {process.args[1]}` did not answer within {limit:g} s")
+        _pause()
+
+
+def _pause(seconds: float = POLL) -> None:
+    """Sleep, unless the caller is gone."""
+    if select.select([sys.stdin], [], [], seconds)[0]:
+        raise _CallerGone
+
+
+def _broken(what: str, log: Path) -> RuntimeError:
+    """An error of the SuperLink, with the last lines of its log."""
+    lines = _COLOUR.sub("", log.read_text(errors="replace")).splitlines()[-12:]
+    return RuntimeError("\n".join([f"Flower's SuperLink {what}; the end of its log:", *lines]))
+
+
+def _adopt_orphans() -> None:
+    """Make this process the parent of every descendant whose own parent dies."""
+    if sys.platform == "linux":
+        import ctypes
+
+        subreaper = 36  # PR_SET_CHILD_SUBREAPER
+        if ctypes.CDLL(None, use_errno=True).prctl(subreaper, 1, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def _end_descendants() -> None:
+    """End every process below this one: SIGTERM, then SIGKILL to what lives after `GRACE` s."""
+    start, told = time.monotonic(), set()
+    while (living := _descendants()) and (waited := time.monotonic() - start) < LIMIT:
+        for process in living if waited > GRACE else living - told:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL if waited > GRACE else signal.SIGTERM)
+        told |= living
+        time.sleep(POLL / 2)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _descendants() -> set[int]:
+    """Every process below this one, dead ones that nobody has waited for included."""
+    children: dict[int, list[int]] = {}
+    for process, parent in _parents():
+        children.setdefault(parent, []).append(process)
+    found, queue = set(), [os.getpid()]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found.update(below)
+        queue += below
+    return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """(process, its parent) for every process of the machine."""
+    if sys.platform != "linux":
+        with subprocess.Popen(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE) as ps:
+            table = [(int(process), int(parent)) for process, parent in map(bytes.split, ps.stdout)]
+        yield from (row for row in table if row[0] != ps.pid)
+        return
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            yield int(stat.parent.name), int(stat.read_bytes().rpartition(b")")[2].split()[1])
+
+
+if __name__ == "__main__":
+    _keep()

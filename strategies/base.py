@@ -1,0 +1,212 @@
+"""What every federated algorithm shares, and the two halves that each declares.
+
+A strategy's file holds its server half (a `FederatedStrategy`: how replies become the next
+model) and its client half (a `ClientRule`: what is added to local gradients).  Both work on the
+vectors of `fl_common.layout`.  Sign convention, everywhere: delta_i = theta_i - w, local minus
+global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+
+from fl_common import wire
+from fl_common.config import Group
+from fl_common.deferred import torch
+from fl_common.layout import COUNTERS, PARAMS, STATS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from flwr.app import ArrayRecord
+    from flwr.serverapp import Grid
+
+    from fl_common.layout import Flat
+
+METHODS: dict[str, type[FederatedStrategy]] = {}
+
+
+class NoParams(Group):
+    """The group of a method without hyper-parameters."""
+
+
+class ClientRule:
+    """The client half; as it stands, plain local training.  One instance serves one round."""
+
+    def __init__(self, params: Group) -> None:
+        self.params = params
+
+    def begin(self, w: list[torch.Tensor], received: Flat) -> None:
+        """Before the first step: `w`, the global parameters, one tensor per parameter, to be
+        read only; `received`, what came down besides the model."""
+
+    def add_gradient(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        """Add closed-form terms to `grads` in place, at the current `params`."""
+
+    def finish(self) -> Flat:
+        """After the last step: vectors that go up besides the model."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One client's accepted answer."""
+
+    samples: int
+    """n_i, training samples."""
+    steps: int
+    """K_i, optimizer steps of the round."""
+    model: Flat
+    """theta_i by kind."""
+
+    @classmethod
+    def of(cls, message: Message) -> Reply:
+        metrics = message.content[wire.METRICS]
+        return cls(
+            samples=int(metrics["num-examples"]),
+            steps=int(metrics["steps"]),
+            model=wire.unpack(message.content[wire.ARRAYS]),
+        )
+
+
+class WeightedMean:
+    """A mean of vectors, summed in float64 in the order they come.
+
+    The weights need no normalising beforehand.  Equal vectors give back exactly that vector.
+    """
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._sum: torch.Tensor | None = None
+
+    def add(self, vector: torch.Tensor, weight: float) -> None:
+        if self._sum is None:
+            self._sum = torch.zeros(vector.shape, dtype=torch.float64)
+        self._sum.add_(vector, alpha=weight)
+        self.weight += weight
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mean (d,), as a new tensor."""
+        if self._sum is None:
+            raise ValueError("a mean of no vectors")
+        return (self._sum / self.weight).to(dtype)
+
+
+class FederatedStrategy(Strategy):
+    """The server half: an algorithm overrides `begin`, `add` and `step`.
+
+    Implements Flower's five methods, so it runs wherever a Flower strategy does.  Who takes part
+    is the grid's: `configure_train` writes to every node that the given grid lists, in its
+    order.  `aggregate_train` takes replies one by one, holding at most one client's model.
+    """
+
+    name: ClassVar[str]
+    Params: ClassVar[type[Group]] = NoParams
+    Rule: ClassVar[type[ClientRule]] = ClientRule
+    refuses: ClassVar[dict[str, str]] = {}
+    """Regularizers without meaning beside this strategy, with the reason and the remedy."""
+
+    def __init_subclass__(cls) -> None:
+        METHODS[cls.name] = cls
+
+    def __init__(self, params: Group | None = None) -> None:
+        self.params = params or self.Params()
+        self.w: Flat = {}
+
+    # What an algorithm declares
+
+    def payload(self) -> Flat:
+        """Vectors that go down besides the model."""
+        return {}
+
+    def begin(self, w: torch.Tensor) -> None:
+        """Before the first reply of a round; `w` (d,) is the model that was sent."""
+        raise NotImplementedError
+
+    def add(self, reply: Reply) -> None:
+        """One reply into the sums; replies come in partition order."""
+        raise NotImplementedError
+
+    def step(self) -> torch.Tensor:
+        """The next global parameters (d,), after the last reply."""
+        raise NotImplementedError
+
+    def state(self) -> Flat:
+        """All that the next round depends on, besides the model."""
+        return {}
+
+    def load_state(self, state: Flat) -> None:
+        """Take back what `state` gave."""
+
+    # Flower's Strategy
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        self.w = wire.unpack(arrays)
+        down = wire.pack({**self.w, **self.payload()})
+        return list(_messages(MessageType.TRAIN, server_round, down, config, grid))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self.begin(self.w[PARAMS])
+        stats, loss = WeightedMean(), 0.0
+        counters: Flat = {}
+        samples = 0
+        for message in replies:
+            if not message.has_content():
+                continue
+            reply = Reply.of(message)
+            self.add(reply)
+            # BatchNorm statistics are averaged, its counters are those of the first client.
+            if STATS in reply.model:
+                stats.add(reply.model[STATS], reply.samples)
+            if COUNTERS in reply.model and not counters:
+                counters = {COUNTERS: reply.model[COUNTERS]}
+            loss += reply.samples * float(message.content[wire.METRICS]["loss"])
+            samples += reply.samples
+        if not samples:
+            return None, None
+        model = {PARAMS: self.step(), **counters}
+        if STATS in self.w:
+            model[STATS] = stats.value(self.w[STATS].dtype)
+        return wire.pack(model), MetricRecord({"loss": loss / samples, "num-examples": samples})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        return list(_messages(MessageType.EVALUATE, server_round, arrays, config, grid))
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Means of all metrics over the clients' samples."""
+        sums: dict[str, float] = {}
+        samples = 0
+        for message in replies:
+            if message.has_content():
+                metrics = message.content[wire.METRICS]
+                n = int(metrics["num-examples"])
+                samples += n
+                for key in sorted(set(metrics) - {"num-examples"}):
+                    sums[key] = sums.get(key, 0.0) + n * float(metrics[key])
+        if not samples:
+            return None
+        return MetricRecord({key: value / samples for key, value in sums.items()})
+
+    def summary(self) -> None:
+        print(f"{self.name}: {self.params.model_dump(by_alias=True)}")
+
+
+def _messages(
+    kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+) -> Iterator[Message]:
+    settings = ConfigRecord({**config, "server-round": server_round})
+    for node_id in grid.get_node_ids():
+        content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: settings})
+        yield Message(content, node_id, kind, group_id=str(server_round))

@@ -1,0 +1,68 @@
+"""What every test may use: a cache of its own, and runs through the real command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from fl_common import determinism  # noqa: F401  (sets MKL's environment before torch loads)
+from fl_server.cli import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Decoded data goes to the session's folder, never to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLATFED_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left: exit code and results folder."""
+
+    code: int
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "history.jsonl").open()]
+
+    @property
+    def history_less_times(self) -> list[dict[str, Any]]:
+        times = ("seconds", "client_cpu_s")
+        return [{k: v for k, v in row.items() if k not in times} for row in self.history]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return load_file(self.folder / "model.safetensors")
+
+
+class Runner:
+    """`runner("train.lr=0.1", ...)` is `flatfed run train.lr=0.1 ...` in this process."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.count = base, 0
+
+    def __call__(self, *settings: str) -> Result:
+        self.count += 1
+        name = f"run{self.count}"
+        place = [f"run.output-dir={self.base}", f"run.name={name}"]
+        return Result(main(["run", *place, *settings]), self.base / name)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    from fl_client.app import release
+
+    yield Runner(tmp_path)
+    release()
