@@ -42,6 +42,7 @@ lint: dev
 bench: install
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.roundtrip
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -19,20 +19,33 @@ if TYPE_CHECKING:
 
 app = ClientApp()
 
-_resident: list[tuple[dict[str, object], Clients]] = []
-"""The clients of this process with the run config that they serve; at most one."""
+PARTITION_KEYS = ("partition-id", "num-partitions")
+"""Settings of a node that do not change what its process holds."""
+
+_resident: list[tuple[tuple[object, ...], Clients | Exception]] = []
+"""The clients of this process, or why there are none, with their settings; at most one."""
 
 
 def resident(context: Context) -> Clients:
-    """The clients for this run config: those of the last message, or new ones."""
-    run_config = dict(context.run_config)
-    if not _resident or _resident[0][0] != run_config:
+    """The clients for these settings, the node's own over the run's: those of the last message,
+    or new ones.  What keeps one message from being answered is not tried again for the next."""
+    node = {k: v for k, v in context.node_config.items() if k not in PARTITION_KEYS}
+    settings = (dict(context.run_config), node)
+    if not _resident or _resident[0][0] != settings:
         from fl_client.client import Clients
-        from fl_common.config import resolve
+        from fl_common.config import resolve, with_node
 
         release()
-        _resident.append((run_config, Clients(resolve(run_config))))
-    return _resident[0][1]
+        made: Clients | Exception
+        try:
+            made = Clients(resolve(with_node(*settings)))
+        except Exception as error:
+            made = error
+        _resident.append((settings, made))
+    found = _resident[0][1]
+    if isinstance(found, Exception):
+        raise found.with_traceback(None)
+    return found
 
 
 def release() -> None:
@@ -41,6 +54,11 @@ def release() -> None:
 
 
 def partition_of(context: Context) -> int:
+    """The client's name; Flower's simulation sets it, on real nodes `--node-config`."""
+    if "partition-id" not in context.node_config:
+        raise ValueError(
+            'this node has no partition-id; start it with --node-config "partition-id=0"'
+        )
     return int(context.node_config["partition-id"])
 
 
@@ -53,11 +71,13 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One local round."""
-    content = message.content
-    reply = resident(context).train(
-        partition_of(context),
-        int(content["config"]["server-round"]),
-        content["arrays"],
-        context.state,
-    )
+    reply = resident(context).train(partition_of(context), message.content, context.state)
     return Message(reply, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The model on this client's held-out samples."""
+    return Message(
+        resident(context).evaluate(partition_of(context), message.content), reply_to=message
+    )

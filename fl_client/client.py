@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fl_client.optimizers import SGD, Adam
 from fl_client.trainer import LocalData, local_round
 from fl_common import assembly, wire
 from fl_common.config import methods
+from fl_common.data.errors import DataError
 from fl_common.determinism import prepare_process
+from fl_common.evaluation import evaluate
+from fl_common.fingerprint import code_sha256, versions
 from fl_common.layout import PARAMS, Layout, concatenate, tensors_of
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord
-
+    from fl_common.assembly import Share
     from fl_common.config import CoreConfig
     from fl_common.layout import Flat
     from regularizers.base import Regularizer
@@ -37,31 +40,38 @@ class Clients:
         self.data = assembly.load_data(config)
         self.partitions = assembly.split_data(config, self.data)
         self.transform = assembly.transform(config)
+        self.shares: dict[int, Share] = {}
         self.on_device: dict[int, LocalData] = {}
         self.net: torch.nn.Module | None = None
 
     def describe(self, partition: int) -> RecordDict:
-        """The roll call's answer: n_i and the label counts; the model is not touched."""
-        answer = {
+        """The roll call's answer: who this is, with how many samples of which classes."""
+        labels = self.data.train.y[self.share(partition).train]
+        classes = list(self.data.classes)
+        numbers = {
             "partition-id": partition,
-            "num-examples": int(self.partitions.sizes[partition]),
-            "label-counts": self.partitions.label_counts[partition].tolist(),
+            "num-examples": len(labels),
+            "label-counts": np.bincount(labels, minlength=len(classes)).tolist(),
         }
-        return RecordDict({wire.METRICS: MetricRecord(answer)})
+        words = {
+            "classes": classes,
+            "shape": list(assembly.input_shape(self.config, self.data)),
+            "code": code_sha256(),
+            **versions(),
+        }
+        return RecordDict({wire.METRICS: MetricRecord(numbers), wire.CONFIG: ConfigRecord(words)})
 
-    def train(
-        self, partition: int, server_round: int, arrays: ArrayRecord, state: RecordDict
-    ) -> RecordDict:
-        """One local round from the model in `arrays`; `state` is the client's own memory."""
+    def train(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
+        """One local round from the model in `content`; `state` is the client's own memory."""
         started = time.process_time()
-        config, data = self.config, self.local_data(partition)
-        if self.net is None:
-            self._make_resident()
-        received = wire.unpack(arrays)
+        config, data, settings = self.config, self.local_data(partition), content[wire.CONFIG]
+        server_round = int(settings["server-round"])
+        received = _tensors(content)
         w = self._install(received)
         extra = {name: v for name, v in received.items() if name not in self.tensors}
-        rule, regularizers = self._methods()
+        rule, regularizers = self._methods(settings)
         self._restore_optimizer(state)
+        metrics = self._held_out(partition, "-before") if settings.get("evaluate") else {}
 
         rule.begin(w, extra)
         try:
@@ -83,20 +93,65 @@ class Clients:
                 regularizer.finish()
 
         self._keep_optimizer(state)
-        model = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
-        metrics = {
+        if settings.get("evaluate"):
+            metrics |= self._held_out(partition, "-after")
+        metrics |= {
+            "server-round": server_round,
             "num-examples": len(data.y),
             "steps": result.steps,
             "loss": result.loss,
             "cpu-s": time.process_time() - started,
         }
-        up = wire.pack({**model, **rule.finish()})
-        return RecordDict({wire.ARRAYS: up, wire.METRICS: MetricRecord(metrics)})
+        up = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
+        return self._reply({**up, **rule.finish()}, content, metrics)
+
+    def evaluate(self, partition: int, content: RecordDict) -> RecordDict:
+        """The received model on the client's own held-out samples."""
+        self._install(_tensors(content))
+        metrics = {
+            "server-round": int(content[wire.CONFIG]["server-round"]),
+            "num-examples": len(self.share(partition).held_out),
+            **self._held_out(partition),
+        }
+        return RecordDict({wire.METRICS: MetricRecord(metrics)})
+
+    @staticmethod
+    def _reply(up: Flat, content: RecordDict, metrics: dict[str, float]) -> RecordDict:
+        """The vectors in records like those that came; what did not come is beside the model."""
+        came = {
+            key: name
+            for name, record in content.items()
+            if isinstance(record, ArrayRecord)
+            for key in record
+        }
+        records: dict[str, Flat] = {}
+        for key, vector in up.items():
+            records.setdefault(came.get(key, wire.ARRAYS), {})[key] = vector
+        packed = {name: wire.pack(vectors) for name, vectors in records.items()}
+        return RecordDict({**packed, wire.METRICS: MetricRecord(metrics)})
+
+    def _held_out(self, partition: int, suffix: str = "") -> dict[str, float]:
+        share = self.share(partition)
+        if not len(share.held_out):
+            raise DataError("this client holds no samples out; set eval.on=clients or both")
+        accuracy, loss = evaluate(
+            self.net, share.held_out_of, share.held_out, self.transform.eval, self.device
+        )
+        return {f"accuracy{suffix}": accuracy, f"loss{suffix}": loss}
+
+    def share(self, partition: int) -> Share:
+        """Which samples are this partition's."""
+        if partition not in self.shares:
+            parts = self.partitions
+            if parts is not None and not 0 <= partition < len(parts):
+                raise DataError(f"partition-id {partition}, but clients.number = {len(parts)}")
+            self.shares[partition] = assembly.share_of(self.config, self.data, parts, partition)
+        return self.shares[partition]
 
     def local_data(self, partition: int) -> LocalData:
         """The partition's tensors; a GPU keeps them, on the CPU the mapped cache is near."""
         if partition not in self.on_device:
-            indices, train = torch.from_numpy(self.partitions[partition]), self.data.train
+            indices, train = torch.from_numpy(self.share(partition).train), self.data.train
             x, y = (torch.from_numpy(a).index_select(0, indices) for a in (train.x, train.y))
             data = LocalData(x.to(self.device), y.to(self.device), self.transform.train)
             if self.device.type == "cpu":
@@ -105,8 +160,9 @@ class Clients:
         return self.on_device[partition]
 
     def _make_resident(self) -> None:
-        train = self.config.train
-        self.net = assembly.new_model(self.config, self.data, self.device)
+        config, train = self.config, self.config.train
+        shape = assembly.input_shape(config, self.data)
+        self.net = assembly.new_model(config, len(self.data.classes), shape, self.device)
         self.layout = Layout.of(self.net)
         self.tensors = {k: list(tensors.values()) for k, tensors in tensors_of(self.net).items()}
         self.optimizer = (
@@ -115,18 +171,17 @@ class Clients:
             else SGD(train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
         )
 
-    def _methods(self) -> tuple[ClientRule, list[Regularizer]]:
+    def _methods(self, settings: ConfigRecord) -> tuple[ClientRule, list[Regularizer]]:
         """This round's client rule and regularizers."""
-        config = self.config
-        strategy = methods("strategies")[config.strategy.name]
-        known = methods("regularizers")
-        return strategy.Rule(config.params_of(strategy.name)), [
-            known[name](config.params_of(name)) for name in config.regularizer_names
-        ]
+        config, known = self.config, methods("regularizers")
+        regularizers = [known[name](config.params_of(name)) for name in config.regularizer_names]
+        return methods("strategies")[config.strategy.name].rule(config, settings), regularizers
 
     @torch.no_grad()
     def _install(self, received: Flat) -> list[torch.Tensor]:
         """Copy the received model into the resident one; gives w, one tensor per parameter."""
+        if self.net is None:
+            self._make_resident()
         views = {
             kind: self.layout.split(kind, received[kind].to(self.device)) for kind in self.tensors
         }
@@ -147,3 +202,9 @@ class Clients:
             state[OPTIMIZER] = wire.pack(
                 {f"{k}.{i}": t.cpu() for k, tensors in kept.items() for i, t in enumerate(tensors)}
             )
+
+
+def _tensors(content: RecordDict) -> Flat:
+    """All arrays of a message, to be read only."""
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return {key: tensor for record in records for key, tensor in wire.unpack(record).items()}

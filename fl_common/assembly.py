@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from fl_common.data.errors import DataError
 from fl_common.data.partition import cached_partition
 from fl_common.data.sources import load
 from fl_common.data.transforms import pipeline
@@ -15,7 +18,7 @@ from fl_common.models.catalogue import build
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig
     from fl_common.data.partition import Partition
-    from fl_common.data.sources import Dataset
+    from fl_common.data.sources import Dataset, Split
     from fl_common.data.transforms import Transform
 
 
@@ -31,8 +34,10 @@ def load_data(config: CoreConfig) -> Dataset:
     )
 
 
-def split_data(config: CoreConfig, data: Dataset) -> Partition:
-    """Which training samples each client holds."""
+def split_data(config: CoreConfig, data: Dataset) -> Partition | None:
+    """Which training samples each client holds; None if every node has its own data."""
+    if config.data.partition == "local":
+        return None
     return cached_partition(
         data,
         scheme=config.data.partition,
@@ -45,11 +50,50 @@ def split_data(config: CoreConfig, data: Dataset) -> Partition:
     )
 
 
-def new_model(config: CoreConfig, data: Dataset, device: torch.device) -> torch.nn.Module:
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One client's samples: indices into `train`, and into the split that it evaluates on."""
+
+    train: np.ndarray
+    """(n_i,) int64, into the data set's training samples."""
+    held_out: np.ndarray
+    """(h_i,) int64, into `held_out_of`; empty if clients do not evaluate."""
+    held_out_of: Split
+
+
+def share_of(config: CoreConfig, data: Dataset, partitions: Partition | None, i: int) -> Share:
+    """Client i's samples.
+
+    With data.partition=local (no partitions) all data of this node, its own test split held out;
+    else its partition, of which `eval.holdout` is held out if clients evaluate at all: drawn
+    from the stream (seed, partition).  Raises DataError if nothing is left to train on.
+    """
+    evaluates = config.eval.on != "server"
+    if partitions is None:
+        held_out = np.arange(len(data.test) if evaluates else 0)
+        return Share(np.arange(len(data.train)), held_out, data.test)
+    indices = np.asarray(partitions[i])
+    count = max(1, round(config.eval.holdout * len(indices))) if evaluates else 0
+    if count >= len(indices):
+        raise DataError(
+            f"client {i} has {len(indices)} samples, too few to train and to hold out; raise "
+            "data.min-size or lower clients.number"
+        )
+    order = np.random.default_rng(seed_of("holdout", config.run.seed, i)).permutation(indices)
+    return Share(np.sort(order[count:]), np.sort(order[:count]), data.train)
+
+
+def input_shape(config: CoreConfig, data: Dataset) -> tuple[int, ...]:
+    """A sample's shape as the model receives it, (C, H, W) or (F,)."""
+    return data.shape if len(data.shape) == 1 else transform(config).shape(data.shape)
+
+
+def new_model(
+    config: CoreConfig, classes: int, shape: tuple[int, ...], device: torch.device
+) -> torch.nn.Module:
     """The model as every run with this seed starts it."""
-    shape = data.shape if len(data.shape) == 1 else transform(config).shape(data.shape)
     torch.manual_seed(seed_of("init", config.run.seed))
-    net = build(config.model.name, classes=len(data.classes), shape=shape, norm=config.model.norm)
+    net = build(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
     return net.to(device, parameter_dtype(config))
 
 

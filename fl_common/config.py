@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from fl_common.data import catalogue as data_catalogue
 from fl_common.models import catalogue as model_catalogue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pydantic.fields import FieldInfo
 
@@ -68,18 +69,26 @@ class Clients(Group):
     min_replies: int = Field(
         1, ge=1, description="accepted replies without which a round ends the run"
     )
+    max_failed_rounds: int = Field(
+        3, ge=1, description="rounds in a row with too few good replies that end the run"
+    )
     deadline_s: float = Field(
         3600.0, gt=0, description="how long a round, or the roll call, waits for replies [s]"
     )
 
 
 class Data(Group):
-    source: str = Field("digits", description="data set: " + ", ".join(data_catalogue.SOURCES))
+    source: str = Field(
+        "digits",
+        description="data set: " + ", ".join(data_catalogue.SOURCES) + ", or your own as "
+        "package.module:function, called with path= and seed=",
+    )
     path: str = Field("", description="folder, file or hub name, for sources that need one")
     partition: Literal[data_catalogue.PARTITIONS] = Field(  # type: ignore[valid-type]
         "dirichlet",
         description="how samples are split over clients; dirichlet: per class, unequal sizes; "
-        "dirichlet-balanced: equal sizes, one class prior per client",
+        "dirichlet-balanced: equal sizes, one class prior per client; local: every node trains on "
+        "its own data (its data-path), whole",
     )
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller: less alike")
     min_size: int = Field(10, ge=1, description="smallest partition (dirichlet) [samples]")
@@ -128,20 +137,37 @@ class Train(Group):
 
 
 class StrategyChoice(Group):
-    name: str = Field("fedavg", description="the federated algorithm")
-    params: str = Field("", description="parameters of a strategy that is not ours")
+    name: str = Field(
+        "fedavg", description='the federated algorithm, or one of Flower\'s, e.g. "flwr:FedAdam"'
+    )
+    params: str = Field(
+        "", description='arguments of one of Flower\'s strategies, e.g. "eta=0.1,beta_1=0.9"'
+    )
 
 
 class Eval(Group):
     every: int = Field(1, ge=1, description="evaluate after every so many rounds, and the last")
-    on: Literal["server"] = Field("server", description="whose data: the server's test set")
+    on: Literal["server", "clients", "both"] = Field(
+        "server", description="the server's test set, the clients' own held-out samples, or both"
+    )
+    holdout: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="share of a partition that is held out when clients evaluate; with "
+        "data.partition=local, their own test split is taken",
+    )
 
 
 class Engine(Group):
-    name: Literal["inprocess", "ray"] = Field(
-        "inprocess", description="inprocess: one process; ray: Flower's simulation"
+    name: Literal["inprocess", "ray", "grpc"] = Field(
+        "inprocess",
+        description="inprocess: one process; ray: Flower's simulation; grpc: nodes on their own",
     )
-    connection: str = Field("", description="Flower connection to submit to (grpc)")
+    connection: str = Field(
+        "",
+        description="Flower connection to submit to (grpc); empty: what `flatfed up` started",
+    )
     workers: int = Field(1, ge=1, description="training processes of the in-process engine")
     cohort: int = Field(1, ge=1, description="clients trained at once in one process")
 
@@ -192,7 +218,7 @@ class ConfigError(ValueError):
 
 @cache
 def methods(room: Literal["strategies", "regularizers"]) -> dict[str, Any]:
-    """The methods of a room by name: every file in it but base.py declares one."""
+    """The methods of a room by name: the files in it declare them."""
     base = importlib.import_module(f"{room}.base")
     package = importlib.import_module(room)
     for module in pkgutil.iter_modules(package.__path__):
@@ -207,6 +233,7 @@ def schema() -> type[CoreConfig]:
         name.replace("-", "_"): (method.Params, method.Params())
         for room in ("strategies", "regularizers")
         for name, method in methods(room).items()
+        if ":" not in name
     }
     return create_model("Config", __base__=CoreConfig, **groups)
 
@@ -272,14 +299,18 @@ def _convert(text: str, kind: Any) -> Scalar:
     return text
 
 
-def resolve(values: Mapping[str, Scalar], *, absolute_paths: bool = True) -> CoreConfig:
+def resolve(
+    values: Mapping[str, Scalar], *, absolute_paths: bool = True, also: Sequence[str] = ()
+) -> CoreConfig:
     """The configuration with `values` over the defaults, checked as a whole.
+
+    `also`: mistakes that are known already, to be told together with those found here.
 
     With `absolute_paths` a relative path is an error: it would be looked up in the folder of
     whichever process happens to read it.  Raises ConfigError with every mistake.
     """
     known = {key for key, _ in fields()}
-    errors = [unknown_key(key, known) for key in values if key not in known]
+    errors = [*also, *(unknown_key(key, known) for key in values if key not in known)]
     values = {key: value for key, value in values.items() if key in known}
     try:
         config = schema().model_validate(_nest(values))
@@ -391,6 +422,11 @@ def checks(config: CoreConfig) -> list[str]:
             f"clients.min-replies = {clients.min_replies}: larger than the cohort of "
             f"{config.cohort_size}; lower it"
         )
+    name = config.run.name
+    if name in (".", "..") or "/" in name or "\\" in name:
+        errors.append(
+            f"run.name = {_show(name)}: must be the name of one folder; run.output-dir says where"
+        )
     if config.train.nesterov and not config.train.momentum:
         errors.append("train.nesterov = true: needs train.momentum > 0")
     if config.train.optimizer == "adam" and (config.train.momentum or config.train.nesterov):
@@ -402,13 +438,17 @@ def checks(config: CoreConfig) -> list[str]:
     errors += _check_methods(config)
     errors += _check_not_built(config)
 
-    if data.source not in data_catalogue.SOURCES:
+    if ":" in data.source:
+        errors += _check_own_source(data.source, data.augment)
+        shape = None
+    elif data.source not in data_catalogue.SOURCES:
         errors.append(unknown_name("data.source", data.source, list(data_catalogue.SOURCES)))
         shape = None
     else:
         found = data_catalogue.check(
             data.source,
             data.path,
+            on_nodes=config.engine.name == "grpc" or data.partition == "local",
             partition=data.partition,
             clients=clients.number,
             min_size=data.min_size,
@@ -425,6 +465,45 @@ def checks(config: CoreConfig) -> list[str]:
     return errors
 
 
+def _check_own_source(source: str, augment: str) -> list[str]:
+    augments = data_catalogue.SOURCES["folder"].pipelines
+    if augment not in augments:
+        return [f"data.augment: {source} has {', '.join(augments)}"]
+    module = source.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if found:
+        return []
+    return [
+        f"data.source = {_show(source)}: no module {module} can be imported here; write "
+        "package.module:function and put its folder on PYTHONPATH"
+    ]
+
+
+NODE_KEYS = {
+    "data-path": "data.path",
+    "state-dir": "client.state-dir",
+    "device": "train.device",
+    "threads": "train.threads",
+}
+"""What belongs to a node: keys of its `--node-config`, and the settings that they override."""
+OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
+
+
+def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The run config as one node reads it: what belongs to the node wins.
+
+    Raises ConfigError for a key that no node has.
+    """
+    unknown = [key for key in node if key not in NODE_KEYS and key not in OTHER_NODE_KEYS]
+    if unknown:
+        known = ", ".join([*NODE_KEYS, *OTHER_NODE_KEYS])
+        raise ConfigError([f"--node-config {key}: unknown key; known: {known}" for key in unknown])
+    return {**run_config, **{NODE_KEYS[key]: node[key] for key in node if key in NODE_KEYS}}
+
+
 def _is_device(name: str) -> bool:
     kind, _, index = name.partition(":")
     return name in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())
@@ -436,11 +515,8 @@ def _check_methods(config: CoreConfig) -> list[str]:
     chosen = config.regularizer_names
     if config.strategy.name not in strategies:
         errors.append(unknown_name("strategy.name", config.strategy.name, list(strategies)))
-    elif config.strategy.params:
-        errors.append(
-            f"strategy.params = {_show(config.strategy.params)}: {config.strategy.name} has its "
-            f"own keys, {config.strategy.name}.*; leave it empty"
-        )
+    else:
+        errors += strategies[config.strategy.name].check(config)
     for name in chosen:
         if name not in regularizers:
             errors.append(unknown_name("regularizers", name, list(regularizers)))
@@ -460,14 +536,19 @@ def _check_not_built(config: CoreConfig) -> list[str]:
     """Keys whose other values have no meaning yet are refused, never ignored."""
     defaults = Engine(), Client(), Run()
     given = {
-        "engine.connection": (config.engine.connection, defaults[0].connection),
         "engine.workers": (config.engine.workers, defaults[0].workers),
         "engine.cohort": (config.engine.cohort, defaults[0].cohort),
         "client.state-dir": (config.client.state_dir, defaults[1].state_dir),
         "run.resume": (config.run.resume, defaults[2].resume),
     }
-    return [
+    errors = [
         f"{key} = {_show(value)}: not available in this version; leave it at {_show(default)}"
         for key, (value, default) in given.items()
         if value != default
     ]
+    if config.engine.connection and config.engine.name != "grpc":
+        errors.append(
+            f"engine.connection = {_show(config.engine.connection)}: belongs to engine.name=grpc; "
+            f"leave it empty with {config.engine.name}"
+        )
+    return errors

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
+import numpy as np
 import torch
 from flwr.app import ConfigRecord
 from flwr.serverapp import ServerApp
 
 from fl_common import assembly, wire
 from fl_common.config import methods, resolve
+from fl_common.evaluation import evaluate
+from fl_common.guards import Expected
 from fl_common.layout import Layout, concatenate, tensors_of
-from fl_server.evaluation import Evaluator
+from fl_server.exchange import Exchange, Outcome, RoundFailed, RunFailed
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder
-from fl_server.roster import Cohort, Exchange, RunFailed, draw, roll_call
+from fl_server.roster import Cohort, Roster, draw
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from flwr.app import Context
+    from flwr.app import Context, Message
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from fl_server.roster import Member
 
 app = ServerApp()
+
+ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
 
 
 @app.main()
@@ -51,8 +57,10 @@ def main(grid: Grid, context: Context) -> None:
         progress.note(f"results: {folder}")
         federate(grid, config, recorder, progress)
     except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        recorder.fail(reason or type(error).__name__)
+        # Flower ends the ServerApp of a run that was stopped by SystemExit.
+        ended = {KeyboardInterrupt: "interrupted", SystemExit: "stopped"}.get(type(error))
+        reason = ended or str(error) or type(error).__name__
+        recorder.fail(reason)
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
         raise
 
@@ -66,85 +74,216 @@ def _folder_of(values: Mapping[str, Any]) -> Path:
 
 def engine_of(grid: Grid) -> str:
     """Which engine runs us: the grid's class says so, whatever the configuration says."""
-    return {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}.get(type(grid).__name__, "grpc")
+    for cls in type(grid).__mro__:
+        if cls.__name__ in ENGINES:
+            return ENGINES[cls.__name__]
+    return "grpc"
 
 
 def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progress) -> None:
     """All rounds of a run, from the roll call to the final model."""
     try:
-        members = roll_call(grid, config, nodes_may_come=engine_of(grid) == "grpc")
-        determinism.prepare_process(config.train.threads, config.train.deterministic)
-        data = assembly.load_data(config)
-        recorder.members(members, data.classes)
-        model, layout = _initial_model(config, data)
-        progress.note(_opening(config, members, model))
-        model = _rounds(grid, config, members, model, Evaluator(config, data), recorder, progress)
-        summary = recorder.finish(layout.named(model))
+        exchange = Exchange(grid, config.clients.deadline_s, progress.note)
+        roster = Roster(exchange, config.clients.number)
+        roster.assemble(nodes_may_come=engine_of(grid) == "grpc")
+        first = roster.members[0]
+        recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
+        run = Rounds(config, exchange, roster, recorder, progress)
+        progress.note(_opening(config, roster, run.model))
+        run.play()
+        layout = run.layout
+        model = layout.named(run.model)
+        del run  # the test set is not in memory while pictures are drawn
+        summary = recorder.finish(model)
     finally:
         progress.stop()
     progress.note(_closing(summary, recorder.folder))
 
 
-def _initial_model(config: CoreConfig, data: Dataset) -> tuple[Flat, Layout]:
-    net = assembly.new_model(config, data, torch.device("cpu"))
-    return {k: concatenate(t.values()) for k, t in tensors_of(net).items()}, Layout.of(net)
+class Rounds:
+    """The round loop, the same for every strategy and engine."""
 
+    def __init__(
+        self,
+        config: CoreConfig,
+        exchange: Exchange,
+        roster: Roster,
+        recorder: Recorder,
+        progress: Progress,
+    ) -> None:
+        determinism.prepare_process(config.train.threads, config.train.deterministic)
+        self.config, self.exchange, self.roster = config, exchange, roster
+        self.recorder, self.progress = recorder, progress
+        first = roster.members[0]
+        self.device = assembly.training_device(config)
+        self.net = assembly.new_model(config, len(first.classes), first.shape, self.device)
+        self.layout = Layout.of(self.net)
+        self.model: Flat = {k: concatenate(t.values()) for k, t in tensors_of(self.net).items()}
+        self.strategy = methods("strategies")[config.strategy.name].configured(config)
+        self.data = None if config.eval.on == "clients" else _server_data(config, first)
+        self.failures = 0
+        """Rounds in a row that changed nothing."""
 
-def _rounds(
-    grid: Grid,
-    config: CoreConfig,
-    members: Sequence[Member],
-    model: Flat,
-    evaluate: Evaluator,
-    recorder: Recorder,
-    progress: Progress,
-) -> Flat:
-    """The round loop: draw a cohort, push the strategy's messages, and hand each reply on to the
-    strategy in partition order, as it comes.  Gives the final model."""
-    method = methods("strategies")[config.strategy.name]
-    strategy = method(config.params_of(method.name))
-    for server_round in range(1, config.run.rounds + 1):
-        started = time.perf_counter()
-        cohort = [members[i] for i in draw(config.clients, config.run.seed, server_round)]
-        names = [member.partition for member in cohort]
-        exchange = Exchange(grid, config.clients.deadline_s)
-        arrays = wire.pack(model)
-        messages = strategy.configure_train(
-            server_round, arrays, ConfigRecord(), Cohort(grid, cohort)
+    def play(self) -> None:
+        """All rounds; afterwards `model` is the final one."""
+        for server_round in range(1, self.config.run.rounds + 1):
+            started = time.perf_counter()
+            row = self.train(server_round)
+            if self._evaluates(server_round):
+                self.evaluate(server_round, row)
+            row["seconds"] = round(time.perf_counter() - started, 4)
+            self.recorder.row(row)
+            self.progress.row(row)
+
+    def train(self, server_round: int) -> dict[str, Any]:
+        """One round: draw a cohort, push the strategy's messages, and hand each good reply on to
+        the strategy in partition order, as it comes.  Gives the history's row."""
+        config = self.config
+        names = draw(config.clients, config.run.seed, server_round)
+        self.roster.refresh()
+        cohort, absent = self.roster.drawn(names)
+        outcome = Outcome(failed=absent)
+        settings = ConfigRecord()
+        if config.eval.on != "server" and self._evaluates(server_round):
+            settings["evaluate"] = True
+        messages = self.strategy.configure_train(
+            server_round, wire.pack(self.model), settings, Cohort(self.exchange.grid, cohort)
         )
-        arrays, metrics = strategy.aggregate_train(server_round, exchange.replies(messages, names))
-        for name, reason in sorted(exchange.failed.items()):
-            progress.note(f"round {server_round}, client {name}: {reason}")
-        if arrays is None or len(exchange.accepted) < config.clients.min_replies:
+        samples = {member.partition: member.samples for member in cohort}
+        records = self.strategy.expected()
+        replies = self.exchange.replies(
+            messages,
+            _receivers(messages, cohort),
+            f"round {server_round}",
+            outcome,
+            lambda name: Expected(records, server_round, samples[name]),
+            at_least=config.clients.min_replies,
+        )
+        loss = None
+        try:
+            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+            self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
+        except RoundFailed as shortage:
+            self._round_failed(shortage, outcome)
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            word = "rejected: " if name in outcome.rejected else ""
+            self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
+        row = _row(server_round, names, outcome) | {"client_loss": loss}
+        for moment in ("before", "after"):
+            accuracies = _by_client(outcome, f"accuracy-{moment}")
+            if accuracies:
+                row[f"client_accuracy_{moment}"] = accuracies
+        return row
+
+    def _evaluates(self, server_round: int) -> bool:
+        return server_round == self.config.run.rounds or not server_round % self.config.eval.every
+
+    def _round_failed(self, shortage: RoundFailed, outcome: Outcome) -> None:
+        """Too few good replies: too few answers end the run, bad ones after some such rounds."""
+        answers = len(outcome.accepted) + len(outcome.rejected)
+        if answers < self.config.clients.min_replies:
+            raise RunFailed(str(shortage)) from shortage
+        self.failures += 1
+        self.progress.note(f"{shortage}; the model stays as it was")
+        if self.failures >= self.config.clients.max_failed_rounds:
             raise RunFailed(
-                f"round {server_round}: {len(exchange.accepted)} of {len(cohort)} clients "
-                f"replied, fewer than clients.min-replies = {config.clients.min_replies}; "
-                + "; ".join(dict.fromkeys(exchange.failed.values()))
+                f"{shortage}; failed round {self.failures} in a row (clients.max-failed-rounds)"
+            ) from shortage
+
+    def evaluate(self, server_round: int, row: dict[str, Any]) -> None:
+        """The new global model: on the server's test set, on all clients' held-out samples, or
+        both, into the round's row."""
+        if self.config.eval.on != "server":
+            row |= self._on_clients(server_round, row)
+        if self.data is not None:
+            self._install()
+            row["accuracy"], row["loss"] = evaluate(
+                self.net,
+                self.data.test,
+                np.arange(len(self.data.test)),
+                assembly.transform(self.config).eval,
+                self.device,
             )
-        model = wire.unpack(arrays)
-        row = {"round": server_round}
-        if server_round % config.eval.every == 0 or server_round == config.run.rounds:
-            row["accuracy"], row["loss"] = evaluate(model)
-        row |= {
-            "client_loss": metrics["loss"],
-            "cohort": names,
-            "replies": sorted(exchange.accepted),
-            "failed": {str(name): reason for name, reason in sorted(exchange.failed.items())},
-            "bytes_up": exchange.bytes_up,
-            "bytes_down": exchange.bytes_down,
-            "seconds": round(time.perf_counter() - started, 4),
-            "client_cpu_s": round(sum(m["cpu-s"] for m in exchange.accepted.values()), 4),
+
+    def _install(self) -> None:
+        with torch.no_grad():
+            for kind, tensors in tensors_of(self.net).items():
+                views = self.layout.split(kind, self.model[kind].to(self.device))
+                torch._foreach_copy_(list(tensors.values()), views)
+
+    def _on_clients(self, server_round: int, row: dict[str, Any]) -> dict[str, Any]:
+        members = [self.roster.members[i] for i in sorted(self.roster.members)]
+        outcome = Outcome()
+        messages = self.strategy.configure_evaluate(
+            server_round,
+            wire.pack(self.model),
+            ConfigRecord(),
+            Cohort(self.exchange.grid, members),
+        )
+        replies = self.exchange.replies(
+            messages,
+            _receivers(messages, members),
+            f"evaluation of round {server_round}",
+            outcome,
+            lambda name: Expected({}, server_round),
+        )
+        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            self.progress.note(f"evaluation of round {server_round}, client {name}: {reason}")
+        if metrics is None:
+            raise RunFailed(f"evaluation of round {server_round}: no client answered")
+        accuracies = _by_client(outcome, "accuracy")
+        worst = sorted(accuracies.values())[: math.ceil(len(accuracies) / 10)]
+        return {
+            "accuracy": float(metrics["accuracy"]),
+            "loss": float(metrics["loss"]),
+            "client_accuracy": accuracies,
+            "client_accuracy_mean": sum(accuracies.values()) / len(accuracies),
+            "client_accuracy_worst_decile": sum(worst) / len(worst),
+            "bytes_down": row["bytes_down"] + outcome.bytes_down,
+            "bytes_up": row["bytes_up"] + outcome.bytes_up,
         }
-        recorder.row(row)
-        progress.row(row)
-    return model
 
 
-def _opening(config: CoreConfig, members: Sequence[Member], model: Flat) -> str:
+def _server_data(config: CoreConfig, first: Member) -> Dataset:
+    """The data set whose test split the server evaluates on."""
+    data = assembly.load_data(config)
+    if data.classes != first.classes:
+        raise RunFailed(
+            f"the server's data have other classes than the clients' ({len(data.classes)} and "
+            f"{len(first.classes)}); set data.path to a test set like theirs, or eval.on=clients"
+        )
+    return data
+
+
+def _receivers(messages: Sequence[Message], cohort: Sequence[Member]) -> list[int]:
+    """The partition behind each message: a strategy may write to the cohort in any order."""
+    partition_of = {member.node_id: member.partition for member in cohort}
+    return [partition_of[message.metadata.dst_node_id] for message in messages]
+
+
+def _row(server_round: int, names: Sequence[int], outcome: Outcome) -> dict[str, Any]:
+    return {
+        "round": server_round,
+        "cohort": list(names),
+        "replies": sorted(outcome.accepted),
+        "failed": {str(name): reason for name, reason in sorted(outcome.failed.items())},
+        "rejected": {str(name): reason for name, reason in sorted(outcome.rejected.items())},
+        "bytes_up": outcome.bytes_up,
+        "bytes_down": outcome.bytes_down,
+        "client_cpu_s": round(sum(m["cpu-s"] for m in outcome.accepted.values()), 4),
+    }
+
+
+def _by_client(outcome: Outcome, key: str) -> dict[str, float]:
+    return {str(name): m[key] for name, m in sorted(outcome.accepted.items()) if key in m}
+
+
+def _opening(config: CoreConfig, roster: Roster, model: Flat) -> str:
     method = "+".join([config.strategy.name, *config.regularizer_names])
-    samples = sum(member.samples for member in members)
+    samples = sum(member.samples for member in roster.members.values())
     return (
-        f"{method} on {config.data.source}: {len(members)} clients, {samples} samples, "
+        f"{method} on {config.data.source}: {len(roster.members)} clients, {samples} samples, "
         f"{config.cohort_size} clients a round; {config.model.name} with "
         f"{model['params'].numel():,} parameters"
     )

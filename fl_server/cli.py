@@ -1,11 +1,12 @@
 """The `flatfed` command: one front door to every engine.
 
-Exit codes: 0 done, 2 a mistake in the call (nothing was started), 3 the run failed.
+Exit codes: 0 done, 2 a mistake in the call (nothing was started), 3 the run failed, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fl_common.config import CoreConfig, Scalar
+    from fl_server.flower_run import FlowerStatus
 
-OK, USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
+OK, USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
 EXAMPLES = """\
 examples:
@@ -25,6 +27,8 @@ examples:
   flatfed run data.source=cifar10 data.path=CIFAR10_DIR model.name=lenet64 clients.number=100
   flatfed run engine.name=ray
       the same run, with the same result, on Flower's simulation
+  flatfed up --clients 4 && flatfed run engine.name=grpc clients.number=4 && flatfed down
+      the same between processes, as between machines
   flatfed config
       every key with its default and meaning
 """
@@ -58,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write the defaults into ./pyproject.toml, where Flower looks for them",
     )
     config.set_defaults(function=_config)
-    args = parser.parse_args(argv)
+    _add_federation_commands(commands)
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on settings that stand behind an option: they are settings all the same.
+    if any(item.startswith("-") for item in rest) or not hasattr(args, "values"):
+        parser.parse_args(argv)
+    else:
+        args.values += rest
     try:
         return args.function(args)
     except KeyboardInterrupt:
@@ -66,7 +76,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
+    of_node = argparse.ArgumentParser(add_help=False)
+    add = of_node.add_argument
+    add("values", nargs="*", metavar="key=value", help="further node-config keys")
+    add("--insecure", action="store_true", help="no TLS: only on a network that you trust")
+    add("--state-dir", type=Path, metavar="DIR", help="what a node must not forget")
+    add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
+    add("--threads", type=int, metavar="N", help="torch threads")
+    add("--poll-interval", type=float, default=0.2, metavar="S", help="pause between two questions "
+        "for work [s] (default: 0.2)")  # fmt: skip
+
+    add("--no-preload", action="store_true", help="import torch anew for every message")
+
+    up = commands.add_parser("up", parents=[of_node], help="start a federation on this machine")
+    up.add_argument("--clients", type=int, required=True, metavar="N", help="how many nodes")
+    up.add_argument("--data-path", type=Path, action="append", default=[], metavar="PATH",
+        help="the nodes' data: once for all, or once for each")  # fmt: skip
+    up.set_defaults(function=_up)
+
+    down = commands.add_parser("down", help="end the federation that `flatfed up` started")
+    down.set_defaults(function=_down)
+
+    node = commands.add_parser("node", parents=[of_node], help="take part in a federation")
+    add = node.add_argument
+    add("--superlink", required=True, metavar="HOST:PORT", help="the server's port for nodes")
+    add("--partition", type=int, metavar="N", help="this node's number, from 0 on")
+    add("--root-certificates", type=Path, metavar="FILE", help="the CA of the server (ca.crt)")
+    add("--auth-key", type=Path, metavar="FILE", help="this node's private key")
+    add("--data-path", type=Path, metavar="PATH", help="this node's data")
+    add("--worker-socket", type=Path, metavar="PATH", help="a resident trainer's socket")
+    add("--port", type=int, default=0, metavar="N", help="of the node's own loopback API")
+    add("--wait", type=float, default=3.0, metavar="S",
+        help="how long the server may take to come up [s] (default: 3)")  # fmt: skip
+    node.set_defaults(function=_node)
+
+
 def entry_point() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # progress is to be read now, through a pipe too
     sys.exit(main())
 
 
@@ -76,11 +123,12 @@ def _complain(lines: Sequence[str]) -> int:
     return USAGE
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Scalar]:
-    """The values of the file and of the command line over it.  Raises ConfigError."""
-    from fl_common.config import ConfigError, flatten, from_text
+def _settings(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]:
+    """The values of the file and of the command line over it, and what is no setting."""
+    from fl_common.config import flatten, from_text
 
-    errors, values = [], {}
+    errors: list[str] = []
+    values: dict[str, Scalar] = {}
     if args.config:
         import tomllib
 
@@ -95,12 +143,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Scalar]:
         key, equals, value = item.partition("=")
         if not equals:
             errors.append(f"{item}: settings are written key=value")
-        elif key in given:
+            continue
+        if key in given:
             errors.append(f"{key}: given twice, {given[key]!r} and {value!r}")
         given[key] = value
-    if errors:
-        raise ConfigError(errors)
-    return values | from_text(given)
+    return values | from_text(given), errors
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -108,7 +155,8 @@ def _config(args: argparse.Namespace) -> int:
     from fl_common.pyproject import as_toml, write_pyproject
 
     try:
-        config = resolve(_settings(args), absolute_paths=False)
+        values, errors = _settings(args)
+        config = resolve(values, absolute_paths=False, also=errors)
     except ConfigError as error:
         return _complain(error.errors)
     if not args.write_pyproject:
@@ -128,17 +176,18 @@ def _run(args: argparse.Namespace) -> int:
     from fl_server.recorder import folder_error, results_folder, timestamp
 
     try:
-        values = absolute_paths(_settings(args))
+        given, errors = _settings(args)
+        values = absolute_paths(given)
         values["run.output-dir"] = values.get("run.output-dir") or str(Path.cwd() / "results")
         values["run.name"] = values.get("run.name") or timestamp()
-        config = resolve(values)
+        config = resolve(values, also=errors)
     except ConfigError as error:
         return _complain(error.errors)
     folder = results_folder(config.run.output_dir, config.run.name)
     if problem := folder_error(folder):
         return _complain([problem])
-    engine = _run_inprocess if config.engine.name == "inprocess" else _run_ray
-    return engine(config, folder)
+    engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
+    return engines[config.engine.name](config, folder)
 
 
 def _run_inprocess(config: CoreConfig, folder: Path) -> int:
@@ -147,8 +196,8 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     from fl_client.app import app as client_app
     from fl_common.data.errors import DataError
     from fl_server.app import app as server_app
+    from fl_server.exchange import RunFailed
     from fl_server.inprocess import InProcessGrid
-    from fl_server.roster import RunFailed
 
     values = config.flat()
     grid = InProcessGrid(client_app, config.clients.number, values)
@@ -168,22 +217,141 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
 
 
 def _run_ray(config: CoreConfig, folder: Path) -> int:
-    import json
-
     from fl_server.bundle import app_directory
     from fl_server.flower_run import run_simulation
-    from fl_server.recorder import SUMMARY
 
     try:
         with app_directory() as app_dir:
             status = run_simulation(app_dir, config.flat(), clients=config.clients.number)
     except RuntimeError as error:
-        print(f"error: the run failed: {error}", file=sys.stderr)
-        return FAILED
-    summary = folder / SUMMARY
-    reached = json.loads(summary.read_text())["status"] if summary.exists() else "no summary"
+        return _failed(str(error))
+    return _outcome(status, folder)
+
+
+def _run_grpc(config: CoreConfig, folder: Path) -> int:
+    from fl_server.bundle import app_directory
+    from fl_server.federation import UsageError, connection
+    from fl_server.flower_run import run_on_connection
+
+    try:
+        link = connection(config.engine.connection)
+    except UsageError as error:
+        return _complain([str(error)])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        with app_directory() as app_dir:
+            status = run_on_connection(
+                app_dir, config.flat(), link.name, flower_home=link.flower_home
+            )
+    except RuntimeError as error:
+        return _failed(str(error))
+    return _outcome(status, folder, elsewhere=not link.on_this_machine)
+
+
+def _outcome(status: FlowerStatus, folder: Path, *, elsewhere: bool = False) -> int:
+    """What Flower and the results folder, unless it is on another machine, say of a run."""
+    import json
+
+    from fl_server.recorder import SUMMARY
+
+    try:
+        reached = json.loads((folder / SUMMARY).read_text())["status"]
+    except OSError:
+        reached = "completed" if elsewhere and status.completed else "no summary"
     if status.completed and reached == "completed":
         return OK
-    why = f"{status.status} {status.details}".strip()
-    print(f"error: the run failed: {reached}; Flower says {why}", file=sys.stderr)
+    return _failed(f"{reached}; Flower says {status.status} {status.details}".strip())
+
+
+def _failed(why: str) -> int:
+    print(f"error: the run failed: {why}", file=sys.stderr)
     return FAILED
+
+
+def _node(args: argparse.Namespace) -> int:
+    from fl_client.node import Node, NodeError, check, serve
+
+    try:
+        config = _node_config(args)
+        node = Node(
+            superlink=args.superlink,
+            config=config,
+            root_certificates=args.root_certificates,
+            auth_key=args.auth_key,
+            insecure=args.insecure,
+            port=args.port,
+            poll_interval=args.poll_interval,
+            wait=args.wait,
+            preload=not args.no_preload,
+        )
+        check(node)
+        return serve(node)
+    except NodeError as error:
+        return _complain([str(error)])
+
+
+def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
+    """Options and key=value as Flower's node config, paths absolute.  Raises NodeError."""
+    from fl_client.node import NodeError
+
+    config: dict[str, Scalar] = {}
+    for item in args.values:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise NodeError(f"{item}: node-config keys are written key=value")
+        config[key] = int(text) if text.removeprefix("-").isdecimal() else text
+    options = {
+        "partition-id": args.partition,
+        "data-path": args.data_path,
+        "state-dir": args.state_dir,
+        "worker-socket": args.worker_socket,
+        "device": args.device,
+        "threads": args.threads,
+    }
+    for key, value in options.items():
+        if value is not None and key in config:
+            raise NodeError(f"{key}: given twice, {value} and {config[key]}")
+        if value is not None:
+            config[key] = value if isinstance(value, int) else str(value)
+    for key in ("data-path", "state-dir", "worker-socket"):
+        if key in config:
+            config[key] = str(Path(str(config[key])).expanduser().absolute())
+    return config
+
+
+def _up(args: argparse.Namespace) -> int:
+    from fl_server.federation import FederationError, UsageError, up
+
+    options = list(args.values)
+    for name in ("state_dir", "device", "threads", "poll_interval"):
+        if (value := getattr(args, name)) is not None:
+            value = value.expanduser().absolute() if isinstance(value, Path) else value
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    if args.no_preload:
+        options.append("--no-preload")
+    try:
+        up(
+            args.clients,
+            insecure=args.insecure,
+            data_paths=[str(path) for path in args.data_path],
+            node_options=options,
+        )
+    except UsageError as error:
+        return _complain([str(error)])
+    except FederationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return OK
+
+
+def _down(args: argparse.Namespace) -> int:
+    from fl_server.federation import FederationError, UsageError, down
+
+    try:
+        down()
+    except UsageError as error:
+        return _complain([str(error)])
+    except FederationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return OK

@@ -1,11 +1,12 @@
-"""One run of a Flower app in simulation: private while it lasts, nothing left behind afterwards.
+"""One run of a Flower app: in simulation, or on a SuperLink that is there already.
 
-Left to itself, `flwr run` shares one SuperLink per machine, lets it live on after the run, takes
-whatever environment and working directory it was first started with, and exits 0 when the
-ServerApp crashed. Here every run has its own Flower home, its own empty working directory (Ray's
-actors import from there first), its own SuperLink and its own Ray session, in one temporary folder.
+Simulation is private while it lasts, and nothing is left behind afterwards. Left to itself, `flwr
+run` shares one SuperLink per machine, lets it live on after the run, takes whatever environment and
+working directory it was first started with, and exits 0 when the ServerApp crashed. Here every run
+has its own Flower home, its own empty working directory (Ray's actors import from there first), its
+own SuperLink and its own Ray session, in one temporary folder.
 
-All of it is started by a keeper: a child process that runs this file as a script. On Linux the
+All of it is started by a keeper: a child process that needs only the standard library. On Linux the
 keeper adopts every orphan among its descendants (Ray's processes leave their sessions and process
 groups, not their ancestry), so it can end them all; and it does so as soon as its standard input
 closes, which the end of the caller, even by SIGKILL, cannot avoid. Elsewhere a process whose parent
@@ -16,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import re
 import select
 import shutil
@@ -24,22 +26,32 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fl_common import processes
 
 BIN = Path(sys.executable).parent
 CONNECTION = "private"
 START_TIMEOUT = 60.0  # s, for the SuperLink to listen
 LIST_TIMEOUT = 60.0  # s, for `flwr list` to answer
-GRACE = 3.0  # s, between SIGTERM and SIGKILL
-LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given up
+SUBMIT_TIMEOUT = 120.0  # s, for a SuperLink to take a run
+STOP_TIMEOUT = 30.0  # s, for a SuperLink to stop a run
+QUIET = 30.0  # s without a line from a run, after which its status is asked for
+LOST = 60.0  # s without an answer from the SuperLink, after which a run is given up
 POLL = 0.05  # s
 LONGEST_ROOT = 20  # bytes; Ray's socket paths add up to 85, and Linux allows 107
 RESULT = "\0flatfed-result "  # begins the keeper's last line
+KEEPER = (  # needs nothing but the standard library and these packages
+    f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r}); "
+    "from fl_server.flower_run import _keep; _keep()"
+)
 
 ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -54,6 +66,7 @@ ENVIRONMENT = {
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {2,}(.*)", re.DOTALL)
+_STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = (  # true of Flower's shared SuperLink, misleading here
     "Using SuperLink: ",
     "Starting logstream for run_id ",
@@ -101,7 +114,7 @@ def run_simulation(
         raise ValueError(f"clients is {clients}, but a run needs at least 1")
     job = {"app": str(Path(app_dir).resolve()), "clients": clients, "config": _toml(run_config)}
     keeper = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__],
+        [sys.executable, "-I", "-S", "-c", KEEPER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -154,6 +167,165 @@ def _plain(line: str) -> str | None:
     return None if text.startswith(_NOISE) else text
 
 
+def run_on_connection(
+    app_dir: Path,
+    run_config: Mapping[str, str | int | float | bool],
+    connection: str,
+    *,
+    flower_home: Path | None = None,
+    on_line: Callable[[str], None] = print,
+) -> FlowerStatus:
+    """Run the Flower app in `app_dir` once on the SuperLink `connection` and wait for its end.
+
+    `connection` is a name in the Flower configuration of `flower_home` (default: the user's own);
+    the rest is as for `run_simulation`.  If the caller is interrupted, the run is stopped.
+
+    Raises:
+        ValueError: a value of `run_config` is not what Flower can take.
+        RuntimeError: the SuperLink did not answer, or refused the run.
+    """
+    env = {**os.environ, **ENVIRONMENT, **direct(), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    if flower_home:
+        env["FLWR_HOME"] = str(flower_home)
+    link = _Link(connection, env)
+    with tempfile.TemporaryDirectory(prefix="flatfed-") as folder:
+        settings = Path(folder, "run.toml")
+        settings.write_text(_toml(run_config), encoding="utf-8")
+        with link.start("run", str(app_dir), connection, "--stream", "-c", str(settings)) as submit:
+            return _follow(link, submit, on_line)
+
+
+def _follow(link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[str], None]) -> Any:
+    """Hand on the lines of a submitted run until it has ended; stop it if that is interrupted."""
+    run_id, tail, deadline = 0, deque(maxlen=8), time.monotonic() + SUBMIT_TIMEOUT
+    lines = _lines(submit.stdout)
+    try:
+        while (line := lines(QUIET if run_id else deadline - time.monotonic())) != "":
+            if line is None:  # silence
+                if not run_id:
+                    raise RuntimeError(f"Flower took no run within {SUBMIT_TIMEOUT:g} s")
+                if (status := link.status(run_id)) is not None:
+                    return status
+            elif match := _STARTED.match(_COLOUR.sub("", line)):
+                run_id = int(match[1])
+            elif (text := _plain(line)) is not None:
+                tail.append(text)
+                on_line(text)
+        if not run_id:
+            words = [text.strip("│ ") for text in tail if not text.startswith(("╭", "╰"))]
+            raise RuntimeError("\n".join(["Flower refused the run", *filter(None, words)]))
+        while (status := link.status(run_id)) is None:
+            time.sleep(2.0)  # the stream of lines broke off, the run goes on
+        return status
+    except RuntimeError:
+        raise
+    except BaseException:
+        while not run_id and (line := lines(10.0)):  # it may be on its way
+            if match := _STARTED.match(_COLOUR.sub("", line)):
+                run_id = int(match[1])
+        if run_id:
+            on_line(link.stop(run_id))
+        raise
+
+
+def _lines(stream: Any) -> Callable[[float], str | None]:
+    """`read(seconds)` gives the next line of `stream`, "" at its end, None if none came in time."""
+    received: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def pump() -> None:
+        with contextlib.suppress(ValueError):  # closed
+            for line in stream:
+                received.put(line)
+        received.put("")
+
+    threading.Thread(target=pump, daemon=True).start()
+
+    def read(seconds: float) -> str | None:
+        try:
+            return received.get(timeout=max(seconds, 0.0))
+        except queue.Empty:
+            return None
+
+    return read
+
+
+@dataclass
+class _Link:
+    """A SuperLink as `flwr` knows it by a connection's name."""
+
+    connection: str
+    env: Mapping[str, str]
+    answered: float = math.inf  # when it last did, by the monotonic clock
+
+    @contextmanager
+    def start(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+        """`flwr` in a session of its own: Ctrl-C is for this process alone."""
+        process = subprocess.Popen(
+            [BIN / "flwr", *arguments],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def ask(self, *arguments: str, limit: float) -> str:
+        """All that `flwr` prints; TimeoutError if it takes longer than `limit` seconds."""
+        with self.start(*arguments) as process:
+            try:
+                return _COLOUR.sub("", process.communicate(timeout=limit)[0])
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(f"`flwr {arguments[0]}` took more than {limit:g} s") from None
+
+    def status(self, run_id: int) -> FlowerStatus | None:
+        """How the run ended; None while it goes on.  Raises RuntimeError if nobody can say."""
+        try:
+            options = ("--run-id", str(run_id), "--format", "json")
+            text = self.ask("list", self.connection, *options, limit=LIST_TIMEOUT)
+            status = _status(text)
+        except (TimeoutError, ValueError) as error:
+            self.answered = min(self.answered, time.monotonic())
+            if time.monotonic() - self.answered > LOST:
+                raise RuntimeError(f"the SuperLink does not answer: {error}") from None
+            return None
+        self.answered = math.inf
+        return status
+
+    def stop(self, run_id: int) -> str:
+        """Stop the run; what became of that, in one line."""
+        with contextlib.suppress(TimeoutError):
+            text = self.ask("stop", str(run_id), self.connection, limit=STOP_TIMEOUT)
+            if "successfully stopped" in text or "finished" in text:
+                return f"run {run_id} is stopped"
+        return f"run {run_id} could not be stopped; type: flwr stop {run_id} {self.connection}"
+
+
+def _status(listing: str) -> FlowerStatus | None:
+    """The newest run of `flwr list --format json`; None if it goes on; ValueError if there is
+    none."""
+    try:
+        run = json.loads(listing)["runs"][0]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(" ".join(listing.split())) from None
+    if not run["status"].startswith("finished"):
+        return None
+    details = run["status-details"]
+    return FlowerStatus(int(run["run-id"]), run["status"], "" if details == "N/A" else details)
+
+
+def direct() -> dict[str, str]:
+    """The environment in which this machine is reached without a proxy."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{hosts},127.0.0.1")
+
+
 class _CallerGone(Exception):
     """The caller has closed the keeper's standard input."""
 
@@ -162,7 +334,7 @@ def _keep() -> None:
     """The keeper's life: read the job, run it, end every process, remove the folder, answer."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which children would inherit
-    _adopt_orphans()
+    processes.adopt_orphans()
     job = json.loads(sys.stdin.readline())
     root = tempfile.gettempdir()
     folder = tempfile.mkdtemp("", "flatfed-", root if len(root) <= LONGEST_ROOT else "/tmp")
@@ -173,7 +345,7 @@ def _keep() -> None:
     except Exception as error:
         result = {"error": str(error) or repr(error)}
     finally:
-        _end_descendants()
+        processes.end_descendants()
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), f"{RESULT}{json.dumps(result)}\n".encode())
@@ -184,14 +356,12 @@ def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
     for name in ("home", "empty"):
         (folder / name).mkdir()
     (folder / "run.toml").write_text(config, encoding="utf-8")
-    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
     os.environ.update(
         FLWR_HOME=str(folder / "home"),
         FLWR_LOG_LEVEL="INFO",  # the level at which the SuperLink says that it listens
         RAY_TMPDIR=str(folder),
         PATH=f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # Flower's own look-ups
-        NO_PROXY=f"{direct},127.0.0.1",
-        no_proxy=f"{direct},127.0.0.1",
+        **direct(),
     )
     superlink, port = _start_superlink(folder)
     connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -210,10 +380,8 @@ def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
             raise RuntimeError(f"Flower does not tell how the run ended: {text}") from None
         if not runs:
             raise RuntimeError("Flower refused the run")
-        if runs[0]["status"].startswith("finished"):
-            run_id, status, details = (runs[0][k] for k in ("run-id", "status", "status-details"))
-            details = "" if details == "N/A" else details
-            return {"run_id": int(run_id), "status": status, "details": details}
+        if status := _status(text):
+            return asdict(status)
         _pause(1.0)  # the stream of lines broke off, the run goes on
 
 
@@ -222,7 +390,7 @@ def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     log = folder / "superlink.log"
     deadline = time.monotonic() + START_TIMEOUT
     while True:
-        port = _free_port()
+        port = free_port()
         address = ("--host", "127.0.0.1", "--port", str(port))
         with log.open("wb") as out:
             options = ("--insecure", "--simulation", *address)
@@ -239,7 +407,7 @@ def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
             raise _broken(f"ended at its start with exit code {ended}", log)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A loopback port that nobody used a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
@@ -280,56 +448,3 @@ def _broken(what: str, log: Path) -> RuntimeError:
     """An error of the SuperLink, with the last lines of its log."""
     lines = _COLOUR.sub("", log.read_text(errors="replace")).splitlines()[-12:]
     return RuntimeError("\n".join([f"Flower's SuperLink {what}; the end of its log:", *lines]))
-
-
-def _adopt_orphans() -> None:
-    """Make this process the parent of every descendant whose own parent dies."""
-    if sys.platform == "linux":
-        import ctypes
-
-        subreaper = 36  # PR_SET_CHILD_SUBREAPER
-        if ctypes.CDLL(None, use_errno=True).prctl(subreaper, 1, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-
-
-def _end_descendants() -> None:
-    """End every process below this one: SIGTERM, then SIGKILL to what lives after `GRACE` s."""
-    start, told = time.monotonic(), set()
-    while (living := _descendants()) and (waited := time.monotonic() - start) < LIMIT:
-        for process in living if waited > GRACE else living - told:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL if waited > GRACE else signal.SIGTERM)
-        told |= living
-        time.sleep(POLL / 2)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
-
-def _descendants() -> set[int]:
-    """Every process below this one, dead ones that nobody has waited for included."""
-    children: dict[int, list[int]] = {}
-    for process, parent in _parents():
-        children.setdefault(parent, []).append(process)
-    found, queue = set(), [os.getpid()]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found.update(below)
-        queue += below
-    return found
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    """(process, its parent) for every process of the machine."""
-    if sys.platform != "linux":
-        with subprocess.Popen(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE) as ps:
-            table = [(int(process), int(parent)) for process, parent in map(bytes.split, ps.stdout)]
-        yield from (row for row in table if row[0] != ps.pid)
-        return
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            yield int(stat.parent.name), int(stat.read_bytes().rpartition(b")")[2].split()[1])
-
-
-if __name__ == "__main__":
-    _keep()

@@ -7,7 +7,6 @@ non-public parts (task identity, message ids) is all in this module.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -48,7 +47,7 @@ class InProcessGrid(Grid):
             )
             for partition in range(clients)
         }
-        self._queue: deque[Message] = deque()
+        self._queue: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -74,16 +73,14 @@ class InProcessGrid(Grid):
         pushed = list(messages)
         for message in pushed:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-        self._queue.extend(pushed)
+        self._queue |= {message.metadata.message_id: message for message in pushed}
         return [message.metadata.message_id for message in pushed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The reply of the next queued message among `message_ids`; empty when none is left."""
-        wanted = set(message_ids)
-        for position, message in enumerate(self._queue):
-            if message.metadata.message_id in wanted:
-                del self._queue[position]
-                return [self._answer(message)]
+        for message_id in message_ids:
+            if message_id in self._queue:
+                return [self._answer(self._queue.pop(message_id))]
         return []
 
     def send_and_receive(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 
@@ -11,7 +10,7 @@ class Progress:
     """A bar with the last round's numbers on a terminal, one line per round elsewhere."""
 
     def __init__(self, rounds: int, bar: bool) -> None:
-        self.rounds, self.started = rounds, time.monotonic()
+        self.rounds, self.seconds = rounds, 0.0
         self.bar = _Bar(rounds) if bar and sys.stdout.isatty() else None
 
     def note(self, text: str) -> None:
@@ -22,7 +21,8 @@ class Progress:
 
     def row(self, row: dict[str, Any]) -> None:
         done = row["round"]
-        left = (time.monotonic() - self.started) / done * (self.rounds - done)
+        self.seconds += row["seconds"]
+        left = self.seconds / done * (self.rounds - done)
         text = _numbers(row)
         if self.bar:
             self.bar.advance(text)
@@ -39,7 +39,8 @@ class Progress:
 
 def _numbers(row: dict[str, Any]) -> str:
     parts = [f"accuracy {row['accuracy']:.4f}  loss {row['loss']:.4f}"] if "loss" in row else []
-    parts.append(f"client loss {row['client_loss']:.4f}")
+    if row["client_loss"] is not None:
+        parts.append(f"client loss {row['client_loss']:.4f}")
     parts.append(f"{len(row['replies'])}/{len(row['cohort'])} clients  {row['seconds']:.2f} s")
     parts.append(f"up {_size(row['bytes_up'])}  down {_size(row['bytes_down'])}")
     return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""Who takes part: the roll call, the draw of a round's cohort, and the exchange of messages.
+"""Who takes part: the roll call, and the draw of a round's cohort.
 
 Clients are named by partition id.  Flower's node ids are random, and nothing that affects a
 result depends on them or on the order of arrival.
@@ -7,45 +7,63 @@ result depends on them or on the order of arrival.
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fl_common import wire
 from fl_common.determinism import seed_of
+from fl_common.fingerprint import code_sha256, versions
+from fl_server.exchange import Outcome, RunFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from flwr.serverapp import Grid
 
-    from fl_common.config import Clients, CoreConfig
+    from fl_common.config import Clients
+    from fl_server.exchange import Exchange
 
-POLL_S = 0.1
-"""Pause between two looks for replies that have not come yet [s]."""
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message is one line for its user."""
+WAIT_S = 0.5
+"""Pause between two looks for nodes that have not come yet [s]."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A client as the roll call found it."""
+    """A client as it answered the roll call."""
 
-    partition: int
     node_id: int
+    partition: int
     samples: int
     """n_i, training samples."""
     label_counts: tuple[int, ...]
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    """A sample's shape as the model receives it."""
+    code: str
+    """Digest of its package code."""
+    versions: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, reply: Message) -> Member:
+        numbers, words = reply.content[wire.METRICS], reply.content[wire.CONFIG]
+        return cls(
+            node_id=reply.metadata.src_node_id,
+            partition=int(numbers["partition-id"]),
+            samples=int(numbers["num-examples"]),
+            label_counts=tuple(numbers["label-counts"]),
+            classes=tuple(words["classes"]),
+            shape=tuple(words["shape"]),
+            code=str(words["code"]),
+            versions=tuple((name, str(words[name])) for name in versions()),
+        )
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """A round's clients, in partition order, seen as a grid that has no other nodes."""
+    """Some members, in partition order, seen as a grid that has no other nodes."""
 
     grid: Grid
     members: Sequence[Member]
@@ -57,119 +75,156 @@ class Cohort:
         return getattr(self.grid, name)
 
 
-@dataclass
-class Exchange:
-    """Messages out, replies in, and what became of each: all by the names of the receivers."""
+def judge(
+    answers: Iterable[Member], present: Mapping[int, Member], number: int, code: str
+) -> tuple[dict[int, Member], dict[int, str]]:
+    """Members by partition, and the reasons of those refused by node id.
 
-    grid: Grid
-    deadline_s: float
-
-    def __post_init__(self) -> None:
-        self.accepted: dict[int, MetricRecord] = {}
-        self.failed: dict[int, str] = {}
-        self.bytes_down = self.bytes_up = 0
-
-    def replies(self, messages: Sequence[Message], names: Sequence[int]) -> Iterator[Message]:
-        """Every good reply to `messages`, in the order of `names` (what each receiver is called).
-
-        A reply that comes before its turn waits; one that has not come by the deadline never
-        holds up the others beyond it.
-        """
-        early: dict[int, Message] = {}
-        waiting = deque(names)
-        for name, reply in self._arrivals(messages, names):
-            early[name] = reply
-            while waiting and (waiting[0] in early or waiting[0] in self.failed):
-                yield from self._accept(waiting.popleft(), early)
-        for name in waiting:
-            yield from self._accept(name, early)
-
-    def _accept(self, name: int, early: dict[int, Message]) -> Iterator[Message]:
-        if name in early:
-            reply = early.pop(name)
-            self.accepted[name] = reply.content[wire.METRICS]
-            yield reply
-
-    def _arrivals(
-        self, messages: Sequence[Message], names: Sequence[int]
-    ) -> Iterator[tuple[int, Message]]:
-        end = time.monotonic() + self.deadline_s
-        ids = list(self.grid.push_messages(messages))
-        if len(ids) != len(messages):
-            raise RunFailed(f"the grid took {len(ids)} of {len(messages)} messages")
-        self.bytes_down += sum(_payload(message) for message in messages)
-        pending = dict(zip(ids, names, strict=True))
-        while pending:
-            arrived = list(self.grid.pull_messages(list(pending)))
-            for reply in arrived:
-                name = pending.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error():
-                    self.failed[name] = _reason(reply)
-                else:
-                    self.bytes_up += _payload(reply)
-                    yield name, reply
-            if pending and time.monotonic() > end:
-                late = f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
-                self.failed.update(dict.fromkeys(pending.values(), late))
-                return
-            if not arrived:
-                time.sleep(POLL_S)
-
-
-def _payload(message: Message) -> int:
-    # Not content.array_records: that view and its content would keep each other, and the model in
-    # them, alive until the next sweep of the garbage collector.
-    records = (record for record in message.content.values() if isinstance(record, ArrayRecord))
-    return sum(map(wire.payload_bytes, records))
-
-
-def _reason(reply: Message) -> str:
-    """The last line of an error's text: the exception, without its traceback."""
-    lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
-    text = next((line for line in reversed(lines) if ": " in line), lines[-1] if lines else "")
-    return text.rstrip("'>") or f"error code {reply.error.code}"
-
-
-def roll_call(grid: Grid, config: CoreConfig, *, nodes_may_come: bool) -> list[Member]:
-    """Ask every node who it is; members in partition order.
-
-    In a simulation all nodes are there from the start, so a wrong number is an error at once;
-    with `nodes_may_come` they are waited for until the deadline.  Raises RunFailed.
+    `present`: the members so far, who keep their places.  The verdict depends on the set of
+    answers, not on their order: of two newcomers with one partition neither is taken.
     """
-    number, deadline_s = config.clients.number, config.clients.deadline_s
-    end = time.monotonic() + deadline_s
-    nodes = sorted(grid.get_node_ids())
-    while nodes_may_come and len(nodes) < number and time.monotonic() < end:
-        time.sleep(POLL_S)
-        nodes = sorted(grid.get_node_ids())
-    if len(nodes) != number:
-        raise RunFailed(
-            f"clients.number = {number} but the federation has {len(nodes)} nodes; pass "
-            f'--federation-config "num-supernodes={number} client-resources-num-cpus=1" '
-            f"or set clients.number={len(nodes)}"
+    answers = sorted(answers, key=lambda member: (member.partition, member.node_id))
+    refused: dict[int, str] = {}
+    claims: dict[int, list[Member]] = {}
+    for member in answers:
+        if member.code != code:
+            refused[member.node_id] = "its package code differs from the server's; update it"
+        elif not 0 <= member.partition < number:
+            refused[member.node_id] = (
+                f"it has partition-id {member.partition}, but clients.number = {number}"
+            )
+        elif member.samples < 1:
+            refused[member.node_id] = "it has no training samples"
+        else:
+            claims.setdefault(member.partition, []).append(member)
+    members = dict(present)
+    for partition, claimants in claims.items():
+        if partition in present or len(claimants) > 1:
+            for member in claimants:
+                refused[member.node_id] = (
+                    f"another node has partition-id {partition} too; give each its own"
+                )
+        else:
+            members[partition] = claimants[0]
+    return _like_first(members, refused)
+
+
+def _like_first(
+    members: dict[int, Member], refused: dict[int, str]
+) -> tuple[dict[int, Member], dict[int, str]]:
+    """Without those whose data do not fit the lowest partition's."""
+    good: dict[int, Member] = {}
+    for partition in sorted(members):
+        member = members[partition]
+        first = good[min(good)] if good else member
+        if member.classes != first.classes:
+            refused[member.node_id] = (
+                f"its classes {_few(member.classes)} differ from client {first.partition}'s "
+                f"{_few(first.classes)}; name and order them alike"
+            )
+        elif member.shape != first.shape:
+            refused[member.node_id] = (
+                f"its samples have shape {list(member.shape)}, client {first.partition}'s "
+                f"{list(first.shape)}"
+            )
+        else:
+            good[partition] = member
+    return good, refused
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"({shown}, ... {len(names)} in all)" if len(names) > 6 else f"({shown})"
+
+
+class Roster:
+    """The members of a run; asks every node that appears."""
+
+    def __init__(self, exchange: Exchange, number: int) -> None:
+        self.exchange, self.number = exchange, number
+        self.members: dict[int, Member] = {}
+        self.refused: dict[int, str] = {}
+        """Reasons by node id."""
+
+    def assemble(self, *, nodes_may_come: bool) -> None:
+        """The roll call before the first round.  Raises RunFailed unless all clients are there.
+
+        In a simulation all nodes are there from the start, so a wrong number is an error at
+        once; with `nodes_may_come` they are waited for until the deadline.
+        """
+        end = time.monotonic() + self.exchange.deadline_s
+        nodes = list(self.exchange.grid.get_node_ids())
+        if not nodes_may_come and len(nodes) != self.number:
+            raise RunFailed(
+                f"clients.number = {self.number} but the federation has {len(nodes)} nodes; pass "
+                f'--federation-config "num-supernodes={self.number} client-resources-num-cpus=1" '
+                f"or set clients.number={len(nodes)}"
+            )
+        told = -1
+        while True:
+            self.refresh()
+            if len(self.members) == self.number:
+                return
+            if not nodes_may_come or time.monotonic() > end:
+                raise RunFailed(self._absence(waited=nodes_may_come))
+            if told != len(self.members):
+                told = len(self.members)
+                self.exchange.note(f"waiting for clients: {told} of {self.number} are here")
+            time.sleep(WAIT_S)
+
+    def _absence(self, waited: bool) -> str:
+        reasons = list(dict.fromkeys(self.refused.values()))
+        if waited:
+            reasons.append(f"waited {self.exchange.deadline_s:g} s (clients.deadline-s)")
+        return (
+            f"roll call: clients.number = {self.number}, but {len(self.members)} can take part"
+            + "".join(f"; {reason}" for reason in reasons)
         )
-    ask = RecordDict({wire.CONFIG: ConfigRecord({"roll-call": True})})
-    messages = [Message(ask, node, MessageType.QUERY, group_id="roll-call") for node in nodes]
-    exchange = Exchange(grid, deadline_s)
-    members = {}
-    for reply in exchange.replies(messages, nodes):
-        answer = reply.content[wire.METRICS]
-        partition = int(answer["partition-id"])
-        if partition in members:
-            raise RunFailed(f"two nodes say that they hold partition {partition}")
-        members[partition] = Member(
-            partition=partition,
-            node_id=reply.metadata.src_node_id,
-            samples=int(answer["num-examples"]),
-            label_counts=tuple(answer["label-counts"]),
-        )
-    if exchange.failed:
-        reasons = list(dict.fromkeys(exchange.failed.values()))
-        raise RunFailed(
-            f"roll call: {len(members)} of {number} clients answered; the others: "
-            + "; ".join(reasons)
-        )
-    return [members[partition] for partition in sorted(members)]
+
+    def refresh(self) -> None:
+        """Ask the nodes that are new, forget those that are gone.
+
+        A refused node is asked again only after it was away.
+        """
+        nodes = set(self.exchange.grid.get_node_ids())
+        self.members = {p: m for p, m in self.members.items() if m.node_id in nodes}
+        self.refused = {n: reason for n, reason in self.refused.items() if n in nodes}
+        known = {member.node_id for member in self.members.values()} | self.refused.keys()
+        if not nodes - known:
+            return
+        answers, refused = self._ask(sorted(nodes - known))
+        self.members, unfit = judge(answers, self.members, self.number, code_sha256())
+        refused |= unfit
+        for reason in dict.fromkeys(refused[node] for node in sorted(refused)):
+            which = [str(node) for node in sorted(refused) if refused[node] == reason]
+            more = f" and {len(which) - 3} more" if len(which) > 3 else ""
+            self.exchange.note(f"roll call: refused node {', '.join(which[:3])}{more}: {reason}")
+        self.refused |= refused
+        own = tuple(versions().items())
+        for member in answers:
+            if member.versions != own and member.node_id not in refused:
+                self.exchange.note(
+                    f"roll call: client {member.partition} has {dict(member.versions)}, the "
+                    f"server {dict(own)}: bits may differ"
+                )
+
+    def _ask(self, nodes: Sequence[int]) -> tuple[list[Member], dict[int, str]]:
+        """The answers of these nodes, and by node why some gave none."""
+        ask = RecordDict({wire.CONFIG: ConfigRecord({"roll-call": True})})
+        messages = [Message(ask, node, MessageType.QUERY, group_id="roll-call") for node in nodes]
+        outcome, answers = Outcome(), []
+        for reply in self.exchange.replies(messages, nodes, "roll call", outcome):
+            try:
+                answers.append(Member.of(reply))
+            except (KeyError, TypeError, ValueError) as error:
+                node = reply.metadata.src_node_id
+                outcome.failed[node] = f"its answer cannot be read: {error!r}"
+        return answers, outcome.failed
+
+    def drawn(self, partitions: Sequence[int]) -> tuple[list[Member], dict[int, str]]:
+        """The members of a cohort, and those of it who are not connected, with the reason."""
+        here = [self.members[p] for p in partitions if p in self.members]
+        return here, {p: "not connected" for p in partitions if p not in self.members}
 
 
 def draw(clients: Clients, seed: int, server_round: int) -> list[int]:

@@ -11,20 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from fl_common import wire
 from fl_common.config import Group
 from fl_common.deferred import torch
+from fl_common.guards import Spec
 from fl_common.layout import COUNTERS, PARAMS, STATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from flwr.app import ArrayRecord
     from flwr.serverapp import Grid
 
+    from fl_common.config import CoreConfig
     from fl_common.layout import Flat
 
 METHODS: dict[str, type[FederatedStrategy]] = {}
@@ -66,10 +67,11 @@ class Reply:
     @classmethod
     def of(cls, message: Message) -> Reply:
         metrics = message.content[wire.METRICS]
+        records = [r for r in message.content.values() if isinstance(r, ArrayRecord)]
         return cls(
             samples=int(metrics["num-examples"]),
             steps=int(metrics["steps"]),
-            model=wire.unpack(message.content[wire.ARRAYS]),
+            model={name: t for record in records for name, t in wire.unpack(record).items()},
         )
 
 
@@ -96,6 +98,26 @@ class WeightedMean:
         return (self._sum / self.weight).to(dtype)
 
 
+class BufferMean:
+    """What becomes of buffers, whatever the algorithm: floating statistics are averaged by
+    samples, integer counters are those of the first client."""
+
+    def __init__(self) -> None:
+        self.stats = WeightedMean()
+        self.counters: Flat = {}
+
+    def add(self, reply: Reply) -> None:
+        if STATS in reply.model:
+            self.stats.add(reply.model[STATS], reply.samples)
+        if COUNTERS in reply.model and not self.counters:
+            self.counters = {COUNTERS: reply.model[COUNTERS]}
+
+    def value(self, like: Flat) -> Flat:
+        """The new buffers, in the dtypes of the model `like`."""
+        stats = {STATS: self.stats.value(like[STATS].dtype)} if STATS in like else {}
+        return stats | self.counters
+
+
 class FederatedStrategy(Strategy):
     """The server half: an algorithm overrides `begin`, `add` and `step`.
 
@@ -117,6 +139,26 @@ class FederatedStrategy(Strategy):
         self.params = params or self.Params()
         self.w: Flat = {}
 
+    @classmethod
+    def check(cls, config: CoreConfig) -> list[str]:
+        """What is wrong with the settings of this strategy, one line each."""
+        if not config.strategy.params:
+            return []
+        return [
+            f'strategy.params = "{config.strategy.params}": {cls.name} has its own keys, '
+            f"{cls.name}.*; leave it empty"
+        ]
+
+    @classmethod
+    def configured(cls, config: CoreConfig) -> FederatedStrategy:
+        """The server half with its parameters."""
+        return cls(config.params_of(cls.name))
+
+    @classmethod
+    def rule(cls, config: CoreConfig, settings: ConfigRecord) -> ClientRule:
+        """The client half of one round; `settings`: what came with the message."""
+        return cls.Rule(config.params_of(cls.name))
+
     # What an algorithm declares
 
     def payload(self) -> Flat:
@@ -134,6 +176,18 @@ class FederatedStrategy(Strategy):
     def step(self) -> torch.Tensor:
         """The next global parameters (d,), after the last reply."""
         raise NotImplementedError
+
+    uplink: ClassVar[tuple[str, ...]] = ()
+    """Names of the vectors (d,) that clients send besides the model."""
+
+    def expected(self) -> dict[str, dict[str, Spec]]:
+        """The array records of a good reply to `configure_train`."""
+        specs = self.specs(self.w)
+        return {wire.ARRAYS: specs | dict.fromkeys(self.uplink, specs[PARAMS])}
+
+    @staticmethod
+    def specs(model: Flat) -> dict[str, Spec]:
+        return {kind: Spec.of(vector) for kind, vector in model.items()}
 
     def state(self) -> Flat:
         """All that the next round depends on, besides the model."""
@@ -155,26 +209,18 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self.begin(self.w[PARAMS])
-        stats, loss = WeightedMean(), 0.0
-        counters: Flat = {}
-        samples = 0
+        buffers, loss, samples = BufferMean(), 0.0, 0
         for message in replies:
             if not message.has_content():
                 continue
             reply = Reply.of(message)
             self.add(reply)
-            # BatchNorm statistics are averaged, its counters are those of the first client.
-            if STATS in reply.model:
-                stats.add(reply.model[STATS], reply.samples)
-            if COUNTERS in reply.model and not counters:
-                counters = {COUNTERS: reply.model[COUNTERS]}
+            buffers.add(reply)
             loss += reply.samples * float(message.content[wire.METRICS]["loss"])
             samples += reply.samples
         if not samples:
             return None, None
-        model = {PARAMS: self.step(), **counters}
-        if STATS in self.w:
-            model[STATS] = stats.value(self.w[STATS].dtype)
+        model = {PARAMS: self.step(), **buffers.value(self.w)}
         return wire.pack(model), MetricRecord({"loss": loss / samples, "num-examples": samples})
 
     def configure_evaluate(

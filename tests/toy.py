@@ -41,24 +41,12 @@ class Quadratic(torch.nn.Module):
         return output.mean()
 
 
-class Partition(list):
-    """The interface of fl_common.data.partition.Partition over two lists of indices."""
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.array([len(part) for part in self])
-
-    @property
-    def label_counts(self) -> np.ndarray:
-        return np.diag(self.sizes)
-
-
 def install(patch: pytest.MonkeyPatch, n: tuple[int, int] = (1, 1)) -> None:
     """Put the toy in the place of data and model; everything else of a run stays real."""
     y = np.repeat([0, 1], n)
     split = Split(np.stack([A[y], B[y]], axis=1), y)
     data = Dataset(train=split, test=split, classes=("f1", "f2"), shape=(2,), fingerprint="toy")
-    parts = Partition(np.flatnonzero(y == client) for client in (0, 1))
+    parts = [np.flatnonzero(y == client) for client in (0, 1)]
     patch.setattr(assembly, "load_data", lambda config: data)
     patch.setattr(assembly, "split_data", lambda config, data: parts)
-    patch.setattr(assembly, "new_model", lambda config, data, device: Quadratic())
+    patch.setattr(assembly, "new_model", lambda config, classes, shape, device: Quadratic())

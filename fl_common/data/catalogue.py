@@ -5,14 +5,15 @@ Importing this module imports only the standard library: config validation uses 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
 from fl_common.data import layouts
 from fl_common.data.errors import DataError
 
-PARTITIONS = ("iid", "dirichlet", "dirichlet-balanced", "pathological")
+PARTITIONS = ("iid", "dirichlet", "dirichlet-balanced", "pathological", "local")
+"""local: every node trains on its own data, whole."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,18 @@ def check(
     classes_per_client: int = 2,
     augment: str = "default",
     image_size: int = 0,
+    on_nodes: bool = False,
 ) -> list[tuple[str, str]]:
-    """What is wrong with these settings: (key, one line with the remedy); nothing is decoded."""
+    """What is wrong with these settings: (key, one line with the remedy); nothing is decoded.
+
+    on_nodes: the data lie on other machines, so that the path is not looked up here.
+    """
     info = SOURCES.get(source)
     if info is None:
         near = get_close_matches(source, SOURCES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return [("data.source", f"{source} is unknown; {hint}known: {', '.join(SOURCES)}")]
-    errors = _check_path(source, path, info)
+    errors = [] if on_nodes else _check_path(source, path, info)
     if augment not in info.pipelines:
         errors.append(
             ("data.augment", f"{source} has no {augment}; it has {', '.join(info.pipelines)}")
@@ -141,6 +146,8 @@ def check(
         errors.append(
             ("data.image-size", f"{source} has its own size; leave it at 0, or use folder")
         )
+    if not errors and source == "folder" and not on_nodes:
+        info = replace(info, train_size=layouts.train_size(path))
     errors += _check_partition(info, partition, clients, min_size, classes_per_client)
     return errors
 
@@ -162,7 +169,7 @@ def _check_partition(
 ) -> list[tuple[str, str]]:
     if partition not in PARTITIONS:
         return [("data.partition", f"{partition} is unknown; known: {', '.join(PARTITIONS)}")]
-    n = info.train_size
+    n = info.train_size if partition != "local" else None
     if n is not None and clients > n:
         return [("clients.number", f"{clients} clients, but {n} training samples; lower it")]
     if n is not None and partition == "dirichlet" and clients * min_size > n:
@@ -175,4 +182,13 @@ def _check_partition(
         ]
     if partition == "pathological" and info.classes and classes_per_client > info.classes:
         return [("data.classes-per-client", f"there are {info.classes} classes; lower it")]
+    if partition == "pathological" and clients * classes_per_client < (info.classes or 0):
+        return [
+            (
+                "data.classes-per-client",
+                f"{clients} clients of {classes_per_client} hold at most "
+                f"{clients * classes_per_client} of {info.classes} classes, the others would be "
+                "nobody's; raise it or clients.number",
+            )
+        ]
     return []

@@ -87,6 +87,20 @@ def images(top: Path) -> list[Path]:
         return [Path(file) for file in _walk(top) if file.name.lower().endswith(IMAGE_SUFFIXES)]
 
 
+def train_size(path: str) -> int:
+    """Training samples of a folder of images by class, counted without opening one."""
+    layout = find("folder", path)
+    sizes = [len(images(folder)) for folder in layout.train]
+    if layout.test:
+        return sum(sizes)
+    return sum(size - held_out_size(size) for size in sizes)
+
+
+def held_out_size(samples: int) -> int:
+    """How many samples of a class are held out where there is no test split: a fifth, rounded."""
+    return int(samples / 5 + 0.5)
+
+
 @contextmanager
 def _readable() -> Iterator[None]:
     try:

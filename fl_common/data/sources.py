@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,8 @@ def load(
     image_size: side that images are resized and cut to (folder, huggingface); 0: as they are.
     Raises DataError. A data set of the hub is asked for once: name a revision to change it.
     """
+    if ":" in source:
+        return _load_own(source, str(path), seed)
     info = SOURCES.get(source)
     if info is None:
         raise DataError(f"data.source = {source} is unknown; known: {', '.join(SOURCES)}")
@@ -93,6 +96,51 @@ def load(
         shape=shape,
         fingerprint=_digest(content),
     )
+
+
+def _load_own(source: str, path: str, seed: int) -> Dataset:
+    """The data of "package.module:function", called with path= and seed=.
+
+    It gives ((x, y), (x, y), classes): training and test samples as in `Split`, class names.
+    """
+    module, _, function = source.partition(":")
+    try:
+        train, test, classes = getattr(import_module(module), function)(path=path, seed=seed)
+        splits = {"train": Split(*map(np.asarray, train)), "test": Split(*map(np.asarray, test))}
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"data.source = {source}: {error}") from error
+    for name, split in splits.items():
+        _check_own(source, name, split, len(classes))
+    content = [[name, _array_digest(s.x), _array_digest(s.y)] for name, s in splits.items()]
+    return Dataset(
+        **splits,
+        classes=tuple(map(str, classes)),
+        shape=splits["train"].x.shape[1:],
+        fingerprint=_digest([content, list(map(str, classes))]),
+    )
+
+
+def _check_own(source: str, name: str, split: Split, classes: int) -> None:
+    x, y = split.x, split.y
+    images, features = x.dtype == np.uint8 and x.ndim == 4, x.dtype == np.float32 and x.ndim == 2
+    if not images and not features:
+        raise DataError(
+            f"data.source = {source}: {name} x is {x.dtype} {x.shape}; it must be uint8 images "
+            "(n, C, H, W) or float32 features (n, F)"
+        )
+    if y.dtype != np.int64 or y.shape != x.shape[:1]:
+        raise DataError(
+            f"data.source = {source}: {name} y is {y.dtype} {y.shape}; it must be int64 ({len(x)},)"
+        )
+    if not len(y) or y.min() < 0 or y.max() >= classes:
+        raise DataError(
+            f"data.source = {source}: {name} has {len(y)} samples; labels must lie in "
+            f"0..{classes - 1}"
+        )
+
+
+def _array_digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def sample_imagenet(layout: layouts.Layout) -> layouts.Layout:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fl_common.data.errors import DataError
-
-HELD_OUT = 0.2
+from fl_common.data.layouts import held_out_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,7 @@ def held_out(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     in_test = np.zeros(len(y), bool)
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
-        in_test[members[: int(HELD_OUT * len(members) + 0.5)]] = True
+        in_test[members[: held_out_size(len(members))]] = True
     if not in_test.any():
         raise DataError(f"{len(y)} samples are too few to hold a test set out; add a test split")
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)

@@ -194,8 +194,11 @@ class Transform:
 
 
 def pipeline(source: str, name: str = "default", dtype: torch.dtype = torch.float32) -> Transform:
-    """The transform `name` of a data source; ValueError if the source has none of that name."""
-    recipes = RECIPES.get(source)
+    """The transform `name` of a data source; ValueError if the source has none of that name.
+
+    A source of one's own, "package.module:function", has those of `folder`.
+    """
+    recipes = RECIPES.get("folder" if ":" in source else source)
     if recipes is None:
         raise ValueError(f"data.source = {source} is unknown; known: {', '.join(RECIPES)}")
     if name not in recipes:

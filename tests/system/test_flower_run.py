@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from living import living, mark, wait_for
 
 from fl_server import flower_run
 from fl_server.flower_run import FlowerStatus, run_simulation
@@ -103,30 +103,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(dedent(text))
     return folder
-
-
-def mark() -> dict[str, str]:
-    """Environment that tells a run's processes (with SPT_NOENV, Ray keeps it readable)."""
-    return {"FLATFED_TEST_MARK": uuid.uuid4().hex, "SPT_NOENV": "1"}
-
-
-def living(env: dict[str, str]) -> list[str]:
-    """Command lines of the processes that carry the mark."""
-    entry, found = f"FLATFED_TEST_MARK={env['FLATFED_TEST_MARK']}\0".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if entry in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            pass
-    return found
-
-
-def wait_for(condition, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (held := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return held
 
 
 def test_three_runs_at_once(app: Path, tmp_path: Path) -> None:
@@ -228,10 +204,10 @@ def test_taken_port_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller_stays: None
 ) -> None:
     (tmp_path / "empty").mkdir()
-    free = flower_run._free_port()
+    free = flower_run.free_port()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = iter([taken.getsockname()[1], free])
-        monkeypatch.setattr(flower_run, "_free_port", lambda: next(ports))
+        monkeypatch.setattr(flower_run, "free_port", lambda: next(ports))
         monkeypatch.setenv("PATH", f"{flower_run.BIN}{os.pathsep}{os.environ['PATH']}")
         superlink, port = flower_run._start_superlink(tmp_path)
     superlink.terminate()

@@ -1,0 +1,407 @@
+"""A node of a federation: checks what it was given, then becomes Flower's SuperNode.
+
+A stock SuperNode says "Connection attempt failed, retrying" for ever, whatever is wrong.  Here
+every mistake is told in one line, with its remedy, before anything starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from shlex import quote
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from fl_client import preload
+from fl_common import (
+    determinism,  # noqa: F401  (sets MKL's environment for the ClientApps)
+    processes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from fl_common.config import Scalar
+
+ENVIRONMENT = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+NODE_KEYS = [
+    "partition-id",
+    "num-partitions",
+    "data-path",
+    "state-dir",
+    "device",
+    "threads",
+    "worker-socket",
+]
+ANSWER_S = 1.5
+"""How long one connection to the server may take [s]."""
+CURVES = ("secp256r1", "secp384r1", "secp521r1")
+SUPERNODE = "flwr.supernode.start_client_internal"
+IDLE_S, REPLY_S = 3, 0.5
+"""Flower's literal pauses: between two questions for a message, and for the ClientApp's reply."""
+
+
+class NodeError(ValueError):
+    """Why the node cannot start, as one line with the remedy."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What `flatfed node` was given."""
+
+    superlink: str
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+    root_certificates: Path | None = None
+    auth_key: Path | None = None
+    insecure: bool = False
+    port: int = 0
+    """of the node's own loopback API; 0: any free one"""
+    poll_interval: float = 0.2
+    """pause between two questions for work [s]"""
+    wait: float = 3.0
+    """how long the server may take to come up [s]"""
+    preload: bool = True
+    """start ClientApps from a process that has imported torch already"""
+
+
+def check(node: Node) -> None:
+    """Raise NodeError for the first thing that is wrong with `node` or its server."""
+    host, port = _address(node.superlink)
+    _check_options(node)
+    _check_config(node.config)
+    if node.root_certificates:
+        _check_certificates(node.root_certificates)
+    if node.auth_key:
+        _check_key(node.auth_key)
+    if node.port:
+        _check_port_is_free(node.port)
+    _check_server(node, host, port)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise NodeError(f"--superlink {text}: must be HOST:PORT, e.g. 127.0.0.1:9092")
+    return host.strip("[]"), int(port)
+
+
+def _check_options(node: Node) -> None:
+    if node.insecure and node.root_certificates:
+        raise NodeError("--insecure with --root-certificates: leave one of them out")
+    if node.insecure and node.auth_key:
+        raise NodeError("--insecure with --auth-key: a key needs TLS; leave --insecure out")
+    if not node.poll_interval > 0:
+        raise NodeError(f"--poll-interval {node.poll_interval:g}: must be greater than 0")
+    if not 0 <= node.port < 65536:
+        raise NodeError(f"--port {node.port}: must be between 1 and 65535, or 0 for any free one")
+
+
+def _check_config(config: Mapping[str, Scalar]) -> None:
+    for key in config:
+        near = get_close_matches(key.replace("_", "-"), NODE_KEYS, n=1, cutoff=0.8)
+        if key not in NODE_KEYS and near:
+            raise NodeError(f"{key}: unknown to a node; did you mean {near[0]}?")
+    partition, of = config.get("partition-id"), config.get("num-partitions")
+    if partition is None:
+        raise NodeError("no partition: give --partition N, this node's number from 0 on")
+    for key, value, least in (
+        ("partition-id", partition, 0),
+        ("num-partitions", of, 1),
+        ("threads", config.get("threads"), 1),
+    ):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < least):
+            raise NodeError(f"{key} = {value}: must be a whole number, at least {least}")
+    if of is not None and partition >= of:
+        raise NodeError(f"partition-id = {partition}: must be less than num-partitions = {of}")
+    path = config.get("data-path")
+    if path is not None and not os.access(str(path), os.R_OK):
+        what = "cannot be read" if Path(str(path)).exists() else "does not exist"
+        raise NodeError(f"data-path {path}: {what}; give this node's folder or file of data")
+    if state := config.get("state-dir"):
+        place = next(p for p in (Path(str(state)), *Path(str(state)).parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise NodeError(f"state-dir {state}: {place} cannot be written to; give another folder")
+    worker = config.get("worker-socket")
+    if worker and not Path(str(worker)).is_socket():
+        raise NodeError(f"worker-socket {worker}: no socket there; start the worker first")
+    if device := config.get("device"):
+        _check_device(str(device))
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if device in ("auto", "cpu"):
+        return
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise NodeError(f"device {device}: must be auto, cpu, cuda or cuda:K")
+    import torch
+
+    found = torch.cuda.device_count()
+    if int(index or 0) >= found:
+        have = f"{found} CUDA device(s)" if found else "no CUDA device"
+        raise NodeError(f"device {device}: this machine has {have}; give another, or auto")
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NodeError(f"{option} {path}: {error.strerror}") from None
+
+
+def _check_certificates(path: Path) -> None:
+    from cryptography import x509
+
+    option = "--root-certificates"
+    data = _read(option, path)
+    try:
+        certificates = x509.load_pem_x509_certificates(data)
+    except ValueError:
+        raise NodeError(f"{option} {path}: not a PEM certificate; give the CA's ca.crt") from None
+    for certificate in certificates:
+        end = certificate.not_valid_after_utc
+        if end.timestamp() < time.time():
+            raise NodeError(f"{option} {path}: expired on {end:%Y-%m-%d}; get the CA's new one")
+        if certificate.not_valid_before_utc.timestamp() > time.time():
+            begin = certificate.not_valid_before_utc
+            raise NodeError(
+                f"{option} {path}: valid from {begin:%Y-%m-%d %H:%M} UTC on; check this clock"
+            )
+
+
+def _check_key(path: Path) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    data, make = _read("--auth-key", path), 'make one: ssh-keygen -t ecdsa -b 384 -N "" -f KEY'
+    try:
+        key = load_ssh_private_key(data, None)
+    except TypeError:
+        raise NodeError(f"--auth-key {path}: has a passphrase; {make}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise NodeError(f"--auth-key {path}: not an OpenSSH private key; {make}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
+        raise NodeError(f"--auth-key {path}: not an EC key on a NIST curve; {make}")
+
+
+def _check_port_is_free(port: int) -> None:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise NodeError(
+            f"--port {port}: {error.strerror}; give another, or 0 for any free one"
+        ) from None
+
+
+def _check_server(node: Node, host: str, port: int) -> None:
+    where, end = f"SuperLink {node.superlink}", time.monotonic() + node.wait
+    context = None
+    if not node.insecure:
+        context = ssl.create_default_context(
+            cafile=node.root_certificates and str(node.root_certificates)
+        )
+        context.set_alpn_protocols(["h2"])
+    while True:
+        try:
+            with socket.create_connection((host, port), ANSWER_S) as connection:
+                connection.settimeout(ANSWER_S)
+                if context is None:
+                    return _check_plaintext(connection, where)
+                return _check_tls(connection, context, host, where, node.root_certificates)
+        except socket.gaierror:
+            raise NodeError(f"{where}: no such host; correct --superlink") from None
+        except TimeoutError:
+            problem = f"{where}: no answer; correct --superlink, or open the port in the firewall"
+        except OSError as error:
+            problem = (
+                f"{where}: {(error.strerror or str(error)).lower()}; start the SuperLink, correct "
+                "--superlink, or wait for it with --wait SECONDS"
+            )
+        if time.monotonic() > end:
+            raise NodeError(problem)
+        time.sleep(0.2)
+
+
+def _check_tls(
+    connection: socket.socket,
+    context: ssl.SSLContext,
+    host: str,
+    where: str,
+    root: Path | None,
+) -> None:
+    """A handshake as gRPC makes it."""
+    try:
+        with context.wrap_socket(connection, server_hostname=host) as secure:
+            if secure.selected_alpn_protocol() != "h2":
+                raise NodeError(_not_fleet(where))
+    except ssl.SSLCertVerificationError as error:
+        ca = str(root) if root else "this machine's certificate authorities"
+        raise NodeError(_why(error, host, where, ca)) from None
+    except (ssl.SSLError, ConnectionResetError, EOFError) as error:
+        if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
+            raise NodeError(
+                f"{where}: speaks plaintext, not TLS; give the server certificates, or "
+                "type --insecure on a network that you trust"
+            ) from None
+        raise NodeError(f"{where}: TLS failed: {getattr(error, 'reason', error)}") from None
+
+
+def _why(error: ssl.SSLCertVerificationError, host: str, where: str, ca: str) -> str:
+    """What is wrong with the server's certificate, by OpenSSL's X509_V_ERR codes."""
+    if error.verify_code == 10:
+        return f"{where}: its certificate has expired; renew it on the server"
+    if error.verify_code == 9:
+        return f"{where}: its certificate is not valid yet; check the clocks of both machines"
+    if error.verify_code in (62, 64):
+        return (
+            f"{where}: its certificate does not name {host} (SAN); add it to the certificate, or "
+            "give a name in --superlink that it has"
+        )
+    if error.verify_code in (18, 19, 20, 21):
+        return (
+            f"{where}: its certificate is not signed by {ca}; give the ca.crt of that server as "
+            "--root-certificates"
+        )
+    return f"{where}: its certificate is refused: {error.verify_message}"
+
+
+def _check_plaintext(connection: socket.socket, where: str) -> None:
+    """Greet as HTTP/2 does: a gRPC server answers with a SETTINGS frame, anything else differs."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+    answer = b""
+    with suppress(ConnectionResetError, TimeoutError):
+        while len(answer) < 9 and (part := connection.recv(64)):
+            answer += part
+    if answer[3:4] == b"\x04":
+        return
+    if answer.startswith(b"HTTP/"):
+        raise NodeError(_not_fleet(where))
+    raise NodeError(
+        f"{where}: does not speak plaintext gRPC; leave --insecure out if it has TLS, and give "
+        "--root-certificates ca.crt"
+    )
+
+
+def _not_fleet(where: str) -> str:
+    return (
+        f"{where}: that is not its port for nodes; give the one of --fleet-api-address "
+        "(Flower's default is 9092)"
+    )
+
+
+def serve(node: Node) -> int:
+    """Be a SuperNode until a signal ends it; gives the exit code.  `node` has been checked."""
+    os.environ.update(ENVIRONMENT)
+    # Flower looks its own commands up, and reaches the ClientApps by loopback.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},127.0.0.1"
+    poll_every(node.poll_interval)
+    processes.adopt_orphans()
+    sys.argv = ["flower-supernode", *_arguments(node)]
+    from flwr.supercore.exit import add_exit_handler
+    from flwr.supernode.cli import flower_supernode
+
+    with tempfile.TemporaryDirectory(prefix="flatfed-node-") as folder:
+        if node.preload:
+            _preload(Path(folder))
+        # First registered, last called.
+        add_exit_handler(lambda: processes.end_descendants(grace=1.5))
+        try:
+            flower_supernode()
+        except RuntimeError as error:
+            raise NodeError(f"the SuperNode did not start: {error}; try again") from None
+        except SystemExit as end:
+            if end.code:
+                raise NodeError(_why_refused(node)) from None
+        finally:
+            processes.end_descendants()
+    return 0
+
+
+def _why_refused(node: Node) -> str:
+    """A server to which this node could talk has not taken it; Flower does not say which is so."""
+    if not node.auth_key:
+        return (
+            f"SuperLink {node.superlink} did not take this node (its reason stands above); if it "
+            "asks for keys, give this node's as --auth-key"
+        )
+    return (
+        f"SuperLink {node.superlink} did not take this node's key: register it with `flwr "
+        f"supernode register {node.auth_key}.pub CONNECTION`; if it is registered, another node "
+        "has it, or had it within the last minute"
+    )
+
+
+def _preload(folder: Path) -> None:
+    """Have ClientApps forked: see fl_client/preload.py."""
+    name, address = preload.COMMAND, str(folder / "socket")
+    command = shutil.which(name)
+    if command is None:
+        raise NodeError(f"{name} is not installed beside this Python; install flwr again")
+    script, launcher = folder / "launch.py", folder / "bin" / name
+    script.write_text(preload.LAUNCHER.format(address=address, command=command))
+    launcher.parent.mkdir()
+    launcher.write_text(f'#!/bin/sh\nexec {quote(sys.executable)} -IS {quote(str(script))} "$@"\n')
+    launcher.chmod(0o700)
+    os.environ["PATH"] = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
+    # -P: this file's folder is not a place to import from.
+    subprocess.Popen([sys.executable, "-P", preload.__file__, address], stdin=subprocess.DEVNULL)
+
+
+def _arguments(node: Node) -> Iterator[str]:
+    yield from ("--superlink", node.superlink, "--port", str(node.port or _free_port()))
+    yield from ("--node-config", " ".join(f"{k}={_literal(k, v)}" for k, v in node.config.items()))
+    if node.insecure:
+        yield "--insecure"
+    if node.root_certificates:
+        yield from ("--root-certificates", str(node.root_certificates))
+    if node.auth_key:
+        yield from ("--auth-supernode-private-key", str(node.auth_key))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def _literal(key: str, value: Scalar) -> str:
+    """`value` as Flower's reader of --node-config takes it: TOML, no quote within quotes."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str) or '"' not in value:
+        return text
+    if "'" in value or not value.isprintable():
+        raise NodeError(f"{key} = {value}: Flower cannot take both kinds of quotes in a value")
+    return f"'{value}'"
+
+
+def poll_every(interval: float) -> None:
+    """Have the SuperNode of this process ask for work every `interval` seconds.
+
+    Flower's module sleeps for literal times; it is given a clock that sleeps for less.
+    """
+    module = importlib.import_module(SUPERNODE)
+    pauses = {IDLE_S: interval, REPLY_S: 0.05}
+    sleep: Callable[[float], None] = lambda s: time.sleep(pauses.get(s, s))  # noqa: E731
+    module.time = SimpleNamespace(**{**vars(time), "sleep": sleep})

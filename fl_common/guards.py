@@ -1,0 +1,130 @@
+"""Which replies may touch the global model.
+
+A reply is looked at before anything of it is used: one that is not exactly what was asked for is
+rejected, with the reason; the round goes on without it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+
+from fl_common.deferred import torch
+from fl_common.wire import METRICS, TensorArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flwr.app import Array, RecordDict
+
+HEADER_BYTES = 1024
+"""More than NumPy's format puts before the elements."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype ("float32") that an array must have."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a good reply to one message holds."""
+
+    records: Mapping[str, Mapping[str, Spec]]
+    """Array records by name, their arrays by key."""
+    server_round: int
+    samples: int | None = None
+    """n_i of the roll call; None where the reply's weight is another one (held-out samples)."""
+
+
+def objection(content: RecordDict, expected: Expected) -> str | None:
+    """Why this reply is rejected, or None if it is good.
+
+    Looks at names and sizes before it decodes anything, so that a huge array costs nothing; a
+    good array is decoded once, in place.
+    """
+    names = {*expected.records, METRICS}
+    if set(content) != names:
+        return f"records {_names(content)} instead of {_names(names)}"
+    if not isinstance(content[METRICS], MetricRecord):
+        return f"{METRICS} is no MetricRecord"
+    for name, specs in expected.records.items():
+        record = content[name]
+        if not isinstance(record, ArrayRecord):
+            return f"{name} is no ArrayRecord"
+        if set(record) != set(specs):
+            return f"arrays {_names(record)} instead of {_names(specs)}"
+        for key, spec in specs.items():
+            if problem := _array_problem(record, key, spec):
+                return f"array {key}: {problem}"
+    return _metrics_problem(content[METRICS], expected)
+
+
+def _names(names: object) -> str:
+    return "(" + ", ".join(sorted(map(str, names))) + ")"  # type: ignore[call-overload]
+
+
+def _array_problem(record: ArrayRecord, key: str, spec: Spec) -> str | None:
+    array = record[key]
+    given = Spec(tuple(array.shape), array.dtype)
+    if given != spec:
+        return f"{given} instead of {spec}"
+    if not isinstance(array, TensorArray):
+        problem = _decode(record, key, array, spec)
+        if problem:
+            return problem
+    return _not_finite(record[key].tensor)
+
+
+def _decode(record: ArrayRecord, key: str, array: Array, spec: Spec) -> str | None:
+    """Replace a serialised array by its tensor; what it says of itself may be a lie."""
+    bound = prod(spec.shape) * np.dtype(spec.dtype).itemsize + HEADER_BYTES
+    if len(array.data) > bound:
+        return f"{len(array.data)} bytes, at most {bound} were expected"
+    try:
+        tensor = torch.from_numpy(array.numpy())
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        return f"cannot be decoded: {error}"
+    if Spec.of(tensor) != spec:
+        return f"says {spec}, holds {Spec.of(tensor)}"
+    record[key] = TensorArray(tensor)
+    return None
+
+
+def _not_finite(tensor: torch.Tensor) -> str | None:
+    # The norm is one pass without a temporary; it is not finite either when it overflows, and
+    # only then the elements are looked at one by one.
+    if not tensor.is_floating_point() or torch.isfinite(torch.linalg.vector_norm(tensor)):
+        return None
+    wrong = int((~torch.isfinite(tensor)).sum())
+    return f"{wrong} of {tensor.numel()} elements are NaN or infinite" if wrong else None
+
+
+def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
+    for key, value in metrics.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(v) for v in values):
+            return f"{key} = {value} is not finite"
+    if metrics.get("server-round") != expected.server_round:
+        return f"answers round {metrics.get('server-round')}, this is round {expected.server_round}"
+    weight = metrics.get("num-examples")
+    if not isinstance(weight, int) or weight <= 0:
+        return f"num-examples = {weight} is no positive whole number"
+    if expected.samples is not None and weight != expected.samples:
+        return f"num-examples = {weight}, but {expected.samples} at the roll call"
+    return None

@@ -1,0 +1,172 @@
+"""Flower's own strategies that average arrays, with our clients: `strategy.name = "flwr:FedAdam"`.
+
+Such a strategy sees one array, the trainable parameters as a vector (its arithmetic is element by
+element, or by distances between whole models), and one metric record.  BatchNorm statistics and
+counters travel in a record of their own and are averaged as for our strategies: Flower's server
+optimizers would take momentum steps on them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flwr import serverapp
+from flwr.app import Message, RecordDict
+
+from fl_common import wire
+from fl_common.layout import PARAMS
+from strategies.base import METHODS, BufferMean, ClientRule, FederatedStrategy, NoParams, Reply
+from strategies.fedprox import FedProxParams, FedProxRule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+    from flwr.serverapp import Grid
+
+    from fl_common.config import CoreConfig
+    from fl_common.guards import Spec
+    from fl_common.layout import Flat
+
+PREFIX = "flwr:"
+BUFFERS = "buffers"
+NAMES = (
+    "Bulyan", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedMedian", "FedProx",
+    "FedTrimmedAvg", "FedYogi", "Krum", "MultiKrum", "QFedAvg",
+)  # fmt: skip
+OURS = {
+    "fraction_train": 1.0,
+    "fraction_evaluate": 1.0,
+    "min_train_nodes": 1,
+    "min_evaluate_nodes": 1,
+    "min_available_nodes": 1,
+    "train_loss_key": "loss",
+}
+"""Arguments that are ours to give: who takes part is drawn by us (`clients.per-round`)."""
+
+
+def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
+    """The class behind "flwr:Name" and its arguments from "eta=0.1,beta_1=0.9".
+
+    Raises ValueError with one line for what is unknown or cannot be read.
+    """
+    cls = getattr(serverapp.strategy, name.removeprefix(PREFIX))
+    scalars = {
+        key: parameter
+        for key, parameter in inspect.signature(cls).parameters.items()
+        if key not in OURS and not key.endswith(("_fn", "_key", "_rule"))
+    }
+    given: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in params.split(","))):
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals or key not in scalars:
+            raise ValueError(
+                f'strategy.params = "{params}": {key} is no argument of {name}; it has '
+                + (", ".join(scalars) or "none")
+            )
+        try:
+            given[key] = json.loads(text)
+        except ValueError:
+            raise ValueError(f'strategy.params = "{params}": {text} is not a number') from None
+        if isinstance(given[key], bool) or not isinstance(given[key], int | float):
+            raise ValueError(f'strategy.params = "{params}": {text} is not a number')
+    missing = [k for k, p in scalars.items() if p.default is p.empty and k not in given]
+    if missing:
+        raise ValueError(f'strategy.params = "{params}": {name} needs {", ".join(missing)}')
+    return cls, given
+
+
+def _ours(cls: Any) -> dict[str, Any]:
+    known = inspect.signature(cls).parameters
+    return {key: value for key, value in OURS.items() if key in known}
+
+
+class FlowerStrategy:
+    """One of Flower's strategies, with the faces of a `FederatedStrategy`."""
+
+    name: ClassVar[str]
+    Params = NoParams
+    refuses = FederatedStrategy.refuses
+
+    def __init__(self, params: str = "") -> None:
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # our own line tells of each round
+        cls, given = parse(self.name, params)
+        self.inner = cls(**given, **_ours(cls))
+        self.w: Flat = {}
+
+    @classmethod
+    def check(cls, config: CoreConfig) -> list[str]:
+        try:
+            cls(config.strategy.params)
+        except Exception as error:  # whatever the class behind it has against its arguments
+            return [str(error)]
+        return []
+
+    @classmethod
+    def configured(cls, config: CoreConfig) -> FlowerStrategy:
+        return cls(config.strategy.params)
+
+    @classmethod
+    def rule(cls, config: CoreConfig, settings: ConfigRecord) -> ClientRule:
+        """Plain training; Flower's FedProx leaves its term to the client, by the message."""
+        mu = settings.get("proximal-mu")
+        return ClientRule(NoParams()) if mu is None else FedProxRule(FedProxParams(mu=float(mu)))
+
+    def expected(self) -> dict[str, dict[str, Spec]]:
+        return _by_record(FederatedStrategy.specs(self.w))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        self.w = wire.unpack(arrays)
+        return self._configure("configure_train", server_round, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        self.w = wire.unpack(arrays)
+        return self._configure("configure_evaluate", server_round, config, grid)
+
+    def _configure(
+        self, method: str, server_round: int, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        parts = {name: wire.pack(part) for name, part in _by_record(self.w).items()}
+        arrays = parts.pop(wire.ARRAYS)
+        messages = list(getattr(self.inner, method)(server_round, arrays, config, grid))
+        for message in messages:
+            message.content.update(parts)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Flower's strategies take all replies at once; buffers are averaged as they come."""
+        buffers, stripped = BufferMean(), []
+        for message in replies:
+            reply = Reply.of(message)
+            buffers.add(reply)
+            content = {name: message.content[name] for name in (wire.ARRAYS, wire.METRICS)}
+            stripped.append(Message(RecordDict(content), reply_to=message))
+        arrays, metrics = self.inner.aggregate_train(server_round, stripped)
+        if arrays is None:
+            return None, None
+        params = wire.unpack(arrays)[PARAMS].to(self.w[PARAMS].dtype)
+        return wire.pack({PARAMS: params, **buffers.value(self.w)}), metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        return self.inner.aggregate_evaluate(server_round, list(replies))
+
+
+def _by_record(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parameters in one record, buffers, if there are any, in another."""
+    rest = {key: value for key, value in parts.items() if key != PARAMS}
+    return {wire.ARRAYS: {PARAMS: parts[PARAMS]}, **({BUFFERS: rest} if rest else {})}
+
+
+for _name in NAMES:
+    METHODS[PREFIX + _name] = type(_name, (FlowerStrategy,), {"name": PREFIX + _name})

@@ -1,0 +1,250 @@
+"""`flatfed node`: every mistake is one line and exit code 2, before a SuperNode is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import uvicorn
+from living import wait_for
+
+from fl_client import node
+from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates, make_node_key
+from fl_server.cli import main
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates: good ones, of another CA, for another host, and expired ones."""
+    folder = tmp_path_factory.mktemp("keys")
+    local = ["127.0.0.1", "localhost"]
+    make_certificates(folder / "good", local)
+    make_certificates(folder / "other", local)
+    make_certificates(folder / "elsewhere", ["superlink.example"])
+    make_certificates(folder / "expired", local, days=-1)
+    make_node_key(folder / "node")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(keys: Path):
+    """Ports of gRPC servers: one without TLS, and one with each set of certificates."""
+    ports, started = {}, []
+    for kind in ("plaintext", "good", "elsewhere", "expired"):
+        server = grpc.server(ThreadPoolExecutor(1))
+        started.append(server)
+        if kind == "plaintext":
+            ports[kind] = server.add_insecure_port("127.0.0.1:0")
+        else:
+            pair = [(keys / kind / name).read_bytes() for name in (SERVER_KEY, SERVER)]
+            credentials = grpc.ssl_server_credentials([tuple(pair)])
+            ports[kind] = server.add_secure_port("127.0.0.1:0", credentials)
+        server.start()
+    yield ports
+    for server in started:
+        server.stop(0)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line with which `flatfed node` ends, in less than five seconds."""
+    started = time.monotonic()
+    assert main(["node", "--wait", "0", *map(str, arguments)]) == 2
+    assert time.monotonic() - started < 5
+    output, line = capsys.readouterr()
+    assert output == ""
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    return line
+
+
+@pytest.mark.parametrize(
+    ("server", "ca", "reason"),
+    [
+        ("plaintext", "good", "speaks plaintext, not TLS; give the server certificates"),
+        ("good", "other", "is not signed by"),
+        ("elsewhere", "elsewhere", "does not name 127.0.0.1 (SAN)"),
+        ("expired", "expired", "expired on"),
+        ("good", "", "is not signed by this machine's certificate authorities"),
+    ],
+)
+def test_certificates(keys, servers, capsys, server: str, ca: str, reason: str):
+    options = ["--root-certificates", keys / ca / CA] if ca else []
+    address = f"127.0.0.1:{servers[server]}"
+    assert reason in refusal(capsys, "--superlink", address, "--partition", 0, *options)
+
+
+def test_expired_server_certificate(keys, servers):
+    port, root = servers["expired"], keys / "expired" / CA
+    given = node.Node(f"127.0.0.1:{port}", root_certificates=root, wait=0)
+    with pytest.raises(node.NodeError, match="has expired; renew it on the server"):
+        node._check_server(given, "127.0.0.1", port)
+
+
+def test_tls_server_without_tls(servers, capsys):
+    address = f"127.0.0.1:{servers['good']}"
+    line = refusal(capsys, "--superlink", address, "--partition", 0, "--insecure")
+    assert "does not speak plaintext gRPC; leave --insecure out" in line
+
+
+@pytest.mark.parametrize("kind", ["plaintext", "good"])
+def test_good_servers_pass(keys, servers, kind: str):
+    tls = {"root_certificates": keys / "good" / CA, "auth_key": keys / "node"}
+    options = tls if kind == "good" else {"insecure": True}
+    node.check(node.Node(f"localhost:{servers[kind]}", {"partition-id": 0}, **options))
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_port_of_the_http_api(keys, capsys, tls: bool):
+    """The SuperLink's other port, served by uvicorn."""
+    ssl_files = {
+        "ssl_certfile": keys / "good" / SERVER,
+        "ssl_keyfile": keys / "good" / SERVER_KEY,
+    }
+    settings = {"port": 0, "lifespan": "off", "log_level": "critical", **(ssl_files if tls else {})}
+    server = uvicorn.Server(uvicorn.Config(None, **settings))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert wait_for(lambda: server.started, 10)
+    address = f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    option = ["--root-certificates", keys / "good" / CA] if tls else ["--insecure"]
+    try:
+        line = refusal(capsys, "--superlink", address, "--partition", 0, *option)
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert "not its port for nodes; give the one of --fleet-api-address" in line
+
+
+def test_nobody_listens(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    line = refusal(capsys, "--superlink", address, "--partition", 0, "--insecure")
+    assert "connection refused; start the SuperLink" in line
+
+
+def test_server_that_comes_up_later():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    threading.Timer(1.0, server.start).start()
+    node.check(node.Node(f"127.0.0.1:{port}", {"partition-id": 0}, insecure=True, wait=20))
+    server.stop(0)
+
+
+def test_port_in_use(servers, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(
+            capsys,
+            *("--superlink", f"127.0.0.1:{servers['plaintext']}", "--insecure"),
+            *("--partition", 0, "--port", port),
+        )
+    assert f"--port {port}: Address already in use; give another" in line
+
+
+def test_keys(keys, tmp_path: Path, capsys):
+    def refused(path: Path) -> str:
+        return refusal(capsys, "--superlink", "h:1", "--partition", 0, "--auth-key", path)
+
+    assert "No such file or directory" in refused(tmp_path / "none")
+    assert "not an OpenSSH private key; make one: ssh-keygen" in refused(keys / "node.pub")
+    assert "not an OpenSSH private key" in refused(keys / "good" / SERVER_KEY)
+    for name, options in (("rsa", ["-t", "rsa"]), ("secret", ["-t", "ecdsa", "-N", "word"])):
+        command = ["ssh-keygen", "-q", *options, "-f", str(tmp_path / name)]
+        command += [] if "-N" in options else ["-N", ""]
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError:
+            pytest.skip("no ssh-keygen")
+    assert "not an EC key on a NIST curve" in refused(tmp_path / "rsa")
+    assert "has a passphrase" in refused(tmp_path / "secret")
+
+
+def test_keys_of_ssh_keygen_are_taken(tmp_path: Path):
+    command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", tmp_path / "key"]
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        pytest.skip("no ssh-keygen")
+    node._check_key(tmp_path / "key")
+
+
+def test_root_certificates(keys, tmp_path: Path, capsys):
+    for path, reason in (
+        (tmp_path / "none", "No such file or directory"),
+        (keys / "good" / SERVER_KEY, "not a PEM certificate"),
+        (keys / "expired" / CA, "expired on"),
+    ):
+        line = refusal(capsys, "--superlink", "h:1", "--partition", 0, "--root-certificates", path)
+        assert f"--root-certificates {path}: {reason}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--superlink", "host"], "must be HOST:PORT"),
+        (["--superlink", "h:1"], "no partition: give --partition N"),
+        (["--superlink", "h:1", "--partition", "-1"], "partition-id = -1: must be a whole number"),
+        (["--superlink", "h:1", "--partition", "0", "partition-id=1"], "given twice, 0 and 1"),
+        (["--superlink", "h:1", "partition-id=x"], "partition-id = x: must be a whole number"),
+        (["--superlink", "h:1", "partition-id=2", "num-partitions=2"], "less than num-partitions"),
+        (["--superlink", "h:1", "partition-id=0", "threads=0"], "threads = 0: must be"),
+        (["--superlink", "h:1", "partition-id=0", "data_path=x"], "did you mean data-path?"),
+        (["--superlink", "h:1", "partition-id=0", "data-path=/nowhere"], "does not exist"),
+        (["--superlink", "h:1", "partition-id=0", "device=tpu"], "must be auto, cpu, cuda"),
+        (["--superlink", "h:1", "partition-id=0", "device=cuda:99"], "this machine has"),
+        (["--superlink", "h:1", "partition-id=0", "worker-socket=/nowhere"], "no socket there"),
+        (["--superlink", "h:1", "partition-id=0", "state-dir=/dev/null/x"], "cannot be written"),
+        (["--superlink", "h:1", "partition-id=0", "--poll-interval", "0"], "greater than 0"),
+        (["--superlink", "h:1", "partition-id=0", "--insecure", "--auth-key", "k"], "needs TLS"),
+        (["--superlink", "h:1", "key"], "written key=value"),
+    ],
+)
+def test_settings(capsys, arguments: list[str], reason: str):
+    assert reason in refusal(capsys, *arguments)
+
+
+def test_what_flower_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Flower's own reader gets back what was given, blanks and quotes included."""
+    from flwr.common.config import parse_config_args
+
+    config = {"partition-id": 3, "data-path": "/a b/\\é", "name": 'say "x"', "device": "cpu"}
+    given = list(node._arguments(node.Node("h:1", config)))
+    assert parse_config_args([given[given.index("--node-config") + 1]]) == config
+    with pytest.raises(node.NodeError, match="both kinds of quotes"):
+        list(node._arguments(node.Node("h:1", {"partition-id": 0, "x": "\"'"})))
+
+
+def test_the_lines_of_flower_that_polling_replaces():
+    """`poll_every` knows Flower's pauses by their literal lengths.
+
+    If this fails after an update of Flower, look where its SuperNode waits now.
+    """
+    source = Path(importlib.util.find_spec(node.SUPERNODE).origin).read_text()
+    assert re.findall(r"\btime\.(\w+)\((.*)\)", source) == [
+        ("sleep", str(node.IDLE_S)),
+        ("sleep", str(node.REPLY_S)),
+        ("sleep", str(node.REPLY_S)),
+    ]
+    assert re.findall(r"^import time$", source, re.MULTILINE) == ["import time"]
+
+
+def test_polling_interval(monkeypatch: pytest.MonkeyPatch):
+    module = importlib.import_module(node.SUPERNODE)
+    monkeypatch.setattr(module, "time", module.time)
+    slept = []
+    monkeypatch.setattr(node.time, "sleep", slept.append)
+    node.poll_every(0.2)
+    for seconds in (node.IDLE_S, node.REPLY_S, 7):
+        module.time.sleep(seconds)
+    assert slept == [0.2, 0.05, 7]
+    assert module.time.monotonic() > 0

@@ -1,0 +1,69 @@
+"""ClientApps by fork: they run Flower's command, with none of our code loaded before the app's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from living import living, mark, wait_for
+
+from fl_client import preload
+from fl_server.bundle import PACKAGES
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+SAYS = "Run a Flower ClientApp"
+SERVE = [sys.executable, "-P", preload.__file__]
+
+
+def launch(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a SuperExec starts, with `--help`."""
+    command = str(Path(sys.executable).with_name(preload.COMMAND))
+    text = preload.LAUNCHER.format(address=str(folder / "socket"), command=command)
+    (folder / "launch.py").write_text(text)
+    command = [sys.executable, "-IS", folder / "launch.py", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_fork_is_flowers_command(tmp_path: Path):
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*SERVE, tmp_path / "socket"], stdout=log)
+    try:
+        assert wait_for((tmp_path / "socket").exists, 60)
+        for count in (1, 2):
+            assert launch(tmp_path).stdout == ""
+            assert wait_for(lambda n=count: (tmp_path / "log").read_text().count(SAYS) == n, 30)
+        assert server.poll() is None
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_without_it_the_command_itself_runs(tmp_path: Path):
+    assert SAYS in launch(tmp_path).stdout
+
+
+def test_none_of_our_modules_is_loaded(tmp_path: Path):
+    """Else the app would find them in place of its own."""
+    code = (
+        "import runpy, sys; preload = runpy.run_path(sys.argv[1]); "
+        "[__import__(name) for name in preload['MODULES']]; "
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    command = [sys.executable, "-P", "-c", code, preload.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    assert not loaded & set(PACKAGES)
+
+
+def test_it_ends_with_its_parent(tmp_path: Path):
+    env = mark()
+    code = (
+        "import subprocess, sys, time, pathlib; subprocess.Popen(sys.argv[1:])\n"
+        "while not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.1)"
+    )
+    command = [sys.executable, "-c", code, *map(str, [*SERVE, tmp_path / "socket"])]
+    subprocess.run(command, env={**env, "PATH": "/usr/bin"}, timeout=60)
+    assert wait_for(lambda: not living(env), 10)

@@ -1,0 +1,182 @@
+"""One local round: its order of operations, its randomness, its hooks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fl_client.optimizers import SGD
+from fl_client.trainer import LocalData, batches, local_round
+from fl_common.config import Train
+from regularizers.base import METHODS, Regularizer
+from strategies.base import ClientRule, NoParams
+
+N, FEATURES, CLASSES = 13, 6, 3
+
+
+@pytest.fixture(autouse=True)
+def _registry_as_it_was():
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def data(transform=lambda x: x) -> LocalData:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, FEATURES, generator=generator)
+    return LocalData(x, torch.randint(CLASSES, (N,), generator=generator), transform)
+
+
+def net(dropout: float = 0.0) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(
+        torch.nn.Linear(FEATURES, 8),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(dropout),
+        torch.nn.Linear(8, CLASSES),
+    )
+
+
+def play(model, settings, *, rule=None, regularizers=(), local=None, partition=2, server_round=3):
+    return local_round(
+        model,
+        local or data(),
+        rule or ClientRule(NoParams()),
+        regularizers,
+        SGD(settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay),
+        settings,
+        seed=5,
+        server_round=server_round,
+        partition=partition,
+    )
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_is_torchs_own_loop():
+    """Against backward, clip_grad_norm_ and torch.optim.SGD over the same batches."""
+    settings = Train(
+        lr=0.2, lr_decay=0.5, momentum=0.9, nesterov=True, weight_decay=0.01, clip_norm=0.3,
+        epochs=3, batch_size=4,
+    )  # fmt: skip
+    ours, theirs = net(), net()
+    result = play(ours, settings)
+
+    optimizer = torch.optim.SGD(
+        theirs.parameters(), lr=0.2 * 0.5**2, momentum=0.9, nesterov=True, weight_decay=0.01
+    )
+    losses = []
+    for x, y in batches(data(), settings, (5, 3, 2)):
+        optimizer.zero_grad()
+        loss = cross_entropy(theirs(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3)
+        optimizer.step()
+        losses.append(loss.item() * len(y))
+    torch.testing.assert_close(weights(ours), weights(theirs))
+    assert result.steps == 3 * 4
+    assert result.loss == pytest.approx(sum(losses) / (3 * N))
+    assert all(p.grad is None for p in ours.parameters())
+
+
+def test_every_epoch_sees_every_sample_once_in_its_own_order():
+    settings = Train(epochs=2, batch_size=4)
+    local = LocalData(torch.arange(N), torch.arange(N), lambda x: x)
+    seen = [x for x, _ in batches(local, settings, (0, 1, 2))]
+    assert [len(x) for x in seen] == [4, 4, 4, 1] * 2
+    first, second = torch.cat(seen[:4]).tolist(), torch.cat(seen[4:]).tolist()
+    assert sorted(first) == sorted(second) == list(range(N))
+    assert first != second
+    for key in [(1, 1, 2), (0, 2, 2), (0, 1, 3)]:
+        assert next(iter(batches(local, settings, key)))[0].tolist() != first[:4]
+
+
+def test_randomness_belongs_to_seed_round_partition_and_step():
+    """Dropout and augmentation: the same whatever was drawn before, other for other clients."""
+
+    def noisy(x):
+        return x + torch.randn(x.shape)
+
+    settings = Train(epochs=2, batch_size=4)
+    results = []
+    for partition, server_round in [(2, 3), (2, 3), (1, 3), (2, 4)]:
+        torch.rand(len(results))  # who draws elsewhere changes nothing
+        model = net(dropout=0.5)
+        play(model, settings, local=data(noisy), partition=partition, server_round=server_round)
+        results.append(weights(model))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[3])
+
+
+def test_hooks_in_order_and_only_those_that_are_overridden():
+    calls: list[str] = []
+
+    class Recording(Regularizer):
+        name = "recording"
+        Params = NoParams
+
+        def transform(self, x, y):
+            calls.append("transform")
+            return 2 * x, y
+
+        def data_term(self, output, y):
+            calls.append("data_term")
+            assert output.requires_grad
+            return 0.5 * (output**2).mean()
+
+        def add_gradient(self, params, grads):
+            calls.append("add_gradient")
+            assert not torch.is_grad_enabled()
+            torch._foreach_add_(grads, params, alpha=0.1)
+
+    class Idle(Regularizer):
+        name = "idle"
+        Params = NoParams
+
+    class Rule(ClientRule):
+        def add_gradient(self, params, grads):
+            calls.append("rule")
+
+    settings = Train(batch_size=N, clip_norm=1e9)
+    ours, theirs = net(), net()
+    regularizers = [Recording(NoParams()), Idle(NoParams())]
+    play(ours, settings, rule=Rule(NoParams()), regularizers=regularizers)
+    assert calls == ["transform", "data_term", "rule", "add_gradient"]
+
+    (x, y), = batches(data(), settings, (5, 3, 2))  # fmt: skip
+    output = theirs(2 * x)
+    (cross_entropy(output, y) + 0.5 * (output**2).mean()).backward()
+    for p in theirs.parameters():
+        p.data -= settings.lr * (p.grad + 0.1 * p.data)
+    torch.testing.assert_close(weights(ours), weights(theirs))
+
+
+def test_bfloat16_keeps_float32_parameters():
+    model = net()
+    play(model, Train(dtype="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.isfinite(weights(model)).all()
+
+
+def test_a_network_with_a_loss_is_trained_on_it():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(FEATURES))
+
+        def forward(self, x):
+            return x @ self.w
+
+        def loss(self, output, y):
+            return ((output - y) ** 2).mean()
+
+    model = Own()
+    local = data()
+    play(model, Train(batch_size=N, lr=0.1))
+    gradient = -2 * (local.y.float()[:, None] * local.x).mean(0)
+    torch.testing.assert_close(model.w.detach(), -0.1 * gradient)

@@ -1,0 +1,203 @@
+"""The roll call's verdicts, the draw of cohorts, and nodes that come, go and come back."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+import fl_server.inprocess
+from fl_common.config import Clients
+from fl_server.exchange import Exchange, RunFailed
+from fl_server.inprocess import InProcessGrid
+from fl_server.roster import Member, Roster, draw, judge
+
+FIRST = Member(
+    node_id=100,
+    partition=0,
+    samples=5,
+    label_counts=(2, 3),
+    classes=("cat", "dog"),
+    shape=(3, 8, 8),
+    code="abc",
+    versions=(("torch", "2"),),
+)
+
+
+def member(partition: int, node: int | None = None, **changes) -> Member:
+    return replace(FIRST, partition=partition, node_id=node or 100 + partition, **changes)
+
+
+def verdict(*answers: Member, present=None, number=3):
+    members, refused = judge(answers, present or {}, number, "abc")
+    return sorted(members), refused
+
+
+def test_good_answers_become_members():
+    assert verdict(member(2), member(0), member(1)) == ([0, 1, 2], {})
+
+
+def test_two_with_one_partition_are_both_refused_in_any_order():
+    answers = [member(0), member(1, 7), member(1, 8), member(2)]
+    for order in itertools.permutations(answers):
+        members, refused = verdict(*order)
+        assert members == [0, 2]
+        assert set(refused) == {7, 8}
+        assert "another node has partition-id 1 too" in refused[7]
+
+
+def test_a_member_keeps_its_place_before_a_newcomer():
+    members, refused = judge([member(1, 8)], {1: member(1, 7)}, 3, "abc")
+    assert members[1].node_id == 7
+    assert set(refused) == {8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"code": "xyz"}, "package code differs"),
+        ({"classes": ("cat", "cow")}, "its classes (cat, cow) differ from client 0's (cat, dog)"),
+        ({"classes": ("dog", "cat")}, "name and order them alike"),
+        ({"shape": (1, 8, 8)}, "shape [1, 8, 8], client 0's [3, 8, 8]"),
+        ({"samples": 0}, "no training samples"),
+    ],
+)
+def test_who_differs_is_refused_with_the_reason(changes, reason):
+    members, refused = verdict(member(0), member(1, **changes), member(2))
+    assert members == [0, 2]
+    assert reason in refused[101]
+
+
+def test_partitions_beyond_the_number_are_refused():
+    members, refused = verdict(member(0), member(3))
+    assert members == [0]
+    assert refused[103] == "it has partition-id 3, but clients.number = 3"
+
+
+def test_draw_is_fixed_by_seed_and_round():
+    clients = Clients(number=50, per_round=7)
+    cohort = draw(clients, 1, 1)
+    assert len(set(cohort)) == 7
+    assert cohort == sorted(cohort) == draw(clients, 1, 1)
+    assert draw(clients, 1, 2) != cohort != draw(clients, 2, 1)
+    assert draw(Clients(number=4), 1, 1) == [0, 1, 2, 3]
+
+
+def test_fixed_draw_takes_every_client_equally_often():
+    clients, rounds = Clients(number=10, per_round=3), 3000
+    counts = [0] * 10
+    for server_round in range(rounds):
+        for client in draw(clients, 0, server_round):
+            counts[client] += 1
+    # Binomial(3000, 0.3) has mean 900 and standard deviation 25.
+    assert all(abs(count - 900) < 5 * 25 for count in counts)
+
+
+def test_bernoulli_draw_varies_in_size_and_is_never_empty():
+    clients = Clients(number=10, per_round=1, sampling="bernoulli")
+    sizes = [len(draw(clients, 0, server_round)) for server_round in range(2000)]
+    assert min(sizes) == 1
+    assert max(sizes) > 3
+    # Redrawn while empty: the mean of Binomial(10, 0.1) given that it is positive.
+    assert sum(sizes) / len(sizes) == pytest.approx(1 / (1 - 0.9**10), rel=0.05)
+
+
+class Changing(InProcessGrid):
+    """A grid whose nodes are listed by the test."""
+
+    listed: list[int]
+
+    def get_node_ids(self):
+        return self.listed
+
+
+@pytest.fixture
+def grid(runner):
+    import fl_client.app
+    from fl_common.config import resolve
+
+    config = resolve({"clients.number": 3, "train.device": "cpu"})
+    grid = Changing(fl_client.app.app, 3, config.flat())
+    grid.all = list(grid._contexts)
+    grid.listed = list(grid.all)
+    return grid
+
+
+def test_members_come_go_and_come_back(grid):
+    said: list[str] = []
+    roster = Roster(Exchange(grid, 10.0, said.append), 3)
+    roster.assemble(nodes_may_come=False)
+    assert sorted(roster.members) == [0, 1, 2]
+
+    grid.listed = grid.all[:2]
+    roster.refresh()
+    here, absent = roster.drawn([0, 1, 2])
+    assert [m.partition for m in here] == [0, 1]
+    assert absent == {2: "not connected"}
+
+    # The third returns under another node id, as an unauthenticated node does.
+    context = grid._contexts.pop(grid.all[2])
+    grid._contexts[999] = context
+    context.node_id = 999
+    grid.listed = [*grid.all[:2], 999]
+    roster.refresh()
+    assert roster.members[2].node_id == 999
+
+    # A stranger that claims partition 0 is refused and asked once only.
+    stranger = type(context)(
+        run_id=1, node_id=1000, node_config={"partition-id": 0}, state=context.state,
+        run_config=context.run_config,
+    )  # fmt: skip
+    grid._contexts[1000] = stranger
+    grid.listed = [*grid.listed, 1000]
+    roster.refresh()
+    roster.refresh()
+    assert roster.members[0].node_id == grid.all[0]
+    assert [line for line in said if "1000" in line] == [
+        "roll call: refused node 1000: another node has partition-id 0 too; give each its own"
+    ]
+
+
+def test_missing_nodes_are_waited_for_and_both_numbers_said(grid):
+    grid.listed = grid.all[:2]
+    roster = Roster(Exchange(grid, 1.0, lambda text: None), 3)
+    with pytest.raises(RunFailed, match=r"clients.number = 3, but 2 can take part; waited 1 s"):
+        roster.assemble(nodes_may_come=True)
+
+
+def test_a_simulation_of_another_size_ends_at_once(grid):
+    grid.listed = grid.all[:2]
+    with pytest.raises(RunFailed, match=r"clients.number = 3 but the federation has 2 nodes.*num-"):
+        Roster(Exchange(grid, 1000.0), 3).assemble(nodes_may_come=False)
+
+
+def test_an_answer_that_cannot_be_read_is_a_refusal(grid, monkeypatch):
+    import fl_client.client
+
+    describe = fl_client.client.Clients.describe
+
+    def broken(self, partition):
+        content = describe(self, partition)
+        if partition == 1:
+            del content["metrics"]["num-examples"]
+        return content
+
+    monkeypatch.setattr(fl_client.client.Clients, "describe", broken)
+    with pytest.raises(RunFailed, match=r"clients.number = 3, but 2 can take part.*cannot be read"):
+        Roster(Exchange(grid, 1.0), 3).assemble(nodes_may_come=False)
+
+
+def test_a_lost_client_is_named_and_the_rest_goes_on(runner, monkeypatch):
+    class Losing(InProcessGrid):
+        def get_node_ids(self):
+            nodes = super().get_node_ids()
+            self.asked = getattr(self, "asked", 0) + 1
+            return nodes if self.asked < 4 else nodes[1:]
+
+    monkeypatch.setattr(fl_server.inprocess, "InProcessGrid", Losing)
+    result = runner("clients.number=3", "run.rounds=4", "train.device=cpu")
+    assert result.code == 0
+    assert result.history[0]["failed"] == {}
+    assert result.history[-1]["failed"] == {"0": "not connected"}
+    assert result.history[-1]["replies"] == [1, 2]

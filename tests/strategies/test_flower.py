@@ -1,0 +1,99 @@
+"""Flower's own strategies with our clients."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from flwr import serverapp
+
+from strategies.flower import NAMES
+from tests import toy
+
+BASE = ["clients.number=4", "run.rounds=2", "train.device=cpu"]
+NEEDS = {
+    "QFedAvg": "client_learning_rate=0.1",
+    "FedProx": "proximal_mu=0.1",
+    "Krum": "num_malicious_nodes=1",
+    "MultiKrum": "num_malicious_nodes=1,num_nodes_to_select=2",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_runs_with_batchnorm_and_counters(name, runner):
+    result = runner(
+        *BASE, "model.name=resnet8", f"strategy.name=flwr:{name}",
+        f"strategy.params={NEEDS.get(name, '')}",
+    )  # fmt: skip
+    assert result.code == 0
+    assert result.history[-1]["replies"] == [0, 1, 2, 3]
+    for key, tensor in result.model.items():
+        assert torch.isfinite(tensor).all(), key
+        counter = key.endswith("num_batches_tracked")
+        assert tensor.dtype == (torch.int64 if counter else torch.float32)
+        if key.endswith("running_var"):
+            assert (tensor >= 0).all(), "a server optimizer must not step on statistics"
+
+
+def test_all_of_flowers_that_average_arrays_are_known():
+    strategies = {
+        name
+        for name, cls in vars(serverapp.strategy).items()
+        if inspect.isclass(cls) and issubclass(cls, serverapp.strategy.FedAvg)
+    }
+    without_arrays = {name for name in strategies if "Xgb" in name}
+    assert set(NAMES) == strategies - without_arrays
+
+
+def test_flowers_fedavg_is_ours_to_rounding(runner):
+    ours, flowers = runner(*BASE), runner(*BASE, "strategy.name=flwr:FedAvg")
+    for key, tensor in ours.model.items():
+        torch.testing.assert_close(flowers.model[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_flowers_fedprox_is_ours_to_rounding(runner):
+    ours = runner(*BASE, "strategy.name=fedprox", "fedprox.mu=0.7")
+    flowers = runner(*BASE, "strategy.name=flwr:FedProx", "strategy.params=proximal_mu=0.7")
+    plain = runner(*BASE)
+    for key, tensor in ours.model.items():
+        torch.testing.assert_close(flowers.model[key], tensor, rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(plain.model[k], t, atol=1e-4) for k, t in ours.model.items())
+
+
+def test_fedadam_on_the_toy(runner, monkeypatch):
+    """m = (1 - b1) delta, v = (1 - b2) delta^2, w += eta' m / (sqrt(v) + tau), by hand."""
+    toy.install(monkeypatch)
+    result = runner(
+        *toy.SETTINGS, "run.rounds=2", "strategy.name=flwr:FedAdam",
+        "strategy.params=eta=0.1,beta_1=0.9,beta_2=0.99,tau=0.001",
+    )  # fmt: skip
+    w, m, v = 0.0, 0.0, 0.0
+    for server_round in (1, 2):
+        delta = np.mean(-toy.LR * toy.A * (w - toy.B))
+        m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
+        # Flower corrects the bias with the exponent round + 1.
+        t = server_round + 1
+        w += 0.1 * np.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-3)
+    assert float(result.model["theta"]) == pytest.approx(w, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["strategy.name=flwr:FedAdm"], "did you mean flwr:FedAdam?"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eto=1"], "it has eta, eta_l, beta_1"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eta=big"], "big is not a number"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eta"], "eta is no argument"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=fraction_train=0.5"], "is no argument"),
+        (["strategy.name=flwr:QFedAvg"], "flwr:QFedAvg needs client_learning_rate"),
+        (["strategy.name=fedavg", "strategy.params=eta=1"], "fedavg has its own keys"),
+        (["strategy.name=flwr:FedTrimmedAvg", "strategy.params=beta=0.2,q=1"], "q is no argument"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(settings, words, runner, capsys):
+    result = runner(*settings)
+    assert result.code == 2
+    assert words in capsys.readouterr().err
+    assert not result.folder.exists()

@@ -1,0 +1,231 @@
+"""Real nodes on loopback: the same model as in one process, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from living import living, mark, wait_for
+
+from fl_server.certificates import make_node_key
+
+FLATFED = Path(sys.executable).with_name("flatfed")
+TIMES = ("seconds", "client_cpu_s")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+class Place:
+    """A folder with its own federation and results; `flatfed` called in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {**os.environ, **mark(), "FLATFED_HOME": str(folder / "home")}
+
+    def flatfed(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [FLATFED, *arguments],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def run(self, name: str, engine: str, *settings: str) -> Path:
+        """The results folder of a run that completes."""
+        place = [f"run.output-dir={self.folder}", f"run.name={name}"]
+        done = self.flatfed("run", f"engine.name={engine}", *place, *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.folder / name
+
+
+def federation(folder: Path, *options: str):
+    """A place in which `flatfed up` was called; at the end none of its processes lives."""
+    place = Place(folder)
+    try:
+        done = place.flatfed("up", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield place
+    finally:
+        down = place.flatfed("down")
+    assert down.returncode == 0, down.stderr
+    assert "the federation is down" in down.stdout
+    assert not living(place.env)
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def less_times(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "history.jsonl").open()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory):
+    """Two nodes with TLS and keys."""
+    yield from federation(tmp_path_factory.mktemp("two"), "--clients", "2")
+
+
+def test_same_bits_over_tls(two: Place):
+    settings = ["clients.number=2", "run.rounds=2", "train.device=cpu"]
+    alone = two.run("alone", "inprocess", *settings)
+    apart = two.run("apart", "grpc", *settings)
+    assert summary(apart)["engine"] == "grpc"
+    assert summary(alone)["model_sha256"] == summary(apart)["model_sha256"]
+    assert less_times(alone) == less_times(apart)
+
+
+def test_keys_are_for_their_owner_alone(two: Place):
+    keys = two.folder / "home" / "up" / "keys"
+    secret = [keys / "server.key", keys / "node-0", keys / "node-1"]
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in secret)
+    assert keys.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_second_federation_is_refused(two: Place):
+    again = two.flatfed("up", "--clients", "1")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: a federation is up already (2 nodes)")
+
+
+def test_a_node_that_is_not_registered(two: Place):
+    state = json.loads((two.folder / "home/up/state.json").read_text())
+    keys = two.folder / "home" / "up" / "keys"
+    options = ["--partition", "2", "--root-certificates", str(keys / "ca.crt")]
+    key = make_node_key(two.folder / "unknown").with_suffix("")
+    for more, reason in (
+        ([], "give this node's as --auth-key"),
+        (["--auth-key", str(key)], f"register it with `flwr supernode register {key}.pub"),
+        (["--auth-key", str(keys / "node-0")], "another node has it"),
+    ):
+        node = two.flatfed("node", "--superlink", state["fleet"], *options, *more)
+        assert node.returncode == 2
+        assert reason in node.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_is_stopped(two: Place, number: int, code: int):
+    name = f"interrupted-{number}"
+    settings = [f"run.output-dir={two.folder}", f"run.name={name}", "run.rounds=1000"]
+    run = subprocess.Popen(
+        [FLATFED, "run", "engine.name=grpc", "clients.number=2", *settings],
+        cwd=two.folder,
+        env=two.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert wait_for((two.folder / name / "history.jsonl").exists, 90)
+        run.send_signal(number)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == code
+    assert "is stopped" in output
+    assert wait_for(lambda: not any("flwr-serverapp" in line for line in living(two.env)), 30)
+    assert summary(two.folder / name)["status"] == "failed"
+
+
+def test_a_run_that_fails(two: Place):
+    settings = ["clients.number=3", "clients.deadline-s=2", f"run.output-dir={two.folder}"]
+    run = two.flatfed("run", "engine.name=grpc", "run.name=fails", *settings)
+    assert run.returncode == 3, run.stdout + run.stderr
+    assert run.stderr.startswith("error: the run failed: ")
+    assert summary(two.folder / "fails")["status"] == "failed"
+
+
+def test_mistakes_start_nothing(tmp_path: Path):
+    place = Place(tmp_path)
+    flower = tmp_path / "flower"
+    flower.mkdir()
+    place.env["FLWR_HOME"] = str(flower)
+    tables = '[superlink.lab]\naddress = "127.0.0.1:1"\n[superlink.local]\naddress = ":local:"\n'
+    (flower / "config.toml").write_text(tables)
+    for settings, reason in (
+        (["engine.name=grpc"], "no federation is up: start one"),
+        (["engine.name=grpc", "engine.connection=lap"], "knows lab, local"),
+        (["engine.name=grpc", "engine.connection=lab"], "cannot be reached (Connection refused)"),
+        (["engine.name=grpc", "engine.connection=local"], "a local simulation"),
+        (["engine.name=ray", "engine.connection=lab"], "belongs to engine.name=grpc"),
+    ):
+        run = place.flatfed("run", *settings)
+        assert run.returncode == 2
+        assert reason in run.stderr
+        assert run.stderr.count("\n") == 1
+    down = place.flatfed("down")
+    assert (down.returncode, down.stderr) == (2, "error: no federation is up\n")
+
+
+def test_a_federation_that_does_not_start(tmp_path: Path):
+    """Nothing is left of it, and the node's own line says why."""
+    place = Place(tmp_path)
+    up = place.flatfed("up", "--clients", "1", "--insecure", "--data-path", "/nowhere")
+    assert up.returncode == 3
+    assert "error: data-path /nowhere: does not exist" in up.stderr
+    assert not living(place.env)
+    assert place.flatfed("down").returncode == 2
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory):
+    """Four nodes without TLS."""
+    yield from federation(tmp_path_factory.mktemp("four"), "--clients", "4", "--insecure")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("per_round", [0, 2])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox"])
+def test_three_engines_give_the_same_bits(four: Place, strategy: str, per_round: int):
+    settings = [
+        f"strategy.name={strategy}",
+        "fedprox.mu=0.1",
+        "clients.number=4",
+        f"clients.per-round={per_round}",
+        "run.rounds=5",
+        "train.device=cpu",
+        "train.momentum=0.9",
+        "train.keep-optimizer=true",
+    ]
+    engines = ("inprocess", "ray", "grpc")
+    folders = [four.run(f"{strategy}-{per_round}-{e}", e, *settings) for e in engines]
+    assert [summary(folder)["engine"] for folder in folders] == list(engines)
+    assert len({summary(folder)["model_sha256"] for folder in folders}) == 1
+    rows = [less_times(folder) for folder in folders]
+    assert rows[0] == rows[1] == rows[2]
+    assert all(len(row["cohort"]) == (per_round or 4) for row in rows[0])
+
+
+@pytest.mark.long
+def test_clientapps_started_anew_give_the_same_bits(tmp_path: Path):
+    settings = ["clients.number=2", "run.rounds=2", "train.device=cpu"]
+    for place in federation(tmp_path, "--clients", "2", "--insecure", "--no-preload"):
+        folders = [place.run(engine, engine, *settings) for engine in ("inprocess", "grpc")]
+        assert len({summary(folder)["model_sha256"] for folder in folders}) == 1
+
+
+@pytest.mark.long
+def test_a_superlink_that_dies(tmp_path: Path):
+    """The run ends with its own exit code, and `flatfed down` ends the nodes that are left."""
+    for place in federation(tmp_path, "--clients", "2", "--insecure"):
+        settings = [f"run.output-dir={tmp_path}", "run.name=dies", "run.rounds=1000"]
+        run = subprocess.Popen(
+            [FLATFED, "run", "engine.name=grpc", "clients.number=2", *settings],
+            env=place.env,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert wait_for((tmp_path / "dies" / "history.jsonl").exists, 90)
+        state = json.loads((tmp_path / "home/up/state.json").read_text())
+        os.kill(int(next(iter(state["processes"]))), signal.SIGKILL)
+        _, error = run.communicate(timeout=240)
+        assert run.returncode == 3
+        assert error.startswith("error: the run failed: the SuperLink does not answer")
