@@ -108,8 +108,17 @@ def parameter_dtype(config: CoreConfig) -> torch.dtype:
 
 
 def training_device(config: CoreConfig) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU."""
+    """`auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises ValueError if this machine does not have it.
+    """
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"train.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices "
+            "that torch can use; set cpu, or auto"
+        )
+    return device

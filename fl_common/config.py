@@ -132,7 +132,7 @@ class Train(Group):
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         "float32", description="bfloat16: autocast over float32 parameters"
     )
-    threads: int = Field(1, ge=1, description="torch threads per process")
+    threads: int = Field(1, ge=1, le=256, description="torch threads per process")
     deterministic: bool = Field(True, description="only kernels that repeat their sums")
 
 

@@ -116,7 +116,10 @@ class Rounds:
         self.recorder, self.progress = recorder, progress
         first = roster.members[0]
         self.device = assembly.training_device(config)
-        self.net = assembly.new_model(config, len(first.classes), first.shape, self.device)
+        try:
+            self.net = assembly.new_model(config, len(first.classes), first.shape, self.device)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RunFailed(f"model.name = {config.model.name}: {error}") from error
         self.layout = Layout.of(self.net)
         self.model: Flat = {k: concatenate(t.values()) for k, t in tensors_of(self.net).items()}
         self.strategy = methods("strategies")[config.strategy.name].configured(config)

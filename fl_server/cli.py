@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "values", nargs="*", metavar="key=value", help="a setting, e.g. train.lr=0.05"
     )
     settings.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="settings from a file; key=value wins"
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        action="append",
+        default=[],
+        help="settings from a file, of several the later wins; key=value wins over all",
     )
     raw = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     run = commands.add_parser("run", parents=[settings], help="train a model", **raw)
@@ -129,15 +134,15 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]:
 
     errors: list[str] = []
     values: dict[str, Scalar] = {}
-    if args.config:
+    for file in args.config:
         import tomllib
 
         try:
-            values = flatten(tomllib.loads(args.config.read_text()))
+            values |= flatten(tomllib.loads(file.read_text()))
         except OSError as error:
-            errors.append(f"--config {args.config}: {error.strerror}")
+            errors.append(f"--config {file}: {error.strerror}")
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            errors.append(f"--config {args.config}: not a TOML file: {error}")
+            errors.append(f"--config {file}: not a TOML file: {error}")
     given: dict[str, str] = {}
     for item in args.values:
         key, equals, value = item.partition("=")
@@ -199,6 +204,13 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     from fl_server.exchange import RunFailed
     from fl_server.inprocess import InProcessGrid
 
+    if config.train.device.startswith("cuda"):
+        from fl_common.assembly import training_device
+
+        try:
+            training_device(config)
+        except ValueError as error:
+            return _complain([str(error)])
     values = config.flat()
     grid = InProcessGrid(client_app, config.clients.number, values)
     context = Context(

@@ -149,8 +149,16 @@ def _reason(reply: Message) -> str:
 
 
 def _shortage(phase: str, outcome: Outcome, at_least: int) -> str:
-    reasons = [*outcome.failed.values(), *outcome.rejected.values()]
+    wrong = outcome.failed | outcome.rejected
     return (
         f"{phase}: {len(outcome.accepted)} good replies, clients.min-replies = {at_least}"
-        + "".join(f"; {reason}" for reason in dict.fromkeys(reasons))
+        + "".join(f"; {who}: {reason}" for reason, who in by_reason(wrong, "client"))
     )
+
+
+def by_reason(reasons: dict[int, str], word: str) -> Iterator[tuple[str, str]]:
+    """Each reason once, with whom it concerns: "client 3", "clients 1, 2, 3 and 7 more"."""
+    for reason in dict.fromkeys(reasons[name] for name in sorted(reasons)):
+        names = [str(name) for name in sorted(reasons) if reasons[name] == reason]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield reason, f"{word}{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"

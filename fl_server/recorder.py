@@ -84,6 +84,7 @@ class Recorder:
 
     def begin(self, config: CoreConfig, values: Mapping[str, Scalar], engine: str) -> None:
         write_atomically(self.folder / CONFIG, _json(dict(values)))
+        write_atomically(self.folder / SUMMARY, _json(self.summary))
         self.summary |= {
             "strategy": config.strategy.name,
             "regularizers": list(config.regularizer_names),

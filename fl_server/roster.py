@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from fl_common import wire
 from fl_common.determinism import seed_of
 from fl_common.fingerprint import code_sha256, versions
-from fl_server.exchange import Outcome, RunFailed
+from fl_server.exchange import Outcome, RunFailed, by_reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -195,10 +195,8 @@ class Roster:
         answers, refused = self._ask(sorted(nodes - known))
         self.members, unfit = judge(answers, self.members, self.number, code_sha256())
         refused |= unfit
-        for reason in dict.fromkeys(refused[node] for node in sorted(refused)):
-            which = [str(node) for node in sorted(refused) if refused[node] == reason]
-            more = f" and {len(which) - 3} more" if len(which) > 3 else ""
-            self.exchange.note(f"roll call: refused node {', '.join(which[:3])}{more}: {reason}")
+        for reason, who in by_reason(refused, "node"):
+            self.exchange.note(f"roll call: refused {who}: {reason}")
         self.refused |= refused
         own = tuple(versions().items())
         for member in answers:

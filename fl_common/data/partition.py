@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from fl_common.data.errors import DataError
 if TYPE_CHECKING:
     from fl_common.data.sources import Dataset
 
-_PROCEDURE = 1  # part of every key: to be raised when equal arguments give other partitions
+_PROCEDURE = 2  # part of every key: to be raised when equal arguments give other partitions
 _TRIES = 5_000
 _CHUNK = 4_096
 
@@ -245,33 +244,35 @@ def _draw_classes(
 def _pathological(
     labels: np.ndarray, clients: int, rng: np.random.Generator, classes_per_client: int
 ) -> np.ndarray:
-    """(n,) owner of every sample: flwr-datasets' PathologicalPartitioner on shuffled samples.
+    """(n,) owner of every sample: each client holds samples of `classes_per_client` classes.
 
-    Client i holds class i mod C and classes_per_client - 1 random others; the holders of a class
-    share it equally ("#C = k" of https://arxiv.org/abs/2102.02079).
+    Classes are dealt in random order, again and again, to one client after the other, so that all
+    are held by about equally many, who share a class equally.  flwr-datasets' partitioner leaves
+    classes to nobody where these would suffice.  "#C = k" of https://arxiv.org/abs/2102.02079.
     """
-    import datasets
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
-    order = rng.permutation(len(labels))
-    partitioner = PathologicalPartitioner(
-        clients, "label", classes_per_client, "first-deterministic", seed=int(rng.integers(2**32))
-    )
-    partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "sample": order})
-    owner = np.full(len(labels), -1, np.int64)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes left out, which is an error below
-            for client in range(clients):
-                part = partitioner.load_partition(client).with_format("numpy")
-                owner[part[:]["sample"]] = client
-    except ValueError as error:
+    names = np.unique(labels)
+    if classes_per_client > len(names) or clients * classes_per_client < len(names):
         raise DataError(
-            f"{clients} clients cannot hold {classes_per_client} classes each: {error}"
-        ) from error
-    if (owner < 0).any():
+            f"{clients} clients of {classes_per_client} classes each cannot hold {len(names)} "
+            "classes; change clients.number or data.classes-per-client"
+        )
+    holders: dict[int, list[int]] = {label: [] for label in range(len(names))}
+    deck: list[int] = []
+    for client in range(clients):
+        for _ in range(classes_per_client):
+            if all(client in holders[label] for label in deck):
+                deck += rng.permutation(len(names)).tolist()
+            label = next(label for label in deck if client not in holders[label])
+            deck.remove(label)
+            holders[label].append(client)
+    owner = np.empty(len(labels), np.int64)
+    for label, name in enumerate(names):
+        members = rng.permutation(np.flatnonzero(labels == name))
+        sizes = _equal_sizes(len(members), len(holders[label]))
+        owner[members] = np.repeat(holders[label], sizes)
+    if len(np.unique(owner)) < clients:
         raise DataError(
-            f"with {classes_per_client} classes for each of {clients} clients some classes are "
-            "nobody's; raise clients.number or data.classes-per-client"
+            f"{clients} clients are too many for {len(labels)} samples in classes of their own; "
+            "lower clients.number"
         )
     return owner

@@ -34,10 +34,7 @@ class ModelInfo:
 
 MODELS: dict[str, ModelInfo] = {
     "digits-cnn": ModelInfo(
-        "small CNN for 8 x 8 digits, always GroupNorm",
-        "convnets:digits_cnn",
-        min_side=2,
-        norms=("group",),
+        "small CNN for 8 x 8 digits", "convnets:digits_cnn", min_side=2, norms=NORMS
     ),
     "mlp": ModelInfo("two hidden layers, 64 and 32", "convnets:mlp", input="any"),
     "lenet": ModelInfo("LeNet, 62,006 parameters", "convnets:lenet", min_side=16),
@@ -69,8 +66,8 @@ def check(name: str, shape: tuple[int, ...] | None = None, norm: str = "batch") 
     """What is wrong with these settings, one line each, with the remedy; empty if nothing is.
 
     shape: a sample's, (C, H, W) or (F,); None when it is not known yet.
-    norm: `batch`, the default, is each model as published and always accepted. `group` asks for
-        GroupNorm in place of BatchNorm, and is refused where there is no norm layer to choose.
+    norm: the kind of the model's norm layers; refused where the model has only the other kind.
+        A model without norm layers takes the default, `batch`, alone.
     """
     errors = []
     if norm not in NORMS:
@@ -88,6 +85,8 @@ def check(name: str, shape: tuple[int, ...] | None = None, norm: str = "batch") 
             f"model.norm = 'group': {name!r} has no norm layers; use 'batch' (the default), "
             f"or one of {', '.join(n for n, i in MODELS.items() if i.norms)}"
         )
+    if norm == "batch" and info.norms == ("group",):
+        errors.append(f"model.norm = 'batch': {name!r} has GroupNorm only; set model.norm=group")
     if shape is not None and (problem := _misfit(info, shape)):
         fitting = [n for n, i in MODELS.items() if not _misfit(i, shape)]
         remedy = f"these models fit: {', '.join(fitting)}" if fitting else "check the data"

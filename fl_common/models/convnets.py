@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from fl_common.models.layers import Chain, with_head
+from fl_common.models.layers import Chain, norm2d, with_head
 
 
 def _dense(widths, classes, first_relu):
@@ -75,7 +75,7 @@ def cnn(shape, classes, norm):
 
 
 def tiny_convnet(shape, classes, norm):
-    """MAN's ConvNet for Tiny-ImageNet: 4096-512-384-classes at 64 px; GroupNorm(4) for any `norm`.
+    """MAN's ConvNet for Tiny-ImageNet: 4096-512-384-classes at 64 px; always GroupNorm(4).
 
     Thrice [conv 3x3 64, GroupNorm, ReLU, max pool 2]. ReLU and max pooling commute; the third
     ReLU stands after its pool, because there MAN's code penalises the activation
@@ -94,20 +94,20 @@ def tiny_convnet(shape, classes, norm):
 
 
 def digits_cnn(shape, classes, norm):
-    """For small images such as scikit-learn's digits (1, 8, 8); GroupNorm(4) for any `norm`.
+    """For small images such as scikit-learn's digits (1, 8, 8); `group` is GroupNorm(4).
 
-    Twice [conv 3x3 (16, 32), GroupNorm, ReLU], a max pool between them; 512-classes at 8 px.
+    Twice [conv 3x3 (16, 32), norm, ReLU], a max pool between them; 512-classes at 8 px.
     Trained centrally on the digits (10 epochs, SGD 0.1, batch 32) it reaches 0.98; without norm
     layers it needs standardised inputs for that.
     """
     return Chain(
         [
             ("conv1", nn.Conv2d(shape[0], 16, 3, padding=1)),
-            ("norm1", nn.GroupNorm(4, 16)),
+            ("norm1", norm2d(norm, 16, groups=4)),
             ("relu1", nn.ReLU()),
             ("pool", nn.MaxPool2d(2)),
             ("conv2", nn.Conv2d(16, 32, 3, padding=1)),
-            ("norm2", nn.GroupNorm(4, 32)),
+            ("norm2", norm2d(norm, 32, groups=4)),
             ("relu2", nn.ReLU()),
             ("flatten", nn.Flatten()),
             ("fc", nn.Linear(32 * (shape[1] // 2) * (shape[2] // 2), classes)),

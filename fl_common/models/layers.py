@@ -44,10 +44,10 @@ def with_head(model: Chain, width: int = 256) -> Chain:
     return Chain([*body, ("head", head), ("fc", nn.Linear(width, fc.out_features))])
 
 
-def norm2d(norm: str, channels: int) -> nn.Module:
-    """BatchNorm2d for `batch`; for `group`, GroupNorm of 2 groups at every width.
+def norm2d(norm: str, channels: int, groups: int = 2) -> nn.Module:
+    """BatchNorm2d for `batch`; for `group`, GroupNorm of 2 groups at every width by default.
 
     2 is the group count that FedDC (gaoliang13/FedDC, utils_models.py) puts in place of each
     BatchNorm of its ResNet-18, whatever its width.
     """
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(2, channels)
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(groups, channels)

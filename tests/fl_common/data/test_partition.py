@@ -181,11 +181,22 @@ def test_pathological():
     assert_exact_cover(parts, 1000)
     held = label_counts(parts, y) > 0
     assert (held.sum(axis=1) == 3).all()
-    assert all(held[i, i % 10] for i in range(20))
+    assert (held.sum(axis=0) == 6).all(), "20 clients of 3 classes: each class has 6 holders"
     # The holders of a class share it: sizes differ by at most one.
     for label, counts in enumerate(label_counts(parts, y).T):
         shares = counts[held[:, label]]
         assert shares.max() - shares.min() <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pathological_leaves_no_class_to_nobody_where_it_can_be_avoided(seed):
+    y = balanced_labels(1000, 10)
+    for clients, per_client in [(5, 2), (6, 2), (7, 2), (1, 10), (4, 3)]:
+        parts = partition(
+            y, scheme="pathological", clients=clients, seed=seed, classes_per_client=per_client
+        )
+        assert_exact_cover(parts, 1000)
+        assert ((label_counts(parts, y) > 0).sum(axis=1) == per_client).all()
 
 
 def test_pathological_does_not_follow_the_order_of_samples():
@@ -203,11 +214,11 @@ def test_pathological_does_not_follow_the_order_of_samples():
         ({"scheme": "dirichlet", "clients": 9, "alpha": 1e-6}, "raise data.alpha"),
         (
             {"scheme": "pathological", "clients": 3, "classes_per_client": 1},
-            "raise clients.number or data.classes-per-client",
+            "cannot hold 5 classes; change clients.number",
         ),
         (
             {"scheme": "pathological", "clients": 10, "classes_per_client": 6},
-            "cannot hold 6 classes each",
+            "of 6 classes each cannot hold 5 classes",
         ),
         ({"scheme": "linear", "clients": 2}, "known: iid, dirichlet"),
     ],
