@@ -163,7 +163,7 @@ def test_smallest_image_and_oblong_image(name):
     side = MODELS[name].min_side
     for shape in [(3, side, side), (1, side, side + 9)]:
         assert calls(meta(name, shape=shape), shape)[-1][1] == (2, 10)
-    norm = MODELS[name].norms[-1] if MODELS[name].norms else "batch"
+        norm = MODELS[name].norms[-1] if MODELS[name].norms else "batch"
         assert side == 1 or len(check(name, (3, side, side - 1), norm)) == 1
 
 
