@@ -18,7 +18,6 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from types import SimpleNamespace
@@ -41,15 +40,6 @@ ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
 }
-NODE_KEYS = [
-    "partition-id",
-    "num-partitions",
-    "data-path",
-    "state-dir",
-    "device",
-    "threads",
-    "worker-socket",
-]
 ANSWER_S = 1.5
 """How long one connection to the server may take [s]."""
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -114,10 +104,12 @@ def _check_options(node: Node) -> None:
 
 
 def _check_config(config: Mapping[str, Scalar]) -> None:
-    for key in config:
-        near = get_close_matches(key.replace("_", "-"), NODE_KEYS, n=1, cutoff=0.8)
-        if key not in NODE_KEYS and near:
-            raise NodeError(f"{key}: unknown to a node; did you mean {near[0]}?")
+    from fl_common.config import ConfigError, with_node
+
+    try:
+        with_node({}, config)
+    except ConfigError as error:
+        raise NodeError(error.errors[0]) from None
     partition, of = config.get("partition-id"), config.get("num-partitions")
     if partition is None:
         raise NodeError("no partition: give --partition N, this node's number from 0 on")
@@ -135,13 +127,6 @@ def _check_config(config: Mapping[str, Scalar]) -> None:
     if path is not None and not os.access(str(path), os.R_OK):
         what = "cannot be read" if Path(str(path)).exists() else "does not exist"
         raise NodeError(f"data-path {path}: {what}; give this node's folder or file of data")
-    if state := config.get("state-dir"):
-        place = next(p for p in (Path(str(state)), *Path(str(state)).parents) if p.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            raise NodeError(f"state-dir {state}: {place} cannot be written to; give another folder")
-    worker = config.get("worker-socket")
-    if worker and not Path(str(worker)).is_socket():
-        raise NodeError(f"worker-socket {worker}: no socket there; start the worker first")
     if device := config.get("device"):
         _check_device(str(device))
 

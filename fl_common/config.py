@@ -364,9 +364,12 @@ def unknown_key(key: str, known: set[str]) -> str:
 
 
 def unknown_name(key: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{key} = {_show(name)}: unknown; {hint}known: {', '.join(known)}"
+    return f"{key} = {_show(name)}: unknown; {_nearest(name, known)}known: {', '.join(known)}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _show(value: Any) -> str:
@@ -490,6 +493,8 @@ NODE_KEYS = {
 }
 """What belongs to a node: keys of its `--node-config`, and the settings that they override."""
 OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
+LATER_NODE_KEYS = ("state-dir", "worker-socket")
+"""Keys that have no effect yet; refused, never ignored."""
 
 
 def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -497,10 +502,19 @@ def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> d
 
     Raises ConfigError for a key that no node has.
     """
-    unknown = [key for key in node if key not in NODE_KEYS and key not in OTHER_NODE_KEYS]
-    if unknown:
-        known = ", ".join([*NODE_KEYS, *OTHER_NODE_KEYS])
-        raise ConfigError([f"--node-config {key}: unknown key; known: {known}" for key in unknown])
+    known = [*NODE_KEYS, *OTHER_NODE_KEYS]
+    errors = [
+        f"--node-config {key}: unknown key; {_nearest(key, known)}known: {', '.join(known)}"
+        for key in node
+        if key not in known
+    ]
+    errors += [
+        f"--node-config {key}: not available in this version; leave it out"
+        for key in node
+        if key in LATER_NODE_KEYS
+    ]
+    if errors:
+        raise ConfigError(errors)
     return {**run_config, **{NODE_KEYS[key]: node[key] for key in node if key in NODE_KEYS}}
 
 

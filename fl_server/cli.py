@@ -86,7 +86,6 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add = of_node.add_argument
     add("values", nargs="*", metavar="key=value", help="further node-config keys")
     add("--insecure", action="store_true", help="no TLS: only on a network that you trust")
-    add("--state-dir", type=Path, metavar="DIR", help="what a node must not forget")
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
     add("--threads", type=int, metavar="N", help="torch threads")
     add("--poll-interval", type=float, default=0.2, metavar="S", help="pause between two questions "
@@ -110,7 +109,6 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add("--root-certificates", type=Path, metavar="FILE", help="the CA of the server (ca.crt)")
     add("--auth-key", type=Path, metavar="FILE", help="this node's private key")
     add("--data-path", type=Path, metavar="PATH", help="this node's data")
-    add("--worker-socket", type=Path, metavar="PATH", help="a resident trainer's socket")
     add("--port", type=int, default=0, metavar="N", help="of the node's own loopback API")
     add("--wait", type=float, default=3.0, metavar="S",
         help="how long the server may take to come up [s] (default: 3)")  # fmt: skip
@@ -315,8 +313,6 @@ def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
     options = {
         "partition-id": args.partition,
         "data-path": args.data_path,
-        "state-dir": args.state_dir,
-        "worker-socket": args.worker_socket,
         "device": args.device,
         "threads": args.threads,
     }
@@ -325,9 +321,8 @@ def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
             raise NodeError(f"{key}: given twice, {value} and {config[key]}")
         if value is not None:
             config[key] = value if isinstance(value, int) else str(value)
-    for key in ("data-path", "state-dir", "worker-socket"):
-        if key in config:
-            config[key] = str(Path(str(config[key])).expanduser().absolute())
+    if "data-path" in config:
+        config["data-path"] = str(Path(str(config["data-path"])).expanduser().absolute())
     return config
 
 
@@ -335,9 +330,8 @@ def _up(args: argparse.Namespace) -> int:
     from fl_server.federation import FederationError, UsageError, up
 
     options = list(args.values)
-    for name in ("state_dir", "device", "threads", "poll_interval"):
+    for name in ("device", "threads", "poll_interval"):
         if (value := getattr(args, name)) is not None:
-            value = value.expanduser().absolute() if isinstance(value, Path) else value
             options += [f"--{name.replace('_', '-')}", str(value)]
     if args.no_preload:
         options.append("--no-preload")

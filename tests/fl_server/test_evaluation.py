@@ -158,4 +158,7 @@ def test_an_unknown_key_of_a_node_is_refused(tmp_path, runner, monkeypatch):
     monkeypatch.setattr(fl_server.inprocess, "InProcessGrid", Nodes)
     result = runner(*BASE)
     assert result.code == 3
-    assert "--node-config data-paht: unknown key; known: data-path" in result.summary["error"]
+    assert (
+        "--node-config data-paht: unknown key; did you mean data-path? known: data-path"
+        in result.summary["error"]
+    )

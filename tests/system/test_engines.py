@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,36 @@ def test_in_process_and_ray_give_the_same_bits(tmp_path: Path, own: dict[str, st
     assert {first[k] for k in ("bytes_up", "bytes_down")} == {
         second[k] for k in ("bytes_up", "bytes_down")
     }
+
+
+def test_flwr_run_tells_the_same_mistakes(tmp_path: Path):
+    """Plain `flwr run`: the ServerApp's first act is the check that `flatfed run` makes."""
+    from fl_common.config import ConfigError, resolve
+    from fl_server.flower_run import run_simulation
+
+    wrong = {
+        "train.lr": "fast",
+        "model.name": "resnt8",
+        "data.cache-dir": "here",
+        "run.output-dir": "relative",
+    }
+    try:
+        resolve(wrong)
+        raise AssertionError("these settings are wrong")
+    except ConfigError as error:
+        expected = error.errors
+    assert len(expected) == 4
+    printed: list[str] = []
+    root = Path(__file__).resolve().parents[2]
+    started = time.monotonic()
+    status = run_simulation(
+        root, wrong, clients=2, on_line=printed.append, env={"FLATFED_RESULTS": str(tmp_path)}
+    )
+    print(f"{time.monotonic() - started:.1f} s")
+    assert status.status == "finished:failed"
+    (folder,) = tmp_path.iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["error"].splitlines() == expected
+    for line in expected:
+        assert any(line in text for text in printed), line

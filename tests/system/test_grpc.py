@@ -24,7 +24,15 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {**os.environ, **mark(), "FLATFED_HOME": str(folder / "home")}
+        self.modules = folder / "modules"
+        """Where the processes of this place find modules of one's own."""
+        self.modules.mkdir()
+        self.env = {
+            **os.environ,
+            **mark(),
+            "FLATFED_HOME": str(folder / "home"),
+            "PYTHONPATH": str(self.modules),
+        }
 
     def flatfed(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -80,6 +88,54 @@ def test_same_bits_over_tls(two: Place):
     assert summary(apart)["engine"] == "grpc"
     assert summary(alone)["model_sha256"] == summary(apart)["model_sha256"]
     assert less_times(alone) == less_times(apart)
+
+
+HOSTILE = '''
+from flwr.app import Array
+
+import fl_client.client
+from fl_common import wire
+from fl_common.data.sources import load as load_digits
+
+honest = fl_client.client.Clients.train
+
+def train(self, partition, content, state):
+    """Client 1 sends NaN, then a wrong shape, then 50 MB, then an honest reply."""
+    reply = honest(self, partition, content, state)
+    server_round = int(content["config"]["server-round"])
+    if partition == 1:
+        record = reply["arrays"]
+        params = record["params"].tensor
+        if server_round == 1:
+            params[3] = float("nan")
+        elif server_round == 2:
+            record["params"] = wire.TensorArray(params[:-1])
+        elif server_round == 3:
+            shape = tuple(params.shape)
+            record["params"] = Array("float32", shape, "numpy.ndarray", bytes(50_000_000))
+    return reply
+
+fl_client.client.Clients.train = train
+
+def load(path, seed):
+    data = load_digits("digits")
+    return (data.train.x, data.train.y), (data.test.x, data.test.y), data.classes
+'''
+
+
+def test_a_hostile_client_touches_nothing(two: Place):
+    (two.modules / "hostile.py").write_text(HOSTILE)
+    settings = ["data.source=hostile:load", "clients.number=2", "run.rounds=4", "train.device=cpu"]
+    alone = two.run("hostile-alone", "inprocess", *settings)
+    apart = two.run("hostile-apart", "grpc", *settings)
+    rows = less_times(apart)
+    assert [row["replies"] for row in rows] == [[0], [0], [0], [0, 1]]
+    assert "1 of 10026 elements are NaN or infinite" in rows[0]["rejected"]["1"]
+    assert "float32 [10025] instead of float32 [10026]" in rows[1]["rejected"]["1"]
+    assert "50000000 bytes, at most 41128 were expected" in rows[2]["rejected"]["1"]
+    assert rows[3]["rejected"] == {}
+    assert summary(alone)["model_sha256"] == summary(apart)["model_sha256"]
+    assert rows == less_times(alone)
 
 
 def test_keys_are_for_their_owner_alone(two: Place):
