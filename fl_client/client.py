@@ -46,16 +46,19 @@ class Clients:
 
     def describe(self, partition: int) -> RecordDict:
         """The roll call's answer: who this is, with how many samples of which classes."""
-        labels = self.data.train.y[self.share(partition).train]
+        share = self.share(partition)
+        labels = self.data.train.y[share.train]
         classes = list(self.data.classes)
         numbers = {
             "partition-id": partition,
             "num-examples": len(labels),
+            "held-out": len(share.held_out),
             "label-counts": np.bincount(labels, minlength=len(classes)).tolist(),
         }
         words = {
             "classes": classes,
             "shape": list(assembly.input_shape(self.config, self.data)),
+            "data": self.data.fingerprint,
             "code": code_sha256(),
             **versions(),
         }
@@ -179,7 +182,8 @@ class Clients:
 
     @torch.no_grad()
     def _install(self, received: Flat) -> list[torch.Tensor]:
-        """Copy the received model into the resident one; gives w, one tensor per parameter."""
+        """Copy the received model into the resident one; gives w, one tensor per parameter
+        that is trained."""
         if self.net is None:
             self._make_resident()
         views = {
@@ -187,7 +191,9 @@ class Clients:
         }
         for kind, tensors in self.tensors.items():
             torch._foreach_copy_(tensors, views[kind])
-        return views[PARAMS]
+        # A frozen parameter travels, but no method and no optimizer touches it.
+        params = zip(self.tensors[PARAMS], views[PARAMS], strict=True)
+        return [view for parameter, view in params if parameter.requires_grad]
 
     def _restore_optimizer(self, state: RecordDict) -> None:
         """A fresh optimizer, unless the client keeps its own from round to round."""

@@ -93,7 +93,8 @@ def local_round(
                 loss = loss + data_term(output, y)
         loss.backward()
 
-        grads = [p.grad for p in params]
+        # A parameter that this step did not use has no gradient.
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         with torch.no_grad():
             for add_gradient in gradient_terms:
                 add_gradient(params, grads)

@@ -48,7 +48,7 @@ class Group(BaseModel):
 
 class Run(Group):
     rounds: int = Field(30, ge=1, description="rounds to train")
-    seed: int = Field(0, ge=0, description="seed of every random stream")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random stream")
     name: str = Field("", description="name of the results folder; empty: a timestamp")
     output_dir: str = Field(
         "",
@@ -543,6 +543,17 @@ def _check_methods(config: CoreConfig) -> list[str]:
                 f"regularizers = {_show(config.regularizers)}: {name} with strategy "
                 f"{config.strategy.name}: {strategy.refuses[name]}"
             )
+    for name in [*strategies, *regularizers]:
+        if name in (config.strategy.name, *chosen) or ":" in name:
+            continue
+        params = config.params_of(name)
+        where = "strategy.name" if name in strategies else "regularizers"
+        errors += [
+            f"{name}.{_dashed(key)} = {_show(value)}: has no effect without {where}={name}; "
+            "leave it out or set that"
+            for key, value in params
+            if value != type(params).model_fields[key].default
+        ]
     return list(dict.fromkeys(errors))
 
 

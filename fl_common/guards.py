@@ -48,8 +48,10 @@ class Expected:
     records: Mapping[str, Mapping[str, Spec]]
     """Array records by name, their arrays by key."""
     server_round: int
-    samples: int | None = None
-    """n_i of the roll call; None where the reply's weight is another one (held-out samples)."""
+    samples: int
+    """What the roll call said: n_i, or the number of held-out samples."""
+    metrics: frozenset[str]
+    """The numbers that come with it, besides round and samples."""
 
 
 def objection(content: RecordDict, expected: Expected) -> str | None:
@@ -98,7 +100,7 @@ def _decode(record: ArrayRecord, key: str, array: Array, spec: Spec) -> str | No
         return f"{len(array.data)} bytes, at most {bound} were expected"
     try:
         tensor = torch.from_numpy(array.numpy())
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except Exception as error:  # the bytes are a stranger's: whatever NumPy makes of them
         return f"cannot be decoded: {error}"
     if Spec.of(tensor) != spec:
         return f"says {spec}, holds {Spec.of(tensor)}"
@@ -116,15 +118,19 @@ def _not_finite(tensor: torch.Tensor) -> str | None:
 
 
 def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
+    names = {"server-round", "num-examples", *expected.metrics}
+    if set(metrics) != names:
+        return f"metrics {_names(metrics)} instead of {_names(names)}"
     for key, value in metrics.items():
-        values = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(v) for v in values):
-            return f"{key} = {value} is not finite"
+        if isinstance(value, list) or not math.isfinite(value):
+            return f"{key} = {value} is not a finite number"
+        if key.startswith("accuracy") and not 0 <= value <= 1:
+            return f"{key} = {value} is not between 0 and 1"
     if metrics.get("server-round") != expected.server_round:
         return f"answers round {metrics.get('server-round')}, this is round {expected.server_round}"
     weight = metrics.get("num-examples")
     if not isinstance(weight, int) or weight <= 0:
         return f"num-examples = {weight} is no positive whole number"
-    if expected.samples is not None and weight != expected.samples:
+    if weight != expected.samples:
         return f"num-examples = {weight}, but {expected.samples} at the roll call"
     return None

@@ -2,7 +2,7 @@
 
 A model travels, is averaged and is stored as at most three vectors:
 
-    params    (d,)  trainable parameters, in the model's dtype
+    params    (d,)  parameters, in the model's dtype
     stats     (q,)  floating buffers (BatchNorm's running statistics)
     counters  (c,)  int64 buffers (`num_batches_tracked`)
 

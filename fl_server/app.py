@@ -87,6 +87,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         roster = Roster(exchange, config.clients.number)
         roster.assemble(nodes_may_come=engine_of(grid) == "grpc")
         first = roster.members[0]
+        _check_data(config, roster)
         recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
         run = Rounds(config, exchange, roster, recorder, progress)
         progress.note(_opening(config, roster, run.model))
@@ -118,7 +119,7 @@ class Rounds:
         self.device = assembly.training_device(config)
         try:
             self.net = assembly.new_model(config, len(first.classes), first.shape, self.device)
-        except (AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # the model may be the user's own
             raise RunFailed(f"model.name = {config.model.name}: {error}") from error
         self.layout = Layout.of(self.net)
         self.model: Flat = {k: concatenate(t.values()) for k, t in tensors_of(self.net).items()}
@@ -159,18 +160,26 @@ class Rounds:
             _receivers(messages, cohort),
             f"round {server_round}",
             outcome,
-            lambda name: Expected(records, server_round, samples[name]),
-            at_least=config.clients.min_replies,
+            lambda name: Expected(records, server_round, samples[name], metrics_of(settings)),
+            # A bernoulli cohort may be smaller than the replies that are asked for.
+            at_least=min(config.clients.min_replies, len(names)),
         )
         loss = None
         try:
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+            if arrays is None:
+                raise RoundFailed(f"round {server_round}: the strategy gave no model")
             self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
         except RoundFailed as shortage:
-            self._round_failed(shortage, outcome)
+            self._round_failed(shortage, outcome, len(names))
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
+        if not all(torch.isfinite(vector).all() for vector in self.model.values()):
+            raise RunFailed(
+                f"round {server_round}: the new model has NaN or infinite values; lower the "
+                "learning rates (train.lr, or the strategy's)"
+            )
         row = _row(server_round, names, outcome) | {"client_loss": loss}
         for moment in ("before", "after"):
             accuracies = _by_client(outcome, f"accuracy-{moment}")
@@ -181,10 +190,10 @@ class Rounds:
     def _evaluates(self, server_round: int) -> bool:
         return server_round == self.config.run.rounds or not server_round % self.config.eval.every
 
-    def _round_failed(self, shortage: RoundFailed, outcome: Outcome) -> None:
+    def _round_failed(self, shortage: RoundFailed, outcome: Outcome, asked: int) -> None:
         """Too few good replies: too few answers end the run, bad ones after some such rounds."""
         answers = len(outcome.accepted) + len(outcome.rejected)
-        if answers < self.config.clients.min_replies:
+        if answers < min(self.config.clients.min_replies, asked):
             raise RunFailed(str(shortage)) from shortage
         self.failures += 1
         self.progress.note(f"{shortage}; the model stays as it was")
@@ -217,6 +226,7 @@ class Rounds:
     def _on_clients(self, server_round: int, row: dict[str, Any]) -> dict[str, Any]:
         members = [self.roster.members[i] for i in sorted(self.roster.members)]
         outcome = Outcome()
+        held_out = {member.partition: member.held_out for member in members}
         messages = self.strategy.configure_evaluate(
             server_round,
             wire.pack(self.model),
@@ -228,7 +238,9 @@ class Rounds:
             _receivers(messages, members),
             f"evaluation of round {server_round}",
             outcome,
-            lambda name: Expected({}, server_round),
+            lambda name: Expected(
+                {}, server_round, held_out[name], frozenset({"accuracy", "loss"})
+            ),
         )
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
@@ -243,9 +255,28 @@ class Rounds:
             "client_accuracy": accuracies,
             "client_accuracy_mean": sum(accuracies.values()) / len(accuracies),
             "client_accuracy_worst_decile": sum(worst) / len(worst),
+            "evaluation_failed": _reasons(outcome.failed | outcome.rejected),
             "bytes_down": row["bytes_down"] + outcome.bytes_down,
             "bytes_up": row["bytes_up"] + outcome.bytes_up,
         }
+
+
+def _check_data(config: CoreConfig, roster: Roster) -> None:
+    """Partitions of one data set, or data sets of their own: not a mixture.  Raises RunFailed."""
+    members = [roster.members[i] for i in sorted(roster.members)]
+    sets = {member.data for member in members}
+    if config.data.partition == "local" and len(members) > 1 == len(sets):
+        raise RunFailed(
+            "data.partition = local: all clients hold the same data; give each node its own "
+            "data-path, or choose another data.partition"
+        )
+    if config.data.partition != "local" and len(sets) > 1:
+        other = next(m.partition for m in members if m.data != members[0].data)
+        raise RunFailed(
+            f"data.partition = {config.data.partition}: client {other} has another data set than "
+            "client 0 (other files or another version); give all nodes the same, or set "
+            "data.partition=local"
+        )
 
 
 def _server_data(config: CoreConfig, first: Member) -> Dataset:
@@ -270,12 +301,23 @@ def _row(server_round: int, names: Sequence[int], outcome: Outcome) -> dict[str,
         "round": server_round,
         "cohort": list(names),
         "replies": sorted(outcome.accepted),
-        "failed": {str(name): reason for name, reason in sorted(outcome.failed.items())},
-        "rejected": {str(name): reason for name, reason in sorted(outcome.rejected.items())},
+        "failed": _reasons(outcome.failed),
+        "rejected": _reasons(outcome.rejected),
         "bytes_up": outcome.bytes_up,
         "bytes_down": outcome.bytes_down,
         "client_cpu_s": round(sum(m["cpu-s"] for m in outcome.accepted.values()), 4),
     }
+
+
+def _reasons(reasons: Mapping[int, str]) -> dict[str, str]:
+    return {str(name): reason for name, reason in sorted(reasons.items())}
+
+
+def metrics_of(settings: ConfigRecord) -> frozenset[str]:
+    """The numbers that come with a reply to training, besides round and samples."""
+    moments = ("before", "after") if settings.get("evaluate") else ()
+    held_out = {f"{kind}-{moment}" for kind in ("accuracy", "loss") for moment in moments}
+    return frozenset({"steps", "loss", "cpu-s"} | held_out)
 
 
 def _by_client(outcome: Outcome, key: str) -> dict[str, float]:

@@ -73,7 +73,7 @@ class Exchange:
         waiting = deque(sorted(names))
         for name, reply in self._arrivals(messages, names, phase, outcome):
             if reply.has_error():
-                outcome.failed[name] = _reason(reply)
+                outcome.failed[name] = reason_of(reply)
             elif expected and (problem := objection(reply.content, expected(name))):
                 outcome.rejected[name] = problem
             else:
@@ -140,7 +140,7 @@ def payload_bytes(message: Message) -> int:
     return sum(map(wire.payload_bytes, records))
 
 
-def _reason(reply: Message) -> str:
+def reason_of(reply: Message) -> str:
     """The last line of an error's text: the exception, without its traceback."""
     lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
     text = next((line for line in reversed(lines) if ": " in line), lines[-1] if lines else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ class Progress:
         if self.bar:
             self.bar.note(text)
         else:
-            print(text, flush=True)
+            _print(text)
 
     def row(self, row: dict[str, Any]) -> None:
         done = row["round"]
@@ -28,7 +29,7 @@ class Progress:
             self.bar.advance(text)
         else:
             width = len(str(self.rounds))
-            print(f"round {done:>{width}}/{self.rounds}  {text}  ETA {left:.0f} s", flush=True)
+            _print(f"round {done:>{width}}/{self.rounds}  {text}  ETA {left:.0f} s")
 
     def stop(self) -> None:
         """Leave the bar as it stands; notes are plain lines from now on."""
@@ -37,8 +38,19 @@ class Progress:
             self.bar = None
 
 
+def _print(text: str) -> None:
+    """A line for whoever still listens: a run does not end because its reader has gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def _numbers(row: dict[str, Any]) -> str:
-    parts = [f"accuracy {row['accuracy']:.4f}  loss {row['loss']:.4f}"] if "loss" in row else []
+    parts = []
+    if "loss" in row:
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        parts.append(f"accuracy {row['accuracy']:.4f}  loss {loss}")
     if row["client_loss"] is not None:
         parts.append(f"client loss {row['client_loss']:.4f}")
     parts.append(f"{len(row['replies'])}/{len(row['cohort'])} clients  {row['seconds']:.2f} s")

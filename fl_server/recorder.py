@@ -4,6 +4,7 @@ model.safetensors, and the pictures curves.png and clients.png."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -43,7 +44,11 @@ def results_folder(output_dir: str, name: str) -> Path:
 
 def folder_error(folder: Path) -> str | None:
     """Why results cannot go to `folder`, as one line; None if they can."""
-    if folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        return f"run.name: {folder.name[:40]}...: {error.strerror}; give a shorter one"
+    if exists:
         return (
             f"run.name: {folder} exists and is not overwritten; give another run.name or "
             "run.output-dir, or leave run.name empty for a timestamp"
@@ -95,6 +100,9 @@ class Recorder:
 
     def row(self, row: dict[str, Any]) -> None:
         """One round, appended to the history and flushed."""
+        # JSON has no NaN and no infinity.
+        lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+        row |= dict.fromkeys(lost)
         self.rows.append(row)
         with (self.folder / HISTORY).open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -124,7 +132,7 @@ class Recorder:
         return self._close()
 
     def _close(self) -> dict[str, Any]:
-        evaluated = [row for row in self.rows if "accuracy" in row]
+        evaluated = [row for row in self.rows if row.get("accuracy") is not None]
         if evaluated:
             self.summary |= {
                 "accuracy": evaluated[-1]["accuracy"],

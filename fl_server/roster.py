@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from fl_common import wire
 from fl_common.determinism import seed_of
 from fl_common.fingerprint import code_sha256, versions
-from fl_server.exchange import Outcome, RunFailed, by_reason
+from fl_server.exchange import POLL_S, RunFailed, by_reason, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from fl_common.config import Clients
     from fl_server.exchange import Exchange
-
-WAIT_S = 0.5
-"""Pause between two looks for nodes that have not come yet [s]."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,14 @@ class Member:
     partition: int
     samples: int
     """n_i, training samples."""
+    held_out: int
+    """Samples that it evaluates on."""
     label_counts: tuple[int, ...]
     classes: tuple[str, ...]
     shape: tuple[int, ...]
     """A sample's shape as the model receives it."""
+    data: str
+    """Digest of its data set."""
     code: str
     """Digest of its package code."""
     versions: tuple[tuple[str, str], ...]
@@ -53,9 +54,11 @@ class Member:
             node_id=reply.metadata.src_node_id,
             partition=int(numbers["partition-id"]),
             samples=int(numbers["num-examples"]),
+            held_out=int(numbers["held-out"]),
             label_counts=tuple(numbers["label-counts"]),
             classes=tuple(words["classes"]),
             shape=tuple(words["shape"]),
+            data=str(words["data"]),
             code=str(words["code"]),
             versions=tuple((name, str(words[name])) for name in versions()),
         )
@@ -138,13 +141,18 @@ def _few(names: Sequence[str]) -> str:
 
 
 class Roster:
-    """The members of a run; asks every node that appears."""
+    """The members of a run; asks every node that appears, and never waits for it in a round."""
 
     def __init__(self, exchange: Exchange, number: int) -> None:
         self.exchange, self.number = exchange, number
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         """Reasons by node id."""
+        self._listed: set[int] = set()
+        self._asked: dict[str, int] = {}
+        """Nodes that were asked and have not answered yet, by message id."""
+        self._answers: dict[int, Member] = {}
+        """Answers without a verdict yet, by node id."""
 
     def assemble(self, *, nodes_may_come: bool) -> None:
         """The roll call before the first round.  Raises RunFailed unless all clients are there.
@@ -162,42 +170,81 @@ class Roster:
             )
         told = -1
         while True:
-            self.refresh()
+            self.ask()
+            late = time.monotonic() > end
+            if late or not self._asked:
+                self.judge()
             if len(self.members) == self.number:
                 return
-            if not nodes_may_come or time.monotonic() > end:
-                raise RunFailed(self._absence(waited=nodes_may_come))
-            if told != len(self.members):
+            if late or not (nodes_may_come or self._asked):
+                raise RunFailed(self._absence(waited=late))
+            if nodes_may_come and told != len(self.members):
                 told = len(self.members)
-                self.exchange.note(f"waiting for clients: {told} of {self.number} are here")
-            time.sleep(WAIT_S)
+                self.exchange.note(
+                    f"waiting for clients: {told} of {self.number} are here, "
+                    f"{end - time.monotonic():.0f} s left (clients.deadline-s)"
+                )
+            time.sleep(POLL_S)
 
     def _absence(self, waited: bool) -> str:
         reasons = list(dict.fromkeys(self.refused.values()))
         if waited:
-            reasons.append(f"waited {self.exchange.deadline_s:g} s (clients.deadline-s)")
+            reasons.append(f"no reply within {self.exchange.deadline_s:g} s (clients.deadline-s)")
         return (
             f"roll call: clients.number = {self.number}, but {len(self.members)} can take part"
             + "".join(f"; {reason}" for reason in reasons)
         )
 
     def refresh(self) -> None:
-        """Ask the nodes that are new, forget those that are gone.
+        """Between rounds: take in who has answered, forget who is gone."""
+        self.ask()
+        self.judge()
 
-        A refused node is asked again only after it was away.
+    def ask(self) -> None:
+        """Ask the nodes that are new and collect the answers that have come.
+
+        Nodes that were refused are asked again once any node has gone: the place that they
+        claimed may be free.
         """
-        nodes = set(self.exchange.grid.get_node_ids())
+        grid = self.exchange.grid
+        nodes = set(grid.get_node_ids())
+        if self._listed - nodes:
+            self.refused.clear()
+        self._listed = nodes
         self.members = {p: m for p, m in self.members.items() if m.node_id in nodes}
-        self.refused = {n: reason for n, reason in self.refused.items() if n in nodes}
-        known = {member.node_id for member in self.members.values()} | self.refused.keys()
-        if not nodes - known:
+        self._answers = {n: m for n, m in self._answers.items() if n in nodes}
+        self._asked = {i: n for i, n in self._asked.items() if n in nodes}
+        known = {member.node_id for member in self.members.values()}
+        known |= {*self.refused, *self._answers, *self._asked.values()}
+        new = sorted(nodes - known)
+        if new:
+            ask = RecordDict({wire.CONFIG: ConfigRecord({"roll-call": True})})
+            messages = [Message(ask, n, MessageType.QUERY, group_id="roll-call") for n in new]
+            self._asked |= dict(zip(grid.push_messages(messages), new, strict=True))
+        while self._asked and (replies := list(grid.pull_messages(list(self._asked)))):
+            for reply in replies:
+                self._take(reply)
+
+    def _take(self, reply: Message) -> None:
+        node = self._asked.pop(reply.metadata.reply_to_message_id, None)
+        if node is None:
             return
-        answers, refused = self._ask(sorted(nodes - known))
-        self.members, unfit = judge(answers, self.members, self.number, code_sha256())
-        refused |= unfit
-        for reason, who in by_reason(refused, "node"):
-            self.exchange.note(f"roll call: refused {who}: {reason}")
-        self.refused |= refused
+        if reply.has_error():
+            self._refuse({node: reason_of(reply)})
+            return
+        try:
+            self._answers[node] = Member.of(reply)
+        except (KeyError, TypeError, ValueError) as error:
+            self._refuse({node: f"its answer cannot be read: {error!r}"})
+
+    def judge(self) -> None:
+        """A verdict on all answers that have come."""
+        answers = list(self._answers.values())
+        if not answers:
+            return
+        self._answers = {}
+        self.members, refused = judge(answers, self.members, self.number, code_sha256())
+        self._refuse(refused)
         own = tuple(versions().items())
         for member in answers:
             if member.versions != own and member.node_id not in refused:
@@ -206,18 +253,11 @@ class Roster:
                     f"server {dict(own)}: bits may differ"
                 )
 
-    def _ask(self, nodes: Sequence[int]) -> tuple[list[Member], dict[int, str]]:
-        """The answers of these nodes, and by node why some gave none."""
-        ask = RecordDict({wire.CONFIG: ConfigRecord({"roll-call": True})})
-        messages = [Message(ask, node, MessageType.QUERY, group_id="roll-call") for node in nodes]
-        outcome, answers = Outcome(), []
-        for reply in self.exchange.replies(messages, nodes, "roll call", outcome):
-            try:
-                answers.append(Member.of(reply))
-            except (KeyError, TypeError, ValueError) as error:
-                node = reply.metadata.src_node_id
-                outcome.failed[node] = f"its answer cannot be read: {error!r}"
-        return answers, outcome.failed
+    def _refuse(self, reasons: dict[int, str]) -> None:
+        for reason, who in by_reason(reasons, "node"):
+            if reason not in self.refused.values():
+                self.exchange.note(f"roll call: refused {who}: {reason}")
+        self.refused |= reasons
 
     def drawn(self, partitions: Sequence[int]) -> tuple[list[Member], dict[int, str]]:
         """The members of a cohort, and those of it who are not connected, with the reason."""

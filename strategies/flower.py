@@ -9,8 +9,8 @@ optimizers would take momentum steps on them.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flwr import serverapp
@@ -67,16 +67,25 @@ def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
                 f'strategy.params = "{params}": {key} is no argument of {name}; it has '
                 + (", ".join(scalars) or "none")
             )
-        try:
-            given[key] = json.loads(text)
-        except ValueError:
-            raise ValueError(f'strategy.params = "{params}": {text} is not a number') from None
-        if isinstance(given[key], bool) or not isinstance(given[key], int | float):
-            raise ValueError(f'strategy.params = "{params}": {text} is not a number')
+        if key in given:
+            raise ValueError(f'strategy.params = "{params}": {key} stands twice')
+        given[key] = _number(text, whole=isinstance(scalars[key].default, int))
+        if given[key] is None:
+            kind = "whole number" if isinstance(scalars[key].default, int) else "finite number"
+            raise ValueError(f'strategy.params = "{params}": {key} = {text} is no {kind}')
     missing = [k for k, p in scalars.items() if p.default is p.empty and k not in given]
     if missing:
         raise ValueError(f'strategy.params = "{params}": {name} needs {", ".join(missing)}')
     return cls, given
+
+
+def _number(text: str, whole: bool) -> float | None:
+    """The number that `text` spells, not negative where it counts; None if it is none."""
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and not (whole and value < 0) else None
 
 
 def _ours(cls: Any) -> dict[str, Any]:
@@ -133,6 +142,8 @@ class FlowerStrategy:
     def _configure(
         self, method: str, server_round: int, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
+        if not list(grid.get_node_ids()):  # Flower's sampling would wait for a node for ever
+            return []
         parts = {name: wire.pack(part) for name, part in _by_record(self.w).items()}
         arrays = parts.pop(wire.ARRAYS)
         messages = list(getattr(self.inner, method)(server_round, arrays, config, grid))

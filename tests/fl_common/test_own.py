@@ -12,6 +12,22 @@ class Net(nn.Sequential):
     def __init__(self, shape, classes):
         super().__init__(nn.Linear(shape[0], 16), nn.ReLU(), nn.Linear(16, classes))
 
+class Partly(nn.Module):
+    """A frozen layer, one that is never used, and one that learns."""
+
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.frozen = nn.Linear(shape[0], 16).requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.fc(self.frozen(x).relu())
+
+class Raising(nn.Module):
+    def __init__(self, shape, classes):
+        raise KeyError("no such layer")
+
 def load(path, seed):
     """Two classes told apart by the sign of the sum of five features."""
     rng = np.random.default_rng(seed)
@@ -69,3 +85,38 @@ def test_data_that_are_not_as_they_must_be(mine, source, words, runner):
     result = runner(f"data.source={source}", "model.name=mlp", "data.path=/measurements")
     assert result.code == 3
     assert words in result.summary["error"]
+
+
+def initial_model():
+    import my_research
+    import torch
+
+    from fl_common.determinism import seed_of
+
+    torch.manual_seed(seed_of("init", 0))
+    return my_research.Partly(shape=(5,), classes=2).state_dict()
+
+
+@pytest.mark.parametrize("method", [[], ["strategy.name=fedprox"], ["regularizers=proximal"]])
+def test_frozen_and_unused_parameters(method, mine, runner):
+    result = runner(
+        "model.name=my_research:Partly",
+        "data.source=my_research:load",
+        "clients.number=2",
+        "data.partition=iid",
+        "run.rounds=3",
+        "train.momentum=0.9",
+        *method,
+    )
+    assert result.code == 0
+    before = initial_model()
+    after = result.model
+    for name in ("frozen.weight", "frozen.bias", "unused.weight", "unused.bias"):
+        assert (after[name] == before[name]).all(), name
+    assert (after["fc.weight"] != before["fc.weight"]).any()
+
+
+def test_a_model_that_cannot_be_made(mine, runner):
+    result = runner("model.name=my_research:Raising", "data.source=my_research:load")
+    assert result.code == 3
+    assert "model.name = my_research:Raising: 'no such layer'" in result.summary["error"]

@@ -131,6 +131,22 @@ def test_the_servers_own_test_set_beside_local_data(tmp_path, runner, monkeypatc
     assert json.loads((result.folder / "clients.json").read_text())["samples"] == [40, 54, 68]
 
 
+def test_nodes_with_one_and_the_same_folder_are_refused(tmp_path, runner, monkeypatch):
+    (folder,) = picture_folders(tmp_path, [("a", "b")])
+    own_data(monkeypatch, [folder] * 3)
+    result = runner(*LOCAL)
+    assert result.code == 3
+    assert "all clients hold the same data" in result.summary["error"]
+
+
+def test_partitions_of_different_data_sets_are_refused(tmp_path, runner, monkeypatch):
+    own_data(monkeypatch, picture_folders(tmp_path, [("a", "b")] * 3))
+    settings = [s for s in LOCAL if not s.startswith("data.partition")]
+    result = runner(*settings, "data.partition=iid", f"data.path={tmp_path / 'hospital0'}")
+    assert result.code == 3
+    assert "client 1 has another data set than client 0" in result.summary["error"]
+
+
 def test_other_class_names_are_refused_with_the_reason(tmp_path, runner, monkeypatch):
     names = ("benign", "malignant")
     own_data(monkeypatch, picture_folders(tmp_path, [names, names, ("benign", "tumour")]))

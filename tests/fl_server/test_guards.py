@@ -60,6 +60,14 @@ def metric(**values):
     return corrupt
 
 
+def without(key):
+    def corrupt(reply, message):
+        del reply.content["metrics"][key]
+        return reply
+
+    return corrupt
+
+
 def poisoned(value):
     def make(array):
         tensor = array.tensor.clone()
@@ -77,6 +85,11 @@ def lying(array):
 
 def pickled(array):
     data = b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00"
+    return Array(dtype=array.dtype, shape=array.shape, stype="numpy.ndarray", data=data)
+
+
+def zipped(array):
+    data = b"PK\x03\x04 no archive"
     return Array(dtype=array.dtype, shape=array.shape, stype="numpy.ndarray", data=data)
 
 
@@ -113,8 +126,18 @@ ATTACKS = {
     "other weight": (metric(num_examples=10**6), "num-examples = 1000000, but"),
     "zero weight": (metric(num_examples=0), "num-examples = 0 is no positive"),
     "negative weight": (metric(num_examples=-5), "num-examples = -5 is no positive"),
-    "infinite weight": (metric(num_examples=float("inf")), "num-examples = inf is not finite"),
-    "nan loss": (metric(loss=float("nan")), "loss = nan is not finite"),
+    "infinite weight": (
+        metric(num_examples=float("inf")),
+        "num-examples = inf is not a finite number",
+    ),
+    "nan loss": (metric(loss=float("nan")), "loss = nan is not a finite number"),
+    "no loss": (without("loss"), "metrics (cpu-s, num-examples, server-round, steps) instead"),
+    "no steps": (without("steps"), "instead of (cpu-s, loss, num-examples, server-round, steps)"),
+    "no cpu time": (without("cpu-s"), "instead of (cpu-s"),
+    "no round": (without("server-round"), "instead of (cpu-s"),
+    "a list for a number": (metric(loss=[1.0, 2.0]), "loss = [1.0, 2.0] is not a finite number"),
+    "a number too many": (metric(zzz=1.0), "server-round, steps, zzz) instead of"),
+    "zip": (changed(params=zipped), "cannot be decoded"),
     "stale": (metric(server_round=0), "answers round 0, this is round"),
 }
 
@@ -144,6 +167,47 @@ def test_rejected_before_it_touches_the_sum(attack, runner, monkeypatch, capsys,
         assert reason in row["rejected"][str(EVIL)]
         assert row["replies"] == [0, 1, 3]
     assert f"round 2, client {EVIL}: rejected: " in capsys.readouterr().out
+
+
+EVALUATION = {
+    "accuracy of 100": ({"accuracy": 100.0}, "accuracy = 100.0 is not between 0 and 1"),
+    "other weight": ({"num-examples": 10**15}, "num-examples = 1000000000000000, but"),
+    "no accuracy": ({"accuracy": None}, "metrics (loss, num-examples, server-round) instead of"),
+    "nan": ({"loss": float("nan")}, "loss = nan is not a finite number"),
+}
+
+
+@pytest.mark.parametrize("attack", EVALUATION)
+def test_evaluation_replies_are_guarded_too(attack, runner, monkeypatch):
+    values, reason = EVALUATION[attack]
+    honest = fl_client.app.app
+
+    def app(message, context):
+        reply = honest(message, context)
+        evil = context.node_config["partition-id"] == EVIL
+        if evil and message.metadata.message_type == "evaluate":
+            for key, value in values.items():
+                del reply.content["metrics"][key]
+                if value is not None:
+                    reply.content["metrics"][key] = value
+        return reply
+
+    monkeypatch.setattr(fl_client.app, "app", app)
+    result = runner(*HONEST, "eval.on=clients")
+    assert result.code == 0
+    for row in result.history:
+        assert list(row["client_accuracy"]) == ["0", "1", "3"]
+        assert list(row["evaluation_failed"]) == [str(EVIL)]
+        assert reason in row["evaluation_failed"][str(EVIL)]
+        assert 0 <= row["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("corrupt", [metric(zzz=1.0), metric(loss=[1.0])])
+def test_odd_metrics_do_not_end_a_run_of_flowers(corrupt, runner, monkeypatch):
+    with_hostile(monkeypatch, corrupt)
+    result = runner(*HONEST, "strategy.name=flwr:FedAvg")
+    assert result.code == 0
+    assert [list(row["rejected"]) for row in result.history] == [["2"]] * 3
 
 
 @pytest.mark.parametrize("strategy", ["flwr:FedAvg", "flwr:FedMedian"])
@@ -290,11 +354,16 @@ def test_arrival_order_and_node_ids_do_not_matter(runner, monkeypatch):
 
 def good_reply():
     arrays = wire.pack({"params": torch.arange(4.0)})
-    metrics = MetricRecord({"num-examples": 3, "server-round": 2, "loss": 0.5, "steps": 1})
+    metrics = MetricRecord({"num-examples": 3, "server-round": 2, "loss": 0.5})
     return RecordDict({"arrays": arrays, "metrics": metrics})
 
 
-EXPECTED = Expected({"arrays": {"params": Spec((4,), "float32")}}, server_round=2, samples=3)
+EXPECTED = Expected(
+    {"arrays": {"params": Spec((4,), "float32")}},
+    server_round=2,
+    samples=3,
+    metrics=frozenset({"loss"}),
+)
 
 
 def test_a_good_reply_passes():
@@ -315,7 +384,7 @@ def test_a_serialised_array_is_decoded_once():
     assert torch.equal(wire.unpack(content["arrays"])["params"], torch.arange(4.0))
 
 
-@pytest.mark.parametrize("missing", ["num-examples", "server-round"])
+@pytest.mark.parametrize("missing", ["num-examples", "server-round", "loss"])
 def test_metrics_that_are_missing(missing):
     content = good_reply()
     del content["metrics"][missing]

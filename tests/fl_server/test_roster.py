@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,9 +18,11 @@ FIRST = Member(
     node_id=100,
     partition=0,
     samples=5,
+    held_out=0,
     label_counts=(2, 3),
     classes=("cat", "dog"),
     shape=(3, 8, 8),
+    data="d1",
     code="abc",
     versions=(("torch", "2"),),
 )
@@ -144,6 +147,26 @@ def test_members_come_go_and_come_back(grid):
     roster.refresh()
     assert roster.members[2].node_id == 999
 
+    # A node that died without a word is listed for a while beside its successor.
+    twin = type(context)(
+        run_id=1,
+        node_id=1001,
+        node_config={"partition-id": 2},
+        state=context.state,
+        run_config=context.run_config,
+    )
+    grid._contexts[1001] = twin
+    grid.listed = [*grid.all[:2], 999, 1001]
+    roster.refresh()
+    assert roster.members[2].node_id == 999
+    grid.listed = [*grid.all[:2], 1001]
+    roster.refresh()
+    assert roster.members[2].node_id == 1001
+    grid._contexts[999].node_id = 999
+    grid.listed = [*grid.all[:2], 999]
+    roster.refresh()
+    assert roster.members[2].node_id == 999
+
     # A stranger that claims partition 0 is refused and asked once only.
     stranger = type(context)(
         run_id=1, node_id=1000, node_config={"partition-id": 0}, state=context.state,
@@ -162,8 +185,22 @@ def test_members_come_go_and_come_back(grid):
 def test_missing_nodes_are_waited_for_and_both_numbers_said(grid):
     grid.listed = grid.all[:2]
     roster = Roster(Exchange(grid, 1.0, lambda text: None), 3)
-    with pytest.raises(RunFailed, match=r"clients.number = 3, but 2 can take part; waited 1 s"):
+    with pytest.raises(
+        RunFailed, match=r"clients.number = 3, but 2 can take part; no reply within 1 s"
+    ):
         roster.assemble(nodes_may_come=True)
+
+
+def test_a_node_that_does_not_answer_holds_up_no_round(grid, monkeypatch):
+    roster = Roster(Exchange(grid, 1000.0, lambda text: None), 3)
+    roster.assemble(nodes_may_come=False)
+    grid.listed = [*grid.all, 77]  # nobody is there: no answer ever comes
+    monkeypatch.setattr(Changing, "pull_messages", lambda self, ids: [])
+    started = time.monotonic()
+    roster.refresh()
+    roster.refresh()
+    assert time.monotonic() - started < 1
+    assert sorted(roster.members) == [0, 1, 2]
 
 
 def test_a_simulation_of_another_size_ends_at_once(grid):

@@ -84,9 +84,18 @@ def test_fedadam_on_the_toy(runner, monkeypatch):
     [
         (["strategy.name=flwr:FedAdm"], "did you mean flwr:FedAdam?"),
         (["strategy.name=flwr:FedAdam", "strategy.params=eto=1"], "it has eta, eta_l, beta_1"),
-        (["strategy.name=flwr:FedAdam", "strategy.params=eta=big"], "big is not a number"),
+        (
+            ["strategy.name=flwr:FedAdam", "strategy.params=eta=big"],
+            "eta = big is no finite number",
+        ),
         (["strategy.name=flwr:FedAdam", "strategy.params=eta"], "eta is no argument"),
         (["strategy.name=flwr:FedAdam", "strategy.params=fraction_train=0.5"], "is no argument"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eta=NaN"], "is no finite number"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eta=1,eta=2"], "eta stands twice"),
+        (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=1.5"], "no whole"),
+        (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=-1"], "no whole"),
+        (["fedprox.mu=5"], "has no effect without strategy.name=fedprox"),
+        (["proximal.mu=5"], "has no effect without regularizers=proximal"),
         (["strategy.name=flwr:QFedAvg"], "flwr:QFedAvg needs client_learning_rate"),
         (["strategy.name=fedavg", "strategy.params=eta=1"], "fedavg has its own keys"),
         (["strategy.name=flwr:FedTrimmedAvg", "strategy.params=beta=0.2,q=1"], "q is no argument"),
@@ -97,3 +106,15 @@ def test_mistakes_are_told_before_anything_starts(settings, words, runner, capsy
     assert result.code == 2
     assert words in capsys.readouterr().err
     assert not result.folder.exists()
+
+
+def test_nobody_to_write_to_is_not_waited_for():
+    from flwr.app import ConfigRecord
+
+    from fl_common import wire
+    from fl_server.roster import Cohort
+    from strategies.base import METHODS
+
+    strategy = METHODS["flwr:FedAvg"]()
+    arrays = wire.pack({"params": torch.zeros(3)})
+    assert strategy.configure_train(1, arrays, ConfigRecord(), Cohort(None, [])) == []
