@@ -19,8 +19,9 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from fl_common.processes import free_port
 from fl_server.federation import Federation
-from fl_server.flower_run import BIN, free_port
+from fl_server.flower_run import BIN
 
 BARS_S = {("flatfed node", 2): 2.5}
 ROUNDS = 6

@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 
     from fl_common.config import Scalar
 
-ENVIRONMENT = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-}
 ANSWER_S = 1.5
 """How long one connection to the server may take [s]."""
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -297,7 +291,7 @@ def _not_fleet(where: str) -> str:
 
 def serve(node: Node) -> int:
     """Be a SuperNode until a signal ends it; gives the exit code.  `node` has been checked."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(processes.FLOWER)
     # Flower looks its own commands up, and reaches the ClientApps by loopback.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
@@ -356,7 +350,7 @@ def _preload(folder: Path) -> None:
 
 
 def _arguments(node: Node) -> Iterator[str]:
-    yield from ("--superlink", node.superlink, "--port", str(node.port or _free_port()))
+    yield from ("--superlink", node.superlink, "--port", str(node.port or processes.free_port()))
     yield from ("--node-config", " ".join(f"{k}={_literal(k, v)}" for k, v in node.config.items()))
     if node.insecure:
         yield "--insecure"
@@ -364,11 +358,6 @@ def _arguments(node: Node) -> Iterator[str]:
         yield from ("--root-certificates", str(node.root_certificates))
     if node.auth_key:
         yield from ("--auth-supernode-private-key", str(node.auth_key))
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def _literal(key: str, value: Scalar) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,24 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+FLOWER = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "MKL_CBWR": "AUTO,STRICT",
+}
+"""Environment of every Flower process that we start."""
+
 GRACE = 3.0  # s, between SIGTERM and SIGKILL
 LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given up
 POLL = 0.025  # s
+
+
+def free_port() -> int:
+    """A loopback port that nobody used a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 class Process(NamedTuple):

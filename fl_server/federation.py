@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
-from fl_server.flower_run import BIN, ENVIRONMENT, direct, free_port
+from fl_server.flower_run import BIN, ENVIRONMENT, direct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -276,7 +276,7 @@ class Federation:
         options += ["--disable-runtime-dependency-installation", "--host", "127.0.0.1"]
         log, deadline = self.folder / "logs" / "superlink.log", time.monotonic() + START_TIMEOUT
         while True:
-            port, fleet = free_port(), free_port()
+            port, fleet = processes.free_port(), processes.free_port()
             self.address, self.fleet = f"127.0.0.1:{port}", f"127.0.0.1:{fleet}"
             ports = ["--port", str(port), "--fleet-api-address", self.fleet]
             process = self._start("superlink", "flower-superlink", *options, *ports)

@@ -22,7 +22,6 @@ import re
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -54,14 +53,10 @@ KEEPER = (  # needs nothing but the standard library and these packages
 )
 
 ENVIRONMENT = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    **processes.FLOWER,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ADDRESS": "",  # never join a Ray cluster that is there already
-    "MKL_CBWR": "AUTO,STRICT",
 }
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -390,7 +385,7 @@ def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     log = folder / "superlink.log"
     deadline = time.monotonic() + START_TIMEOUT
     while True:
-        port = free_port()
+        port = processes.free_port()
         address = ("--host", "127.0.0.1", "--port", str(port))
         with log.open("wb") as out:
             options = ("--insecure", "--simulation", *address)
@@ -405,12 +400,6 @@ def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
             raise _broken(f"did not listen within {START_TIMEOUT:g} s", log)
         if b"address already in use" not in log.read_bytes():
             raise _broken(f"ended at its start with exit code {ended}", log)
-
-
-def free_port() -> int:
-    """A loopback port that nobody used a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def _start(folder: Path, name: str, *arguments: str | Path, **options: Any) -> subprocess.Popen:
