@@ -50,7 +50,6 @@ SETTINGS = {
 }
 BARS = {"lenet": 1.10, "cnn": 1.05}
 DATA_MIB = 60_000 * 3 * 32 * 32 / 2**20  # train and test
-NOT_WHILE_TRAINING = ("datasets", "sklearn", "matplotlib")
 
 
 class Pairs:

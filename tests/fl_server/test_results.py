@@ -751,3 +751,26 @@ def test_ctrl_c(tmp_path: Path):
     assert len(rows) >= 3
     assert summary["rounds"] == len(rows)
     assert [row["round"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_what_rounds_do_not_need_is_not_in_memory_while_they_run(runner, tmp_path):
+    """From a warm cache; the pictures are drawn, and matplotlib is loaded, after the last round."""
+    assert runner("run.rounds=1").code == 0
+    code = """
+import sys
+from fl_server.cli import main
+from fl_server.recorder import Recorder
+
+row = Recorder.row
+
+def look(self, values):
+    loaded = {"datasets", "sklearn", "matplotlib"} & set(sys.modules)
+    assert not loaded, loaded
+    row(self, values)
+
+Recorder.row = look
+code = main(["run", "run.rounds=2", f"run.output-dir={sys.argv[1]}", "run.name=lean"])
+assert "matplotlib" in sys.modules
+sys.exit(code)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
