@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install dev demo test test-system lint bench clean
+.PHONY: help install dev demo test test-system test-crash test-matrix lint bench clean
 
 help:
 	@echo "make demo         train ten clients on Flower's simulation; prints where the results are"
 	@echo "make test         the test suite"
 	@echo "make test-system  the long tests: fresh clones, real processes"
+	@echo "make test-crash   servers and nodes that are killed at random moments, full disks"
+	@echo "make test-matrix  every meaningful combination of strategies and regularizers"
 	@echo "make lint         ruff"
 	@echo "make bench        the benchmarks, each as a table"
 
@@ -30,10 +32,16 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/flatfed run engine.name=ray run.output-dir="$(CURDIR)/results"
 
 test: dev
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not crash and not matrix"
 
 test-system: dev
 	$(BIN)/python -m pytest -m long
+
+test-crash: dev
+	$(BIN)/python -m pytest -m crash
+
+test-matrix: dev
+	$(BIN)/python -m pytest -q -m matrix
 
 lint: dev
 	$(BIN)/ruff check .
@@ -41,6 +49,9 @@ lint: dev
 
 bench: install
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.rules
+	$(BIN)/python -m benchmarks.regularizers
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.roundtrip
 

@@ -113,12 +113,18 @@ def separate_run(model: str, rounds: int, engine: str, folder: Path) -> tuple[di
     """`flatfed run` in a process of its own: its history's median round, and peak memory [MiB]."""
     values = {**SETTINGS, "model.name": model, "run.rounds": rounds, "engine.name": engine}
     values |= {"run.output-dir": str(folder), "run.name": f"{model}-{engine}"}
-    call = [sys.executable, "-c", _CHILD, *(f"{key}={value}" for key, value in values.items())]
-    printed = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+    peak = separate_peak(values)
     rows = (folder / values["run.name"] / "history.jsonl").read_text().splitlines()
     seconds = median(json.loads(row)["seconds"] for row in rows[1:] or rows)
     cpu = median(json.loads(row)["client_cpu_s"] for row in rows[1:] or rows)
-    return {"wall_s": seconds, "client_cpu_s": cpu}, float(printed.splitlines()[-1]) / 1024
+    return {"wall_s": seconds, "client_cpu_s": cpu}, peak
+
+
+def separate_peak(values: dict[str, Any]) -> float:
+    """Peak memory of `flatfed run` with these settings, in a process of its own [MiB]."""
+    call = [sys.executable, "-c", _CHILD, *(f"{key}={value}" for key, value in values.items())]
+    printed = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+    return float(printed.splitlines()[-1]) / 1024
 
 
 # Not getrusage's maximum, which begins with the memory of the process that forked.

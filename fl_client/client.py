@@ -10,24 +10,25 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fl_client.optimizers import SGD, Adam
+from fl_client.state import Memory, MemoryLost
 from fl_client.trainer import LocalData, local_round
 from fl_common import assembly, wire
-from fl_common.config import methods
 from fl_common.data.errors import DataError
 from fl_common.determinism import prepare_process
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
-from fl_common.layout import PARAMS, Layout, concatenate, tensors_of
+from fl_common.layout import Layout, concatenate, tensors_of
+from fl_common.local import blank_memory, correction_of, local_methods, new_memory, owned
+from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
     from fl_common.assembly import Share
     from fl_common.config import CoreConfig
     from fl_common.layout import Flat
-    from regularizers.base import Regularizer
-    from strategies.base import ClientRule
+    from fl_common.local import LocalMethod
 
 OPTIMIZER = "optimizer"
-"""The record of a client's state that keeps its momentum."""
+"""Prefix of the momentum in a client's memory."""
 
 
 class Clients:
@@ -65,26 +66,30 @@ class Clients:
         return RecordDict({wire.METRICS: MetricRecord(numbers), wire.CONFIG: ConfigRecord(words)})
 
     def train(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
-        """One local round from the model in `content`; `state` is the client's own memory."""
+        """One local round from the model in `content`; `state` is what Flower keeps for the
+        client.  Without the memory that the round starts from, the reply asks for it."""
         started = time.process_time()
         config, data, settings = self.config, self.local_data(partition), content[wire.CONFIG]
         server_round = int(settings["server-round"])
-        received = _tensors(content)
-        w = self._install(received)
-        extra = {name: v for name, v in received.items() if name not in self.tensors}
-        rule, regularizers = self._methods(settings)
-        self._restore_optimizer(state)
+        sent = wire.vectors(content)
+        methods = local_methods(config, settings, server_round, len(data.y))
+        memory, remembered = self._recall(partition, content, state, methods, sent)
+        if remembered is None:
+            lost = {"server-round": server_round, wire.MEMORY_LOST: memory.base}
+            return RecordDict({wire.METRICS: MetricRecord(lost)})
+        self._install(sent)
+        self._load_optimizer(remembered)
         metrics = self._held_out(partition, "-before") if settings.get("evaluate") else {}
 
-        rule.begin(w, extra)
+        regularizers = [method for method in methods if isinstance(method, Regularizer)]
         try:
             for regularizer in regularizers:
-                regularizer.begin(self.net, w)
+                regularizer.begin(self.net, sent, owned(remembered, regularizer.name))
             result = local_round(
                 self.net,
                 data,
-                rule,
-                regularizers,
+                methods,
+                correction_of(methods, sent, remembered),
                 self.optimizer,
                 config.train,
                 seed=config.run.seed,
@@ -95,7 +100,10 @@ class Clients:
             for regularizer in regularizers:
                 regularizer.finish()
 
-        self._keep_optimizer(state)
+        up = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
+        if memory is not None:
+            new = new_memory(methods, remembered, sent, up) | self._optimizer_state()
+            memory.save(server_round, new)
         if settings.get("evaluate"):
             metrics |= self._held_out(partition, "-after")
         metrics |= {
@@ -105,12 +113,30 @@ class Clients:
             "loss": result.loss,
             "cpu-s": time.process_time() - started,
         }
-        up = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
-        return self._reply({**up, **rule.finish()}, content, metrics)
+        return self._reply(up, content, metrics)
+
+    def _recall(
+        self,
+        partition: int,
+        content: RecordDict,
+        state: RecordDict,
+        methods: list[LocalMethod],
+        sent: Flat,
+    ) -> tuple[Memory | None, Flat | None]:
+        """Where this client's memory is kept, None if it has none, and what it remembers, None
+        if that is lost."""
+        if not (self.config.train.keeps_state or any(method.memory for method in methods)):
+            return None, {}
+        memory = Memory.of(self.config.client.state_dir, partition, content, state)
+        try:
+            remembered = memory.load()
+        except MemoryLost:
+            return memory, None
+        return memory, blank_memory(methods, sent) if remembered is None else remembered
 
     def evaluate(self, partition: int, content: RecordDict) -> RecordDict:
         """The received model on the client's own held-out samples."""
-        self._install(_tensors(content))
+        self._install(wire.vectors(content))
         metrics = {
             "server-round": int(content[wire.CONFIG]["server-round"]),
             "num-examples": len(self.share(partition).held_out),
@@ -120,16 +146,11 @@ class Clients:
 
     @staticmethod
     def _reply(up: Flat, content: RecordDict, metrics: dict[str, float]) -> RecordDict:
-        """The vectors in records like those that came; what did not come is beside the model."""
-        came = {
-            key: name
-            for name, record in content.items()
-            if isinstance(record, ArrayRecord)
-            for key in record
-        }
+        """The vectors in records like those that came."""
         records: dict[str, Flat] = {}
-        for key, vector in up.items():
-            records.setdefault(came.get(key, wire.ARRAYS), {})[key] = vector
+        for name, record in content.items():
+            if isinstance(record, ArrayRecord) and name != wire.MEMORY:
+                records[name] = {key: up[key] for key in record if key in up}
         packed = {name: wire.pack(vectors) for name, vectors in records.items()}
         return RecordDict({**packed, wire.METRICS: MetricRecord(metrics)})
 
@@ -174,43 +195,31 @@ class Clients:
             else SGD(train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
         )
 
-    def _methods(self, settings: ConfigRecord) -> tuple[ClientRule, list[Regularizer]]:
-        """This round's client rule and regularizers."""
-        config, known = self.config, methods("regularizers")
-        regularizers = [known[name](config.params_of(name)) for name in config.regularizer_names]
-        return methods("strategies")[config.strategy.name].rule(config, settings), regularizers
-
     @torch.no_grad()
-    def _install(self, received: Flat) -> list[torch.Tensor]:
-        """Copy the received model into the resident one; gives w, one tensor per parameter
-        that is trained."""
+    def _install(self, received: Flat) -> None:
+        """Copy the received model into the resident one."""
         if self.net is None:
             self._make_resident()
-        views = {
-            kind: self.layout.split(kind, received[kind].to(self.device)) for kind in self.tensors
-        }
         for kind, tensors in self.tensors.items():
-            torch._foreach_copy_(tensors, views[kind])
-        # A frozen parameter travels, but no method and no optimizer touches it.
-        params = zip(self.tensors[PARAMS], views[PARAMS], strict=True)
-        return [view for parameter, view in params if parameter.requires_grad]
+            vector = received[kind].to(self.device)
+            torch._foreach_copy_(tensors, self.layout.split(kind, vector))
 
-    def _restore_optimizer(self, state: RecordDict) -> None:
+    def _load_optimizer(self, remembered: Flat) -> None:
         """A fresh optimizer, unless the client keeps its own from round to round."""
         kept: dict[str, list[torch.Tensor]] = {}
-        if self.config.train.keep_optimizer and OPTIMIZER in state:
-            for key, tensor in wire.unpack(state[OPTIMIZER]).items():
-                kept.setdefault(key.split(".")[0], []).append(tensor.to(self.device, copy=True))
+        for key in sorted(remembered):
+            tensor = remembered[key]
+            owner, name = key.split(".")[:2]
+            if owner == OPTIMIZER:
+                kept.setdefault(name, []).append(tensor.to(self.device, copy=True))
         self.optimizer.load(kept or None)
 
-    def _keep_optimizer(self, state: RecordDict) -> None:
-        if self.config.train.keep_optimizer and (kept := self.optimizer.state()):
-            state[OPTIMIZER] = wire.pack(
-                {f"{k}.{i}": t.cpu() for k, tensors in kept.items() for i, t in enumerate(tensors)}
-            )
-
-
-def _tensors(content: RecordDict) -> Flat:
-    """All arrays of a message, to be read only."""
-    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
-    return {key: tensor for record in records for key, tensor in wire.unpack(record).items()}
+    def _optimizer_state(self) -> Flat:
+        """By "optimizer.name.i", i with leading zeros, so that the order of names is theirs."""
+        if not self.config.train.keeps_state:
+            return {}
+        return {
+            f"{OPTIMIZER}.{name}.{i:05d}": tensor.to("cpu", copy=True)
+            for name, tensors in (self.optimizer.state() or {}).items()
+            for i, tensor in enumerate(tensors)
+        }

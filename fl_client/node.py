@@ -121,8 +121,27 @@ def _check_config(config: Mapping[str, Scalar]) -> None:
     if path is not None and not os.access(str(path), os.R_OK):
         what = "cannot be read" if Path(str(path)).exists() else "does not exist"
         raise NodeError(f"data-path {path}: {what}; give this node's folder or file of data")
+    if state := config.get("state-dir"):
+        check_state_dir(Path(str(state)))
     if device := config.get("device"):
         _check_device(str(device))
+
+
+def default_state_dir() -> Path:
+    """Where a node keeps what it must remember, unless it is told."""
+    return Path(os.environ.get("FLATFED_HOME") or Path.home() / ".flatfed").absolute() / "state"
+
+
+def check_state_dir(folder: Path) -> None:
+    """It can be made and written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise NodeError(
+            f"state-dir {folder}: {error.strerror}; give a folder that this node may write to"
+        ) from None
 
 
 def _check_device(device: str) -> None:

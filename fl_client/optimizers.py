@@ -17,7 +17,9 @@ Tensors = list[torch.Tensor]
 class Optimizer(Protocol):
     """`state()` is None before the first step; `load(None)` makes the optimizer fresh."""
 
-    def step(self, params: Tensors, grads: Tensors, lr: float) -> None: ...
+    def step(self, params: Tensors, grads: Tensors, lr: float, decay: float = 0.0) -> None:
+        """One step in place; `decay` is added to the optimizer's weight decay."""
+
     def state(self) -> dict[str, Tensors] | None: ...
     def load(self, state: dict[str, Tensors] | None) -> None: ...
 
@@ -31,7 +33,7 @@ class SGD:
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.velocity: Tensors = []
 
-    def step(self, params: Tensors, grads: Tensors, lr: float) -> None:
+    def step(self, params: Tensors, grads: Tensors, lr: float, decay: float = 0.0) -> None:
         first = bool(self.momentum) and not self.velocity
         if first:
             self.velocity = [torch.empty_like(p) for p in params]
@@ -39,7 +41,7 @@ class SGD:
             params,
             grads,
             self.velocity,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay + decay,
             momentum=self.momentum,
             lr=lr,
             dampening=0.0,
@@ -64,7 +66,7 @@ class Adam:
         self.v: Tensors = []
         self.steps: Tensors = []
 
-    def step(self, params: Tensors, grads: Tensors, lr: float) -> None:
+    def step(self, params: Tensors, grads: Tensors, lr: float, decay: float = 0.0) -> None:
         if not self.m:
             self.m = [torch.zeros_like(p) for p in params]
             self.v = [torch.zeros_like(p) for p in params]
@@ -80,7 +82,7 @@ class Adam:
             lr=lr,
             beta1=0.9,
             beta2=0.999,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay + decay,
             eps=1e-8,
             amsgrad=False,
             maximize=False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fl_common.config import methods
 from fl_common.data.errors import DataError
 from fl_common.data.partition import cached_partition
 from fl_common.data.sources import load
@@ -93,7 +94,10 @@ def new_model(
 ) -> torch.nn.Module:
     """The model as every run with this seed starts it."""
     torch.manual_seed(seed_of("init", config.run.seed))
-    net = build(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
+    model = config.model
+    net = build(model.name, classes=classes, shape=shape, norm=model.norm, head=model.head)
+    for name in config.regularizer_names:
+        methods("regularizers")[name].prepare(net, config.params_of(name))
     return net.to(device, parameter_dtype(config))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import itertools
+import math
 import pkgutil
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,8 @@ Scalar = str | int | float | bool
 
 
 def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+    """The key of an attribute; one that would be a Python keyword has an underscore behind it."""
+    return name.rstrip("_").replace("_", "-")
 
 
 class Group(BaseModel):
@@ -55,7 +58,9 @@ class Run(Group):
         description="where results folders are made; empty: ./results for `flatfed run`, "
         "$FLATFED_RESULTS or ~/flatfed-results for `flwr run`",
     )
-    resume: bool = Field(False, description="continue a run from its checkpoint")
+    resume: bool = Field(
+        False, description="continue the run of this name from its newest checkpoint"
+    )
 
 
 class Clients(Group):
@@ -74,6 +79,12 @@ class Clients(Group):
     )
     deadline_s: float = Field(
         3600.0, gt=0, description="how long a round, or the roll call, waits for replies [s]"
+    )
+    return_s: float = Field(
+        120.0,
+        ge=0,
+        description="how long a round waits for a drawn client whose node went away to come back; "
+        "then it goes on without it [s]",
     )
 
 
@@ -113,6 +124,11 @@ class Model(Group):
         "package.module:Name, called with shape= and classes=",
     )
     norm: Literal["batch", "group"] = Field("batch", description="normalisation layers")
+    head: Literal["none", "moon"] = Field(
+        "none",
+        description="layers before the classifier; moon: MOON's projection to 256, which "
+        "regularizers=moon needs",
+    )
 
 
 class Train(Group):
@@ -134,6 +150,19 @@ class Train(Group):
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads per process")
     deterministic: bool = Field(True, description="only kernels that repeat their sums")
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether clients have momentum that they keep."""
+        return self.keep_optimizer and (self.optimizer == "adam" or self.momentum > 0)
+
+    def lr_of(self, server_round: int) -> float:
+        """eta, the learning rate of a round."""
+        return self.lr * self.lr_decay ** (server_round - 1)
+
+    def steps(self, samples: float) -> int:
+        """K = E ceil(n / B), optimizer steps of a round over `samples`."""
+        return self.epochs * math.ceil(samples / self.batch_size)
 
 
 class StrategyChoice(Group):
@@ -157,6 +186,16 @@ class Eval(Group):
         description="share of a partition that is held out when clients evaluate; with "
         "data.partition=local, their own test split is taken",
     )
+    models: str = Field(
+        "cloud",
+        description="models to evaluate on the server, comma-separated: cloud (the global model, "
+        "always), sel (mean of the cohort's models), all (mean of all clients' last models); "
+        "papers report different ones",
+    )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return tuple(filter(None, (name.strip() for name in self.models.split(","))))
 
 
 class Engine(Group):
@@ -172,8 +211,24 @@ class Engine(Group):
     cohort: int = Field(1, ge=1, description="clients trained at once in one process")
 
 
+class Server(Group):
+    checkpoint_every: int = Field(
+        1, ge=1, description="write a checkpoint after every so many rounds; two are kept [rounds]"
+    )
+    ledger: bool = Field(
+        True,
+        description="keep every client's memory on the server's disk too, to give it back to a "
+        "client that lost it",
+    )
+
+
 class Client(Group):
-    state_dir: str = Field("", description="where clients keep what must survive a crash")
+    state_dir: str = Field(
+        "",
+        description="folder where clients keep what they remember between rounds (SCAFFOLD's c_i, "
+        "FedDyn's h_i, momentum); empty: in memory, as long as the node runs; nodes on their own "
+        "have theirs (--state-dir)",
+    )
 
 
 class CoreConfig(Group):
@@ -186,11 +241,15 @@ class CoreConfig(Group):
     regularizers: str = Field("", description="client-side methods, comma-separated")
     eval: Eval = Eval()
     engine: Engine = Engine()
+    server: Server = Server()
     client: Client = Client()
 
     @property
     def regularizer_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.regularizers.split(",") if name.strip())
+        """Those that are part of the strategy, and those that were asked for."""
+        chosen = (name.strip() for name in self.regularizers.split(","))
+        strategy = methods("strategies").get(self.strategy.name)
+        return (*(strategy.regularizers if strategy else ()), *filter(None, chosen))
 
     @property
     def cohort_size(self) -> int:
@@ -202,7 +261,8 @@ class CoreConfig(Group):
 
     def flat(self) -> dict[str, Scalar]:
         """All keys with their values, as in Flower's run config."""
-        return {key: _get(self, key) for key, _ in fields()}
+        values = flatten(self.model_dump(by_alias=True))
+        return {key: values[key] for key, _ in fields()}
 
 
 Config = CoreConfig
@@ -262,13 +322,6 @@ def meaning(field: FieldInfo) -> str:
             if hasattr(limit, name)
         ]
     return f"{field.description} ({', '.join(notes)})" if notes else str(field.description)
-
-
-def _get(config: CoreConfig, key: str) -> Scalar:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part.replace("-", "_"))
-    return value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
@@ -439,6 +492,9 @@ def checks(config: CoreConfig) -> list[str]:
             f"train.device = {_show(config.train.device)}: must be auto, cpu, cuda or cuda:K"
         )
     errors += _check_methods(config)
+    errors += _check_eval_models(config)
+    if config.run.resume and not config.run.name:
+        errors.append("run.resume = true: needs the run.name of the run to continue")
     errors += _check_not_built(config)
 
     if ":" in data.source:
@@ -464,7 +520,23 @@ def checks(config: CoreConfig) -> list[str]:
     if ":" not in model.name and model.name not in model_catalogue.MODELS:
         errors.append(unknown_name("model.name", model.name, list(model_catalogue.MODELS)))
     else:
-        errors += model_catalogue.check(model.name, shape, norm=model.norm)
+        errors += model_catalogue.check(model.name, shape, norm=model.norm, head=model.head)
+    return errors
+
+
+def _check_eval_models(config: CoreConfig) -> list[str]:
+    known, chosen = ["cloud", "sel", "all"], config.eval.model_names
+    errors = [unknown_name("eval.models", name, known) for name in chosen if name not in known]
+    if set(chosen) - {"cloud"} and config.eval.on == "clients":
+        errors.append(
+            f"eval.models = {_show(config.eval.models)}: needs the server's test set; set "
+            "eval.on=server or both"
+        )
+    if "all" in chosen and not config.server.ledger:
+        errors.append(
+            f"eval.models = {_show(config.eval.models)}: all needs every client's last model; "
+            "leave server.ledger at true"
+        )
     return errors
 
 
@@ -493,7 +565,7 @@ NODE_KEYS = {
 }
 """What belongs to a node: keys of its `--node-config`, and the settings that they override."""
 OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
-LATER_NODE_KEYS = ("state-dir", "worker-socket")
+LATER_NODE_KEYS = ("worker-socket",)
 """Keys that have no effect yet; refused, never ignored."""
 
 
@@ -531,18 +603,29 @@ def _check_methods(config: CoreConfig) -> list[str]:
         errors.append(unknown_name("strategy.name", config.strategy.name, list(strategies)))
     else:
         errors += strategies[config.strategy.name].check(config)
+    strategy = strategies.get(config.strategy.name)
+    given = f"regularizers = {_show(config.regularizers)}"
     for name in chosen:
         if name not in regularizers:
             errors.append(unknown_name("regularizers", name, list(regularizers)))
+        elif strategy is not None and name in strategy.regularizers and chosen.count(name) > 1:
+            errors.append(
+                f"{given}: {name} is part of strategy {config.strategy.name} already; leave it out"
+            )
         elif chosen.count(name) > 1:
-            errors.append(f"regularizers = {_show(config.regularizers)}: {name} stands twice")
-    strategy = strategies.get(config.strategy.name)
-    for name in chosen:
+            errors.append(f"{given}: {name} stands twice")
+        else:
+            errors += regularizers[name].check(config)
+    known = [name for name in chosen if name in regularizers]
+    for name in known:
         if strategy is not None and name in strategy.refuses:
             errors.append(
-                f"regularizers = {_show(config.regularizers)}: {name} with strategy "
-                f"{config.strategy.name}: {strategy.refuses[name]}"
+                f"{given}: {name} with strategy {config.strategy.name}: {strategy.refuses[name]}"
             )
+    for one, other in itertools.combinations(known, 2):
+        why = regularizers[one].refuses.get(other) or regularizers[other].refuses.get(one)
+        if why:
+            errors.append(f"{given}: {other} with {one}: {why}")
     for name in [*strategies, *regularizers]:
         if name in (config.strategy.name, *chosen) or ":" in name:
             continue
@@ -559,12 +642,10 @@ def _check_methods(config: CoreConfig) -> list[str]:
 
 def _check_not_built(config: CoreConfig) -> list[str]:
     """Keys whose other values have no meaning yet are refused, never ignored."""
-    defaults = Engine(), Client(), Run()
+    default = Engine()
     given = {
-        "engine.workers": (config.engine.workers, defaults[0].workers),
-        "engine.cohort": (config.engine.cohort, defaults[0].cohort),
-        "client.state-dir": (config.client.state_dir, defaults[1].state_dir),
-        "run.resume": (config.run.resume, defaults[2].resume),
+        "engine.workers": (config.engine.workers, default.workers),
+        "engine.cohort": (config.engine.cohort, default.cohort),
     }
     errors = [
         f"{key} = {_show(value)}: not available in this version; leave it at {_show(default)}"

@@ -10,6 +10,10 @@ import ctypes
 import hashlib
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # MKL picks kernels by memory alignment unless told not to; it reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -58,3 +62,21 @@ def seed_device(device_type: str, seed: int) -> None:
         torch.cuda.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def generator_state(device_type: str) -> torch.Tensor:
+    """Where the default generator of this device stands."""
+    import torch
+
+    on_gpu = device_type == "cuda"
+    return torch.cuda.get_rng_state() if on_gpu else torch.default_generator.get_state()
+
+
+def set_generator_state(device_type: str, state: torch.Tensor) -> None:
+    """Put the default generator of this device back, so that draws repeat."""
+    import torch
+
+    if device_type == "cuda":
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.default_generator.set_state(state)

@@ -52,6 +52,8 @@ class Expected:
     """What the roll call said: n_i, or the number of held-out samples."""
     metrics: frozenset[str]
     """The numbers that come with it, besides round and samples."""
+    steps: int | None = None
+    """K_i, optimizer steps of local training."""
 
 
 def objection(content: RecordDict, expected: Expected) -> str | None:
@@ -133,4 +135,6 @@ def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
         return f"num-examples = {weight} is no positive whole number"
     if weight != expected.samples:
         return f"num-examples = {weight}, but {expected.samples} at the roll call"
+    if expected.steps is not None and metrics.get("steps") != expected.steps:
+        return f"steps = {metrics.get('steps')}, but {expected.steps} were to be taken"
     return None

@@ -14,8 +14,17 @@ from fl_common.deferred import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from flwr.app import RecordDict
+
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """Record names; those of Flower's own strategies and mods."""
+SAMPLES, EXPERIMENT, MEMORY_ROUND, CHECKPOINTS = (
+    "samples", "experiment", "memory-round", "checkpoints"
+)  # fmt: skip
+"""Settings that come with a message to train: the samples of all clients; whose memory it is, of
+which round, and the rounds that the server may start again from."""
+MEMORY, MEMORY_LOST = "memory", "memory-lost"
+"""The record that gives a client its memory back, and the number in a reply that asks for it."""
 
 
 class TensorArray(Array):
@@ -63,6 +72,18 @@ def unpack(record: ArrayRecord) -> dict[str, torch.Tensor]:
         name: array.tensor if isinstance(array, TensorArray) else torch.from_numpy(array.numpy())
         for name, array in record.items()
     }
+
+
+def vectors(content: RecordDict) -> dict[str, torch.Tensor]:
+    """All tensors of a message but a memory given back, to be read only."""
+    # Not content.array_records: that view and its content would keep each other, and the model in
+    # them, alive until the next sweep of the garbage collector.
+    records = [
+        record
+        for name, record in content.items()
+        if isinstance(record, ArrayRecord) and name != MEMORY
+    ]
+    return {name: tensor for record in records for name, tensor in unpack(record).items()}
 
 
 def payload_bytes(record: ArrayRecord) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -55,6 +55,28 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         _plain(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
+
+
+def comparison(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]], path: Path
+) -> None:
+    """Accuracy over rounds: a panel per evaluated model, in it a line per run."""
+    figure, axes = _figure(4.6 * len(panels), 3.6, columns=len(panels))
+    for panel, (model, runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for label, (rounds, accuracies) in runs.items():
+            panel.plot(rounds, [100 * a for a in accuracies], label=label, marker="o", ms=2.5)
+        panel.set(xlabel="round", ylabel="test accuracy [%]", title=_MODELS[model])
+        _plain(panel)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+_MODELS = {
+    "cloud": "global model",
+    "sel": "mean of the cohort's models",
+    "all": "mean of all last models",
+}
 
 
 def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:

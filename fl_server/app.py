@@ -6,6 +6,7 @@ import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
 import numpy as np
@@ -16,17 +17,20 @@ from flwr.serverapp import ServerApp
 from fl_common import assembly, wire
 from fl_common.config import methods, resolve
 from fl_common.evaluation import evaluate
+from fl_common.fingerprint import code_sha256, versions
 from fl_common.guards import Expected
 from fl_common.layout import Layout, concatenate, tensors_of
+from fl_server.checkpoint import Checkpoint
 from fl_server.exchange import Exchange, Outcome, RoundFailed, RunFailed
+from fl_server.ledger import Ledger
 from fl_server.progress import Progress
-from fl_server.recorder import Recorder, folder_error, results_folder
+from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
 from fl_server.roster import Cohort, Roster, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from flwr.app import Context, Message
+    from flwr.app import ArrayRecord, Context, Message
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
@@ -45,10 +49,16 @@ def main(grid: Grid, context: Context) -> None:
     reason, because Flower takes `sys.exit` for success."""
     values = dict(context.run_config)
     folder = _folder_of(values)
-    problem = folder_error(folder)
-    if problem:
-        raise RunFailed(problem)
-    recorder = Recorder(folder)
+    resume = values.get("run.resume") is True
+    problem = resume_error(folder, values) if resume else folder_error(folder)
+    try:
+        if problem:
+            raise RunFailed(problem)
+        recorder = Recorder(folder, resume=resume)
+    except (OSError, RunFailed) as error:
+        error = _for_its_user(error, folder)
+        print(f"run failed: {error}", flush=True)
+        raise error
     try:
         config = resolve(values)
         engine = engine_of(grid)
@@ -59,10 +69,20 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         # Flower ends the ServerApp of a run that was stopped by SystemExit.
         ended = {KeyboardInterrupt: "interrupted", SystemExit: "stopped"}.get(type(error))
+        error = _for_its_user(error, folder)
         reason = ended or str(error) or type(error).__name__
         recorder.fail(reason)
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
-        raise
+        if recorder.checkpoints.rounds:
+            print(f"continue it with: flatfed resume {folder}", flush=True)
+        raise error
+
+
+def _for_its_user(error: BaseException, folder: Path) -> BaseException:
+    """What a disk refused, as one line instead of a traceback."""
+    if not isinstance(error, OSError):
+        return error
+    return RunFailed(f"{error.filename or folder}: {error.strerror or error}")
 
 
 def _folder_of(values: Mapping[str, Any]) -> Path:
@@ -84,13 +104,24 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
     """All rounds of a run, from the roll call to the final model."""
     try:
         exchange = Exchange(grid, config.clients.deadline_s, progress.note)
-        roster = Roster(exchange, config.clients.number)
+        roster = Roster(exchange, config.clients.number, config.clients.return_s)
         roster.assemble(nodes_may_come=engine_of(grid) == "grpc")
+        exchange.locate = roster.locate
         first = roster.members[0]
         _check_data(config, roster)
         recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
         run = Rounds(config, exchange, roster, recorder, progress)
         progress.note(_opening(config, roster, run.model))
+        if config.run.resume:
+            run.resume()
+            progress.note(f"resumed after round {run.done} of {config.run.rounds}")
+        else:
+            run.checkpoint()
+        warnings = run.strategy.warnings(config, run.model)
+        for name in config.regularizer_names:
+            warnings += methods("regularizers")[name].warnings(config)
+        for warning in [*warnings, *_unresumable(config)]:
+            progress.note(f"warning: {warning}")
         run.play()
         layout = run.layout
         model = layout.named(run.model)
@@ -123,59 +154,150 @@ class Rounds:
             raise RunFailed(f"model.name = {config.model.name}: {error}") from error
         self.layout = Layout.of(self.net)
         self.model: Flat = {k: concatenate(t.values()) for k, t in tensors_of(self.net).items()}
-        self.strategy = methods("strategies")[config.strategy.name].configured(config)
+        self.strategy = methods("strategies")[config.strategy.name](config)
         self.data = None if config.eval.on == "clients" else _server_data(config, first)
+        self.samples = [roster.members[i].samples for i in sorted(roster.members)]
+        """n_i of all clients at the roll call."""
+        self.done = 0
+        """The last round that was played."""
         self.failures = 0
         """Rounds in a row that changed nothing."""
+        self.ledger = Ledger(
+            recorder.folder / "ledger", config, self.model, uuid4().hex, progress.note
+        )
+        recorder.summary["experiment"] = self.ledger.experiment
 
     def play(self) -> None:
-        """All rounds; afterwards `model` is the final one."""
-        for server_round in range(1, self.config.run.rounds + 1):
+        """The rounds that are left; afterwards `model` is the final one."""
+        for server_round in range(self.done + 1, self.config.run.rounds + 1):
             started = time.perf_counter()
-            row = self.train(server_round)
-            if self._evaluates(server_round):
-                self.evaluate(server_round, row)
-            row["seconds"] = round(time.perf_counter() - started, 4)
-            self.recorder.row(row)
+            try:
+                row = self.train(server_round)
+                if self._evaluates(server_round):
+                    self.evaluate(server_round, row)
+                row["seconds"] = round(time.perf_counter() - started, 4)
+                self.recorder.row(row)
+                self.done = server_round
+                if self._checkpoints(server_round):
+                    self.checkpoint()
+            except OSError as error:
+                raise RunFailed(
+                    f"round {server_round}: {error.filename or self.recorder.folder}: "
+                    f"{error.strerror or error}; what was reached is kept"
+                ) from error
             self.progress.row(row)
+
+    def _checkpoints(self, server_round: int) -> bool:
+        every = self.config.server.checkpoint_every
+        return server_round == self.config.run.rounds or not server_round % every
+
+    def checkpoint(self) -> None:
+        """All that the next round depends on, to the disk."""
+        self.recorder.checkpoints.write(
+            Checkpoint(
+                round=self.done,
+                tensors={
+                    "model": self.model,
+                    "strategy": self.strategy.state(),
+                    "ledger": self.ledger.sum,
+                },
+                facts={
+                    "experiment": self.ledger.experiment,
+                    "clients": {str(name): r for name, r in sorted(self.ledger.rounds.items())},
+                    "failures": self.failures,
+                    "samples": self.samples,
+                    "data": sorted({member.data for member in self.roster.known.values()}),
+                    "code": code_sha256(),
+                    "versions": versions(),
+                    **self.recorder.facts(),
+                },
+            )
+        )
+
+    def resume(self) -> None:
+        """Back to the newest good checkpoint.  Raises RunFailed."""
+        saved = self.recorder.checkpoints.newest(self.progress.note)
+        facts, rounds = saved.facts, self.config.run.rounds
+        if saved.round > rounds:
+            raise RunFailed(f"run.rounds = {rounds}: {saved.round} rounds are done already")
+        for kind, vector in saved.tensors["model"].items():
+            if kind not in self.model or vector.shape != self.model[kind].shape:
+                raise RunFailed(
+                    f"the checkpoint's {kind} are not those of {self.config.model.name}"
+                )
+        if facts["samples"] != self.samples:
+            raise RunFailed("the clients hold other numbers of samples than when the run began")
+        if facts["data"] != sorted({member.data for member in self.roster.known.values()}):
+            raise RunFailed("the clients hold other data than when the run began")
+        for what, now in (("code", code_sha256()), ("versions", versions())):
+            if facts[what] != now:
+                self.progress.note(f"warning: other {what} than before: bits may differ")
+        self.model, self.done, self.failures = (
+            saved.tensors["model"],
+            saved.round,
+            facts["failures"],
+        )
+        self.strategy.load_state(saved.tensors.get("strategy", {}))
+        self.ledger.experiment = self.recorder.summary["experiment"] = facts["experiment"]
+        self.ledger.rounds = {int(name): r for name, r in facts["clients"].items()}
+        self.ledger.sum = saved.tensors.get("ledger", {})
+        self.recorder.rewind(saved.round, facts)
 
     def train(self, server_round: int) -> dict[str, Any]:
         """One round: draw a cohort, push the strategy's messages, and hand each good reply on to
         the strategy in partition order, as it comes.  Gives the history's row."""
         config = self.config
         names = draw(config.clients, config.run.seed, server_round)
-        self.roster.refresh()
+        self.roster.wait_for(names)
         cohort, absent = self.roster.drawn(names)
         outcome = Outcome(failed=absent)
-        settings = ConfigRecord()
+        settings = ConfigRecord({wire.SAMPLES: sum(self.samples)})
         if config.eval.on != "server" and self._evaluates(server_round):
             settings["evaluate"] = True
         messages = self.strategy.configure_train(
             server_round, wire.pack(self.model), settings, Cohort(self.exchange.grid, cohort)
         )
         samples = {member.partition: member.samples for member in cohort}
+        steps = {name: config.train.steps(n) for name, n in samples.items()}
         records = self.strategy.expected()
+        receivers = _receivers(messages, cohort)
+        asked = dict(zip(receivers, messages, strict=True))
+        checkpoints = self.recorder.checkpoints.rounds
+        for name, message in asked.items():
+            own = self.ledger.settings(name, checkpoints)
+            message.content[wire.CONFIG] = ConfigRecord({**message.content[wire.CONFIG], **own})
         replies = self.exchange.replies(
             messages,
-            _receivers(messages, cohort),
+            receivers,
             f"round {server_round}",
             outcome,
-            lambda name: Expected(records, server_round, samples[name], metrics_of(settings)),
+            lambda name: Expected(
+                records, server_round, samples[name], metrics_of(settings), steps[name]
+            ),
             # A bernoulli cohort may be smaller than the replies that are asked for.
             at_least=min(config.clients.min_replies, len(names)),
+            give_back=lambda name, request: _packed(
+                self.ledger.give_back(name, request, server_round)
+            ),
         )
         loss = None
         try:
-            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+            arrays, metrics = self.strategy.aggregate_train(
+                server_round, self._entered(replies, asked, outcome)
+            )
             if arrays is None:
                 raise RoundFailed(f"round {server_round}: the strategy gave no model")
             self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
+            self.ledger.accept(server_round, list(outcome.accepted))
         except RoundFailed as shortage:
             self._round_failed(shortage, outcome, len(names))
+        if outcome.restored:
+            self.recorder.restored(server_round, outcome.restored)
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
-        if not all(torch.isfinite(vector).all() for vector in self.model.values()):
+        vectors = [*self.model.values(), *self.strategy.state().values()]
+        if not all(torch.isfinite(vector).all() for vector in vectors):
             raise RunFailed(
                 f"round {server_round}: the new model has NaN or infinite values; lower the "
                 "learning rates (train.lr, or the strategy's)"
@@ -186,6 +308,16 @@ class Rounds:
             if accuracies:
                 row[f"client_accuracy_{moment}"] = accuracies
         return row
+
+    def _entered(
+        self, replies: Iterable[Message], asked: Mapping[int, Message], outcome: Outcome
+    ) -> Iterator[Message]:
+        """The replies, each entered in the ledger on its way to the strategy."""
+        self.ledger.begin()
+        for reply in replies:
+            name = next(reversed(outcome.accepted))
+            self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
+            yield reply
 
     def _evaluates(self, server_round: int) -> bool:
         return server_round == self.config.run.rounds or not server_round % self.config.eval.every
@@ -208,24 +340,29 @@ class Rounds:
         if self.config.eval.on != "server":
             row |= self._on_clients(server_round, row)
         if self.data is not None:
-            self._install()
-            row["accuracy"], row["loss"] = evaluate(
-                self.net,
-                self.data.test,
-                np.arange(len(self.data.test)),
-                assembly.transform(self.config).eval,
-                self.device,
-            )
+            row["accuracy"], row["loss"] = self._on_server(self.model)
+            for name, mean in self.ledger.means().items():
+                row[f"accuracy_{name}"], row[f"loss_{name}"] = self._on_server(self.model | mean)
 
-    def _install(self) -> None:
+    def _on_server(self, model: Flat) -> tuple[float, float]:
+        """Accuracy and loss of a model on the server's test set."""
         with torch.no_grad():
             for kind, tensors in tensors_of(self.net).items():
-                views = self.layout.split(kind, self.model[kind].to(self.device))
+                views = self.layout.split(kind, model[kind].to(self.device))
                 torch._foreach_copy_(list(tensors.values()), views)
+        return evaluate(
+            self.net,
+            self.data.test,
+            np.arange(len(self.data.test)),
+            assembly.transform(self.config).eval,
+            self.device,
+        )
 
     def _on_clients(self, server_round: int, row: dict[str, Any]) -> dict[str, Any]:
-        members = [self.roster.members[i] for i in sorted(self.roster.members)]
-        outcome = Outcome()
+        everyone = range(self.config.clients.number)
+        self.roster.wait_for(everyone)
+        members, absent = self.roster.drawn(everyone)
+        outcome = Outcome(failed=absent)
         held_out = {member.partition: member.held_out for member in members}
         messages = self.strategy.configure_evaluate(
             server_round,
@@ -259,6 +396,20 @@ class Rounds:
             "bytes_down": row["bytes_down"] + outcome.bytes_down,
             "bytes_up": row["bytes_up"] + outcome.bytes_up,
         }
+
+
+def _unresumable(config: CoreConfig) -> list[str]:
+    """What this run would lose in a crash, if anything."""
+    if config.client.state_dir or config.engine.name == "grpc":
+        return []
+    rule = methods("strategies")[config.strategy.name].rule
+    known = [methods("regularizers")[name] for name in config.regularizer_names]
+    remembers = rule(config, {}, None).memory or any(method.memory for method in known)
+    if config.train.keeps_state:
+        return ["train.keep-optimizer without client.state-dir: this run cannot be resumed"]
+    if remembers and not config.server.ledger:
+        return ["server.ledger=false without client.state-dir: this run cannot be resumed"]
+    return []
 
 
 def _check_data(config: CoreConfig, roster: Roster) -> None:
@@ -318,6 +469,10 @@ def metrics_of(settings: ConfigRecord) -> frozenset[str]:
     moments = ("before", "after") if settings.get("evaluate") else ()
     held_out = {f"{kind}-{moment}" for kind in ("accuracy", "loss") for moment in moments}
     return frozenset({"steps", "loss", "cpu-s"} | held_out)
+
+
+def _packed(memory: Flat | None) -> ArrayRecord | None:
+    return None if memory is None else wire.pack(memory)
 
 
 def _by_client(outcome: Outcome, key: str) -> dict[str, float]:

@@ -29,6 +29,8 @@ examples:
       the same run, with the same result, on Flower's simulation
   flatfed up --clients 4 && flatfed run engine.name=grpc clients.number=4 && flatfed down
       the same between processes, as between machines
+  flatfed resume results/NAME
+      continue a run that was interrupted, from its newest checkpoint
   flatfed config
       every key with its default and meaning
 """
@@ -58,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     run = commands.add_parser("run", parents=[settings], help="train a model", **raw)
     run.set_defaults(function=_run)
+    of_run = argparse.ArgumentParser(add_help=False)
+    of_run.add_argument("folder", type=Path, metavar="DIR", help="the run's results folder")
+    again = commands.add_parser(
+        "resume",
+        parents=[of_run, settings],
+        help="continue a run that ended early, from its checkpoint",
+    )
+    again.set_defaults(function=_resume)
+    compare = commands.add_parser("compare", help="a table, and a picture, of several runs")
+    compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results folders")
+    compare.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the accuracies")
+    compare.set_defaults(function=_compare, values=[])
     config = commands.add_parser(
         "config", parents=[settings], help="print all settings with their meaning, as TOML"
     )
@@ -109,6 +123,8 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add("--root-certificates", type=Path, metavar="FILE", help="the CA of the server (ca.crt)")
     add("--auth-key", type=Path, metavar="FILE", help="this node's private key")
     add("--data-path", type=Path, metavar="PATH", help="this node's data")
+    add("--state-dir", type=Path, metavar="PATH", help="where this node keeps what it remembers "
+        "between rounds (default: $FLATFED_HOME/state or ~/.flatfed/state)")  # fmt: skip
     add("--port", type=int, default=0, metavar="N", help="of the node's own loopback API")
     add("--wait", type=float, default=3.0, metavar="S",
         help="how long the server may take to come up [s] (default: 3)")  # fmt: skip
@@ -174,23 +190,70 @@ def _config(args: argparse.Namespace) -> int:
     return OK
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fl_report.compare import draw, read, table
+
+    try:
+        runs = read(args.folders)
+        Console(width=None if sys.stdout.isatty() else 120).print(table(runs))
+        if args.picture:
+            draw(runs, args.picture)
+    except (OSError, ValueError) as error:
+        return _complain([str(error)])
+    return OK
+
+
 def _run(args: argparse.Namespace) -> int:
     from fl_common.config import ConfigError, absolute_paths, resolve
-    from fl_server.recorder import folder_error, results_folder, timestamp
+    from fl_server.recorder import (
+        folder_error,
+        read_summary,
+        results_folder,
+        resume_error,
+        stored_config,
+        timestamp,
+    )
 
     try:
         given, errors = _settings(args)
         values = absolute_paths(given)
         values["run.output-dir"] = values.get("run.output-dir") or str(Path.cwd() / "results")
-        values["run.name"] = values.get("run.name") or timestamp()
+        resume = values.get("run.resume") is True
+        if not resume:
+            values["run.name"] = values.get("run.name") or timestamp()
+        folder = results_folder(str(values["run.output-dir"]), str(values.get("run.name", "")))
+        if resume and values.get("run.name"):
+            if problem := resume_error(folder, values):
+                return _complain([*errors, problem])
+            values = {**stored_config(folder), **values}
         config = resolve(values, also=errors)
     except ConfigError as error:
         return _complain(error.errors)
-    folder = results_folder(config.run.output_dir, config.run.name)
-    if problem := folder_error(folder):
+    if resume:
+        reached = read_summary(folder)
+        if (reached.get("status"), reached.get("rounds")) == ("completed", config.run.rounds):
+            print(f"{folder}: completed, all {config.run.rounds} rounds; nothing is left to do")
+            return OK
+    elif problem := folder_error(folder):
         return _complain([problem])
+    if config.client.state_dir and config.engine.name != "grpc":
+        from fl_client.node import NodeError, check_state_dir
+
+        try:
+            check_state_dir(Path(config.client.state_dir))
+        except NodeError as error:
+            return _complain([f"client.{error}"])
     engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
     return engines[config.engine.name](config, folder)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    folder = args.folder.expanduser().absolute()
+    place = [f"run.output-dir={folder.parent}", f"run.name={folder.name}", "run.resume=true"]
+    args.values = [*place, *args.values]
+    return _run(args)
 
 
 def _run_inprocess(config: CoreConfig, folder: Path) -> int:
@@ -270,7 +333,10 @@ def _outcome(status: FlowerStatus, folder: Path, *, elsewhere: bool = False) -> 
         reached = "completed" if elsewhere and status.completed else "no summary"
     if status.completed and reached == "completed":
         return OK
-    return _failed(f"{reached}; Flower says {status.status} {status.details}".strip())
+    why = f"{reached}; Flower says {status.status} {status.details}".strip()
+    if reached == "running":  # nobody was left to say more
+        why = f"its process ended; {why}\ncontinue it with: flatfed resume {folder}"
+    return _failed(why)
 
 
 def _failed(why: str) -> int:
@@ -302,7 +368,7 @@ def _node(args: argparse.Namespace) -> int:
 
 def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
     """Options and key=value as Flower's node config, paths absolute.  Raises NodeError."""
-    from fl_client.node import NodeError
+    from fl_client.node import NodeError, default_state_dir
 
     config: dict[str, Scalar] = {}
     for item in args.values:
@@ -313,6 +379,7 @@ def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
     options = {
         "partition-id": args.partition,
         "data-path": args.data_path,
+        "state-dir": args.state_dir,
         "device": args.device,
         "threads": args.threads,
     }
@@ -321,8 +388,10 @@ def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
             raise NodeError(f"{key}: given twice, {value} and {config[key]}")
         if value is not None:
             config[key] = value if isinstance(value, int) else str(value)
-    if "data-path" in config:
-        config["data-path"] = str(Path(str(config["data-path"])).expanduser().absolute())
+    config.setdefault("state-dir", str(default_state_dir()))
+    for key in ("data-path", "state-dir"):
+        if key in config:
+            config[key] = str(Path(str(config[key])).expanduser().absolute())
     return config
 
 

@@ -7,7 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fl_common import wire
 from fl_common.guards import objection
@@ -15,13 +16,18 @@ from fl_common.guards import objection
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from flwr.app import Message, MetricRecord
     from flwr.serverapp import Grid
 
     from fl_common.guards import Expected
 
 POLL_S = 0.1
 """Pause between two looks for replies that have not come yet [s]."""
+
+GONE = ErrorCode.NODE_UNAVAILABLE
+"""The error by which Flower says that a node went away before it answered."""
+RETURNS = 3
+"""How often a client is asked again in a round because its node went away and came back."""
+AWAITED = -1
 
 
 class RunFailed(RuntimeError):
@@ -41,7 +47,10 @@ class Outcome:
     """Error replies, and silence until the deadline."""
     rejected: dict[int, str] = field(default_factory=dict)
     """Replies to which the guards object."""
+    restored: dict[int, int] = field(default_factory=dict)
+    """Bytes sent to those who were given back a memory that they had lost."""
     bytes_down: int = 0
+    """What the algorithm sends; not what is sent again because a client lost something."""
     bytes_up: int = 0
 
 
@@ -51,6 +60,8 @@ class Exchange:
 
     def __init__(self, grid: Grid, deadline_s: float, note: Callable[[str], None] = print) -> None:
         self.grid, self.deadline_s, self.note = grid, deadline_s, note
+        self.locate: Callable[[int], int | None] | None = None
+        """The node id of a client; AWAITED while it may still come back; None if it is gone."""
         self._late: dict[str, str] = {}
         """What was sent in vain, by message id."""
 
@@ -62,16 +73,19 @@ class Exchange:
         outcome: Outcome,
         expected: Callable[[int], Expected] | None = None,
         at_least: int = 0,
+        give_back: Callable[[int, MetricRecord], ArrayRecord | None] | None = None,
     ) -> Iterator[Message]:
         """Push `messages` and yield every good reply, in the order of `names`.
 
         `names` says what each receiver is called, `expected` what its reply must be.  A reply
         that comes before its turn waits; who has not answered by the deadline is left out.
+        A client that has lost its memory is asked once more, with what `give_back` gives it; it
+        gives None for a request without a reason, which the guards then reject.
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
         waiting = deque(sorted(names))
-        for name, reply in self._arrivals(messages, names, phase, outcome):
+        for name, reply in self._arrivals(messages, names, phase, outcome, give_back):
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
             elif expected and (problem := objection(reply.content, expected(name))):
@@ -86,18 +100,26 @@ class Exchange:
             raise RoundFailed(_shortage(phase, outcome, at_least))
 
     def _arrivals(
-        self, messages: Sequence[Message], names: Sequence[int], phase: str, outcome: Outcome
+        self,
+        messages: Sequence[Message],
+        names: Sequence[int],
+        phase: str,
+        outcome: Outcome,
+        give_back: Callable[[int, MetricRecord], ArrayRecord | None] | None,
     ) -> Iterator[tuple[int, Message]]:
         """Replies as they come, errors included, until all are there or time is up."""
         end = time.monotonic() + self.deadline_s
         silence = f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
-        ids = list(self.grid.push_messages(list(messages))) if messages else []
-        if len(ids) != len(messages):
-            raise RunFailed(f"{phase}: the grid took {len(ids)} of {len(messages)} messages")
+        asked = dict(zip(names, messages, strict=True))
+        pending: dict[str, int] = {}
+        self._push(asked, pending, phase)
         outcome.bytes_down += sum(map(payload_bytes, messages))
-        pending = dict(zip(ids, names, strict=True))
         sent = dict(pending)
-        while pending:
+        left: list[int] = []
+        gone: set[int] = set()
+        """Clients whose node went away with the message."""
+        while pending or gone:
+            again: dict[int, Message] = {}
             arrived = list(self.grid.pull_messages([*pending, *self._late]))
             expired = time.monotonic() > end
             for reply in arrived:
@@ -109,16 +131,81 @@ class Exchange:
                     self.note(f"{phase}: dropped a repeated or unknown reply of {who}")
                 elif expired:
                     outcome.failed[pending.pop(to)] = silence
+                elif (
+                    self.locate
+                    and reply.has_error()
+                    and reply.error.code == GONE
+                    and left.count(pending[to]) < RETURNS
+                ):
+                    left.append(pending[to])
+                    gone.add(pending.pop(to))
+                elif (
+                    give_back
+                    and pending[to] not in outcome.restored
+                    and (request := _memory_request(reply)) is not None
+                    and (memory := give_back(pending[to], request)) is not None
+                ):
+                    name = pending.pop(to)
+                    again[name] = _with_memory(asked[name], memory)
+                    outcome.restored[name] = payload_bytes(again[name])
+                    self.note(f"{phase}, client {name}: its memory was lost and is given back")
                 else:
                     if reply.has_content():
                         outcome.bytes_up += payload_bytes(reply)
                     yield pending.pop(to), reply
             if expired:
-                outcome.failed.update(dict.fromkeys(pending.values(), silence))
+                outcome.failed.update(dict.fromkeys([*pending.values(), *gone], silence))
                 self._late |= {i: f"{phase}, client {name}" for i, name in pending.items()}
                 return
-            if not arrived:
+            if gone:
+                again |= self._come_back(gone, asked, phase, outcome)
+            if again:
+                asked |= again
+                self._push(again, pending, phase)
+                sent |= pending
+            if gone or again or not arrived:
                 time.sleep(min(POLL_S, self.deadline_s))
+
+    def _push(self, messages: dict[int, Message], pending: dict[str, int], phase: str) -> None:
+        """Send these, by the names of their receivers, and expect their replies."""
+        ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
+        if len(ids) != len(messages):
+            raise RunFailed(f"{phase}: the grid took {len(ids)} of {len(messages)} messages")
+        pending |= dict(zip(ids, messages, strict=True))
+
+    def _come_back(
+        self, gone: set[int], asked: dict[int, Message], phase: str, outcome: Outcome
+    ) -> dict[int, Message]:
+        """Messages for those who are here again; who will not come in time is left out."""
+        messages = {}
+        for name in sorted(gone):
+            where = self.locate(name)
+            if where == AWAITED:
+                continue
+            gone.discard(name)
+            if where is None:
+                outcome.failed[name] = "its node is gone (clients.return-s)"
+            else:
+                self.note(f"{phase}, client {name}: its node is back and is asked again")
+                messages[name] = _to(where, asked[name], asked[name].content)
+        return messages
+
+
+def _to(node_id: int, message: Message, content: RecordDict) -> Message:
+    metadata = message.metadata
+    return Message(content, node_id, metadata.message_type, group_id=metadata.group_id)
+
+
+def _memory_request(reply: Message) -> MetricRecord | None:
+    """The numbers of a reply that asks for a memory."""
+    metrics = reply.content.get(wire.METRICS) if reply.has_content() else None
+    asks = isinstance(metrics, MetricRecord) and wire.MEMORY_LOST in metrics
+    return metrics if asks else None
+
+
+def _with_memory(message: Message, memory: ArrayRecord) -> Message:
+    content = RecordDict({**message.content, wire.MEMORY: memory})
+    return _to(message.metadata.dst_node_id, message, content)
 
 
 def _settled(name: int, outcome: Outcome) -> bool:

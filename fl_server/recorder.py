@@ -3,6 +3,8 @@ model.safetensors, and the pictures curves.png and clients.png."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -10,9 +12,12 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from fl_common.files import remove_unfinished, write_atomically
 from fl_common.wire import model_sha256
+from fl_server.checkpoint import Checkpoints
+from fl_server.exchange import RunFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,17 +64,58 @@ def folder_error(folder: Path) -> str | None:
     return None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by a file that holds all of `data`, or leave it as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+RESUMABLE = (
+    "run.rounds", "run.resume", "run.name", "run.output-dir", "clients.deadline-s",
+    "clients.return-s", "clients.min-replies", "clients.max-failed-rounds", "data.path",
+    "data.cache-dir", "client.state-dir", "engine.name", "engine.connection",
+)  # fmt: skip
+"""Settings that a resumed run may change: they do not change what a round computes."""
+
+
+def stored_config(folder: Path) -> dict[str, Scalar]:
+    """The settings of the run in this folder.  Raises RunFailed."""
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return json.loads((folder / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunFailed(f"{folder}: there is no run to resume (no {CONFIG})") from None
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"{folder / CONFIG}: cannot be read: {error}") from None
+
+
+def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
+    """Why the run in `folder` cannot go on with these settings, as one line."""
+    try:
+        stored = stored_config(folder)
+    except RunFailed as error:
+        return str(error)
+    for key, value in values.items():
+        if key not in RESUMABLE and key in stored and stored[key] != value:
+            return (
+                f"{key} = {value}: the run in {folder} has {stored[key]}, and a resumed run keeps "
+                "its settings; leave it out"
+            )
+    rounds, reached = values.get("run.rounds", stored.get("run.rounds")), read_summary(folder)
+    if isinstance(rounds, int) and reached.get("rounds", 0) > rounds:
+        return f"run.rounds = {rounds}: {reached['rounds']} rounds are done already"
+    return None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the run in this folder came to; empty if nothing can be read."""
+    try:
+        return json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """A lock that this process holds as long as the file is open, and that a crash lets go."""
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunFailed(f"{folder}: another process is at work on this run") from None
+    return file
 
 
 def _json(value: Any) -> bytes:
@@ -79,17 +125,33 @@ def _json(value: Any) -> bytes:
 class Recorder:
     """Writes as the run goes, so that whatever ends it, what was reached can be found."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
+    def __init__(self, folder: Path, *, resume: bool = False) -> None:
+        """A new folder, or, with `resume`, one that is there.  Raises RunFailed if another
+        process is at work in it."""
+        folder.mkdir(parents=True, exist_ok=resume)
         self.folder = folder
+        self._lock = _lock(folder)
+        remove_unfinished(folder)
+        self.checkpoints = Checkpoints(folder / "checkpoints")
         self.rows: list[dict[str, Any]] = []
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
-        self.summary: dict[str, Any] = {"status": "running"}
+        self._resumed_rows = 0
+        self.earlier = {"wall_s": 0.0, "cpu_s": 0.0}
+        """What this run took before it was resumed."""
+        self._before = read_summary(folder) if resume else None
+        """The summary of a run that is to go on, as long as nothing of it was touched."""
+        self.summary: dict[str, Any] = {**(self._before or {}), "status": "running"}
+        for ended in ("error", "model_sha256"):
+            self.summary.pop(ended, None)
         self.labels: dict[str, Any] = {}
+        self._config: dict[str, Scalar] = {}
+        self._length, self._digest = 0, hashlib.sha256()
+        """Of the history's rows."""
 
     def begin(self, config: CoreConfig, values: Mapping[str, Scalar], engine: str) -> None:
-        write_atomically(self.folder / CONFIG, _json(dict(values)))
-        write_atomically(self.folder / SUMMARY, _json(self.summary))
+        self._config = {**values, "run.resume": False}
+        if self._before is None:
+            self._write_beginning()
         self.summary |= {
             "strategy": config.strategy.name,
             "regularizers": list(config.regularizer_names),
@@ -98,14 +160,60 @@ class Recorder:
             "versions": _versions(),
         }
 
+    def _write_beginning(self) -> None:
+        write_atomically(self.folder / CONFIG, _json(self._config))
+        write_atomically(self.folder / SUMMARY, _json(self.summary))
+
     def row(self, row: dict[str, Any]) -> None:
         """One round, appended to the history and flushed."""
         # JSON has no NaN and no infinity.
         lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         row |= dict.fromkeys(lost)
+        line = (json.dumps(row) + "\n").encode()
+        # Unbuffered: closing the file must not write what a full disk has refused.
+        with (self.folder / HISTORY).open("ab", buffering=0) as file:
+            try:
+                left = line
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(file.fileno(), self._length)
+                raise
         self.rows.append(row)
-        with (self.folder / HISTORY).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._length += len(line)
+        self._digest.update(line)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the results: how far the history goes, the time it took."""
+        history = {"bytes": self._length, "sha256": self._digest.hexdigest()}
+        return {"history": history, **self._times()}
+
+    def rewind(self, server_round: int, facts: Mapping[str, Any]) -> None:
+        """Back to what `facts` told after this round; later rows are played again.
+
+        Raises RunFailed if the history is not what it was.
+        """
+        path, length = self.folder / HISTORY, facts["history"]["bytes"]
+        text = path.read_bytes()[:length] if path.exists() else b""
+        self._digest = hashlib.sha256(text)
+        if self._digest.hexdigest() != facts["history"]["sha256"]:
+            raise RunFailed(
+                f"{path}: its first {length} bytes are not what round {server_round} left; "
+                "this run cannot be resumed"
+            )
+        if path.exists():
+            os.truncate(path, length)
+        self._length = length
+        self.rows = [json.loads(line) for line in text.splitlines()]
+        self._resumed_rows = len(self.rows)
+        self.earlier = {key: facts[key] for key in self.earlier}
+        self.summary["resumed_after_rounds"] = [
+            *self.summary.get("resumed_after_rounds", ()), server_round
+        ]  # fmt: skip
+        self._before = None
+        (self.folder / MODEL).unlink(missing_ok=True)  # of fewer rounds
+        self._write_beginning()
 
     def members(self, members: Sequence[Member], classes: Sequence[str]) -> None:
         """Who takes part: samples and label counts of every client."""
@@ -117,6 +225,14 @@ class Recorder:
         }
         write_atomically(self.folder / CLIENTS, _json(self.labels))
 
+    def restored(self, server_round: int, sizes: Mapping[int, int]) -> None:
+        """Clients that lost their memory and were given it back, with the bytes of it."""
+        told = self.summary.setdefault("memory_given_back", [])
+        told += [
+            {"round": server_round, "client": name, "bytes": size}
+            for name, size in sorted(sizes.items())
+        ]
+
     def finish(self, model: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The final model, the pictures and the summary of a completed run."""
         from safetensors.torch import save
@@ -127,9 +243,16 @@ class Recorder:
         return self._close()
 
     def fail(self, reason: str) -> dict[str, Any]:
-        """The summary, and the pictures so far, of a run that ended early."""
+        """The summary, and the pictures so far, of a run that ended early; one that was to be
+        resumed and was not touched stays as it was."""
+        if self._before is not None:
+            return self._before
         self.summary |= {"status": "failed", "error": reason}
-        return self._close()
+        try:
+            return self._close()
+        except OSError as error:  # the disk may be what failed; the caller tells the reason
+            print(f"{SUMMARY} and pictures could not be written: {error.strerror}", flush=True)
+            return self.summary
 
     def _close(self) -> dict[str, Any]:
         evaluated = [row for row in self.rows if row.get("accuracy") is not None]
@@ -139,19 +262,25 @@ class Recorder:
                 "best_accuracy": max(row["accuracy"] for row in evaluated),
                 "loss": evaluated[-1]["loss"],
             }
-        # In one process the clients' time is part of ours.
-        own = self.summary.get("engine") == "inprocess"
-        elsewhere = [] if own else [row["client_cpu_s"] for row in self.rows]
         self.summary |= {
             "rounds": len(self.rows),
             "bytes_up": sum(row["bytes_up"] for row in self.rows),
             "bytes_down": sum(row["bytes_down"] for row in self.rows),
-            "wall_s": round(time.perf_counter() - self.started, 3),
-            "cpu_s": round(time.process_time() - self.cpu_started + sum(elsewhere), 3),
+            **self._times(),
         }
         write_atomically(self.folder / SUMMARY, _json(self.summary))
         self._draw()
         return self.summary
+
+    def _times(self) -> dict[str, float]:
+        """Seconds so far, before a resume too; the clients' processor time is part of it."""
+        wall, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        if self.summary.get("engine") != "inprocess":  # there, it is part of ours
+            cpu += sum(row["client_cpu_s"] for row in self.rows[self._resumed_rows :])
+        return {
+            "wall_s": round(self.earlier["wall_s"] + wall, 3),
+            "cpu_s": round(self.earlier["cpu_s"] + cpu, 3),
+        }
 
     def _draw(self) -> None:
         """The pictures, last: matplotlib is not in memory while rounds run."""

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from fl_common import wire
 from fl_common.determinism import seed_of
 from fl_common.fingerprint import code_sha256, versions
-from fl_server.exchange import POLL_S, RunFailed, by_reason, reason_of
+from fl_server.exchange import AWAITED, POLL_S, RunFailed, by_reason, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -141,13 +141,19 @@ def _few(names: Sequence[str]) -> str:
 
 
 class Roster:
-    """The members of a run; asks every node that appears, and never waits for it in a round."""
+    """The members of a run; asks every node that appears, and waits only for clients that were
+    here and may come back."""
 
-    def __init__(self, exchange: Exchange, number: int) -> None:
-        self.exchange, self.number = exchange, number
+    def __init__(self, exchange: Exchange, number: int, return_s: float = 0.0) -> None:
+        """`return_s`: how long a client whose node is gone is waited for [s]."""
+        self.exchange, self.number, self.return_s = exchange, number, return_s
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         """Reasons by node id."""
+        self.known: dict[int, Member] = {}
+        """Everyone who ever was a member, as it was first."""
+        self._left: dict[int, float] = {}
+        """When it was seen that a client's node is gone, by partition."""
         self._listed: set[int] = set()
         self._asked: dict[str, int] = {}
         """Nodes that were asked and have not answered yet, by message id."""
@@ -211,7 +217,9 @@ class Roster:
         if self._listed - nodes:
             self.refused.clear()
         self._listed = nodes
-        self.members = {p: m for p, m in self.members.items() if m.node_id in nodes}
+        for partition in [p for p, m in self.members.items() if m.node_id not in nodes]:
+            del self.members[partition]
+            self.lost(partition)
         self._answers = {n: m for n, m in self._answers.items() if n in nodes}
         self._asked = {i: n for i, n in self._asked.items() if n in nodes}
         known = {member.node_id for member in self.members.values()}
@@ -243,21 +251,67 @@ class Roster:
         if not answers:
             return
         self._answers = {}
-        self.members, refused = judge(answers, self.members, self.number, code_sha256())
-        self._refuse(refused)
+        changed = {
+            member.node_id: f"client {member.partition} came back with other data "
+            f"({member.samples} training samples); give it what it had, or start anew"
+            for member in answers
+            if not self._as_before(member)
+        }
+        fitting = [member for member in answers if member.node_id not in changed]
+        self.members, refused = judge(fitting, self.members, self.number, code_sha256())
+        self.known = {**self.members, **self.known}
+        for partition in self.members:
+            self._left.pop(partition, None)
+        self._refuse(refused | changed)
         own = tuple(versions().items())
         for member in answers:
-            if member.versions != own and member.node_id not in refused:
+            if member.versions != own and member.node_id not in refused | changed:
                 self.exchange.note(
                     f"roll call: client {member.partition} has {dict(member.versions)}, the "
                     f"server {dict(own)}: bits may differ"
                 )
+
+    def _as_before(self, member: Member) -> bool:
+        before = self.known.get(member.partition, member)
+        return (before.samples, before.data, before.classes, before.shape) == (
+            member.samples, member.data, member.classes, member.shape
+        )  # fmt: skip
 
     def _refuse(self, reasons: dict[int, str]) -> None:
         for reason, who in by_reason(reasons, "node"):
             if reason not in self.refused.values():
                 self.exchange.note(f"roll call: refused {who}: {reason}")
         self.refused |= reasons
+
+    def lost(self, partition: int) -> None:
+        """A client's node is gone."""
+        self._left.setdefault(partition, time.monotonic())
+
+    def awaited(self, partitions: Iterable[int]) -> list[int]:
+        """Those of `partitions` that are not here and may still come back in time."""
+        since = time.monotonic() - self.return_s
+        return [p for p in partitions if p not in self.members and self._left.get(p, since) > since]
+
+    def wait_for(self, partitions: Sequence[int]) -> None:
+        """Until these are here, or their time to come back is up."""
+        self.refresh()
+        awaited = self.awaited(partitions)
+        if awaited:
+            who = ", ".join(map(str, awaited))
+            self.exchange.note(
+                f"waiting for client {who} to come back, {self.return_s:g} s at most "
+                "(clients.return-s)"
+            )
+        while self.awaited(partitions):
+            time.sleep(POLL_S)
+            self.refresh()
+
+    def locate(self, partition: int) -> int | None:
+        """The node of a client that went away in a round; AWAITED, or None if its time is up."""
+        self.refresh()
+        if partition in self.members:
+            return self.members[partition].node_id
+        return AWAITED if self.awaited([partition]) else None
 
     def drawn(self, partitions: Sequence[int]) -> tuple[list[Member], dict[int, str]]:
         """The members of a cohort, and those of it who are not connected, with the reason."""

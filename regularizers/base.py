@@ -1,47 +1,69 @@
 """The hooks of a client-side method.
 
-Order within a step: `transform` -> forward -> `data_term` -> backward -> `add_gradient` -> clip
--> optimizer.  The trainer calls only the hooks that a method overrides.
+Order within a step: `transform` -> forward -> `data_term` -> backward -> the second pass of a
+`perturbation` (forward, `data_term`, backward once more) -> `correction` -> clip -> optimizer.
+The trainer calls only the hooks that a method overrides.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from fl_common.local import LocalMethod
+
 if TYPE_CHECKING:
     import torch
 
-    from fl_common.config import Group
+    from fl_common.config import CoreConfig, Group
+    from fl_common.layout import Flat
 
 METHODS: dict[str, type[Regularizer]] = {}
 
 
-class Regularizer:
+class Regularizer(LocalMethod):
     """One method; one instance serves one local round."""
 
     name: ClassVar[str]
     Params: ClassVar[type[Group]]
+    refuses: ClassVar[dict[str, str]] = {}
+    """Other regularizers without meaning beside this one, with the reason and the remedy."""
+    neutral: ClassVar[str]
+    """The setting at which it is the plain run, bit for bit."""
+    copies: ClassVar[int] = 0
+    """What a client holds of it in a round, in models."""
 
     def __init_subclass__(cls) -> None:
-        METHODS[cls.name] = cls
+        if "name" in vars(cls):
+            METHODS[cls.name] = cls
 
-    def __init__(self, params: Group) -> None:
-        self.params = params
+    @classmethod
+    def check(cls, config: CoreConfig) -> list[str]:
+        """What is wrong with the settings for this method, one line each."""
+        return []
 
-    def begin(self, net: torch.nn.Module, w: list[torch.Tensor]) -> None:
-        """Before the first step; `w`: the global parameters, one tensor per parameter, to be
-        read only."""
+    @classmethod
+    def prepare(cls, net: torch.nn.Module, params: Group) -> None:
+        """What the method makes of the network itself, once, wherever one is built: on clients,
+        and on the server, which evaluates it.  Raises ValueError if the network will not do."""
+
+    @classmethod
+    def warnings(cls, config: CoreConfig) -> list[str]:
+        """What works, but not as its user may think; told once."""
+        return []
+
+    def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
+        """Before the first step; `net` holds the model of `sent`, all that came down; `memory`:
+        what this method remembered of the client's last round, or `blank`."""
 
     def transform(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch that the step sees; x (B, ...) float, y (B,) int64 or (B, C) float."""
         return x, y
 
-    def data_term(self, output: torch.Tensor, y: torch.Tensor) -> torch.Tensor | float:
-        """A term of the loss, given the network's output (B, C)."""
+    def data_term(
+        self, x: torch.Tensor, output: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor | float:
+        """A term of the loss, given the step's batch and the network's output (B, C)."""
         return 0.0
-
-    def add_gradient(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        """Add closed-form terms to `grads` in place, at the current `params`."""
 
     def finish(self) -> None:
         """After the last step; hooks that were put on the network are removed here."""

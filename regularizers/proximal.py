@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fl_common.config import Group
-from fl_common.gradients import add_pull
+from fl_common.layout import PARAMS
+from fl_common.local import Affine
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
-    import torch
+    from fl_common.layout import Flat
 
 
 class ProximalParams(Group):
@@ -27,9 +28,8 @@ class Proximal(Regularizer):
     name = "proximal"
     Params = ProximalParams
     params: ProximalParams
+    neutral = "proximal.mu=0"
+    copies = 1
 
-    def begin(self, net: torch.nn.Module, w: list[torch.Tensor]) -> None:
-        self.w = w
-
-    def add_gradient(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        add_pull(grads, params, self.w, self.params.mu)
+    def correction(self, sent: Flat, memory: Flat) -> Affine | None:
+        return Affine.pull(self.params.mu, sent[PARAMS])

@@ -19,6 +19,7 @@ from fl_common.config import Group
 from fl_common.deferred import torch
 from fl_common.guards import Spec
 from fl_common.layout import COUNTERS, PARAMS, STATS
+from fl_common.local import LocalMethod, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,22 +36,8 @@ class NoParams(Group):
     """The group of a method without hyper-parameters."""
 
 
-class ClientRule:
-    """The client half; as it stands, plain local training.  One instance serves one round."""
-
-    def __init__(self, params: Group) -> None:
-        self.params = params
-
-    def begin(self, w: list[torch.Tensor], received: Flat) -> None:
-        """Before the first step: `w`, the global parameters, one tensor per parameter, to be
-        read only; `received`, what came down besides the model."""
-
-    def add_gradient(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        """Add closed-form terms to `grads` in place, at the current `params`."""
-
-    def finish(self) -> Flat:
-        """After the last step: vectors that go up besides the model."""
-        return {}
+class ClientRule(LocalMethod):
+    """The client half; as it stands, plain local training."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +54,10 @@ class Reply:
     @classmethod
     def of(cls, message: Message) -> Reply:
         metrics = message.content[wire.METRICS]
-        records = [r for r in message.content.values() if isinstance(r, ArrayRecord)]
         return cls(
             samples=int(metrics["num-examples"]),
             steps=int(metrics["steps"]),
-            model={name: t for record in records for name, t in wire.unpack(record).items()},
+            model=wire.vectors(message.content),
         )
 
 
@@ -85,17 +71,22 @@ class WeightedMean:
         self.weight = 0.0
         self._sum: torch.Tensor | None = None
 
-    def add(self, vector: torch.Tensor, weight: float) -> None:
+    def add(self, vector: torch.Tensor, weight: float = 1.0) -> None:
         if self._sum is None:
             self._sum = torch.zeros(vector.shape, dtype=torch.float64)
         self._sum.add_(vector, alpha=weight)
         self.weight += weight
 
-    def value(self, dtype: torch.dtype) -> torch.Tensor:
-        """The mean (d,), as a new tensor."""
+    @property
+    def sum(self) -> torch.Tensor:
+        """sum of weight * vector (d,), float64, to be read only."""
         if self._sum is None:
             raise ValueError("a mean of no vectors")
-        return (self._sum / self.weight).to(dtype)
+        return self._sum
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mean (d,), as a new tensor."""
+        return (self.sum / self.weight).to(dtype)
 
 
 class BufferMean:
@@ -129,41 +120,67 @@ class FederatedStrategy(Strategy):
     name: ClassVar[str]
     Params: ClassVar[type[Group]] = NoParams
     Rule: ClassVar[type[ClientRule]] = ClientRule
+    regularizers: ClassVar[tuple[str, ...]] = ()
+    """Regularizers that are part of this strategy; their parameters keep their own keys."""
     refuses: ClassVar[dict[str, str]] = {}
     """Regularizers without meaning beside this strategy, with the reason and the remedy."""
+    redundant: ClassVar[dict[str, str]] = {}
+    """Regularizers that work beside it and bring nothing, with the reason; told once."""
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Names of the vectors (d,) that the server keeps from round to round; zero at first."""
+    sends: ClassVar[tuple[str, ...]] = ()
+    """Those of them that go down with the model."""
 
     def __init_subclass__(cls) -> None:
         METHODS[cls.name] = cls
 
-    def __init__(self, params: Group | None = None) -> None:
-        self.params = params or self.Params()
+    def __init__(self, config: CoreConfig | None = None) -> None:
+        """Without `config` the parameters are the defaults, and nothing is known of clients."""
+        self.config = config
+        self.params = config.params_of(self.name) if config else self.Params()
         self.w: Flat = {}
+        self.kept: Flat = {}
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
         """What is wrong with the settings of this strategy, one line each."""
-        if not config.strategy.params:
-            return []
+        errors = []
+        if config.strategy.params:
+            errors.append(
+                f'strategy.params = "{config.strategy.params}": {cls.name} has its own keys, '
+                f"{cls.name}.*; leave it empty"
+            )
+        if why := cls.plain_sgd(config):
+            errors += [
+                f"{key}: not with strategy.name={cls.name}: {why}; leave it at {default}"
+                for key, given, default in (
+                    ("train.momentum", config.train.momentum != 0, 0),
+                    ("train.optimizer", config.train.optimizer != "sgd", "sgd"),
+                )
+                if given
+            ]
+        return errors
+
+    @classmethod
+    def plain_sgd(cls, config: CoreConfig) -> str:
+        """Why clients must take plain SGD steps, without momentum and not Adam's; "": any."""
+        return ""
+
+    @classmethod
+    def warnings(cls, config: CoreConfig, model: Flat) -> list[str]:
+        """What works, but not as well as its user may think; told once."""
         return [
-            f'strategy.params = "{config.strategy.params}": {cls.name} has its own keys, '
-            f"{cls.name}.*; leave it empty"
+            f"{name} with strategy {cls.name}: {cls.redundant[name]}"
+            for name in config.regularizer_names
+            if name in cls.redundant
         ]
 
     @classmethod
-    def configured(cls, config: CoreConfig) -> FederatedStrategy:
-        """The server half with its parameters."""
-        return cls(config.params_of(cls.name))
-
-    @classmethod
-    def rule(cls, config: CoreConfig, settings: ConfigRecord) -> ClientRule:
+    def rule(cls, config: CoreConfig, settings: ConfigRecord, work: Work) -> ClientRule:
         """The client half of one round; `settings`: what came with the message."""
-        return cls.Rule(config.params_of(cls.name))
+        return cls.Rule(config.params_of(cls.name), work)
 
     # What an algorithm declares
-
-    def payload(self) -> Flat:
-        """Vectors that go down besides the model."""
-        return {}
 
     def begin(self, w: torch.Tensor) -> None:
         """Before the first reply of a round; `w` (d,) is the model that was sent."""
@@ -177,13 +194,19 @@ class FederatedStrategy(Strategy):
         """The next global parameters (d,), after the last reply."""
         raise NotImplementedError
 
-    uplink: ClassVar[tuple[str, ...]] = ()
-    """Names of the vectors (d,) that clients send besides the model."""
+    # What it may use
+
+    def work(self, reply: Reply) -> Work:
+        """The part that this client did, by the same computation as on its side."""
+        return Work.of(self.config, self.server_round, reply.samples, self.samples)
+
+    def delta(self, reply: Reply) -> torch.Tensor:
+        """Delta_i = theta_i - w (d,), in the model's dtype."""
+        return reply.model[PARAMS] - self.w[PARAMS]
 
     def expected(self) -> dict[str, dict[str, Spec]]:
         """The array records of a good reply to `configure_train`."""
-        specs = self.specs(self.w)
-        return {wire.ARRAYS: specs | dict.fromkeys(self.uplink, specs[PARAMS])}
+        return {wire.ARRAYS: self.specs(self.w)}
 
     @staticmethod
     def specs(model: Flat) -> dict[str, Spec]:
@@ -191,10 +214,11 @@ class FederatedStrategy(Strategy):
 
     def state(self) -> Flat:
         """All that the next round depends on, besides the model."""
-        return {}
+        return dict(self.kept)
 
     def load_state(self, state: Flat) -> None:
         """Take back what `state` gave."""
+        self.kept = dict(state)
 
     # Flower's Strategy
 
@@ -202,7 +226,10 @@ class FederatedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         self.w = wire.unpack(arrays)
-        down = wire.pack({**self.w, **self.payload()})
+        self.server_round, self.samples = server_round, int(config.get(wire.SAMPLES, 0))
+        if not self.kept:
+            self.kept = {name: torch.zeros_like(self.w[PARAMS]) for name in self.keeps}
+        down = wire.pack({**self.w, **{name: self.kept[name] for name in self.sends}})
         return list(_messages(MessageType.TRAIN, server_round, down, config, grid))
 
     def aggregate_train(

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fl_common.config import Group
-from fl_common.gradients import add_pull
+from fl_common.layout import PARAMS
+from fl_common.local import Affine
 from strategies.base import ClientRule
 from strategies.fedavg import FedAvg
 
 if TYPE_CHECKING:
-    import torch
-
     from fl_common.layout import Flat
 
 
@@ -31,11 +30,8 @@ class FedProxParams(Group):
 class FedProxRule(ClientRule):
     params: FedProxParams
 
-    def begin(self, w: list[torch.Tensor], received: Flat) -> None:
-        self.w = w
-
-    def add_gradient(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        add_pull(grads, params, self.w, self.params.mu)
+    def correction(self, sent: Flat, memory: Flat) -> Affine | None:
+        return Affine.pull(self.params.mu, sent[PARAMS])
 
 
 class FedProx(FedAvg):

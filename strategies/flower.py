@@ -11,12 +11,15 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from flwr import serverapp
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fl_common import wire
+from fl_common.deferred import torch
 from fl_common.layout import PARAMS
 from strategies.base import METHODS, BufferMean, ClientRule, FederatedStrategy, NoParams, Reply
 from strategies.fedprox import FedProxParams, FedProxRule
@@ -24,12 +27,13 @@ from strategies.fedprox import FedProxParams, FedProxRule
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+    from flwr.app import ConfigRecord, MetricRecord
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
     from fl_common.guards import Spec
     from fl_common.layout import Flat
+    from fl_common.local import Work
 
 PREFIX = "flwr:"
 BUFFERS = "buffers"
@@ -93,6 +97,19 @@ def _ours(cls: Any) -> dict[str, Any]:
     return {key: value for key, value in OURS.items() if key in known}
 
 
+STATEFUL = ("current_arrays", "m_t", "v_t", "momentum_vector")
+"""Where Flower's strategies keep what the next round depends on."""
+HOLDERS: dict[type, tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]] = {
+    ArrayRecord: (
+        lambda record: next(iter(record.values())).numpy(),  # some rename it
+        lambda array: ArrayRecord({PARAMS: Array(array)}),
+    ),
+    dict: (lambda arrays: arrays[PARAMS], lambda array: {PARAMS: array}),
+    list: (lambda arrays: arrays[0], lambda array: [array]),
+}
+"""How to take the one vector out of each container of theirs, and to put it back."""
+
+
 class FlowerStrategy:
     """One of Flower's strategies, with the faces of a `FederatedStrategy`."""
 
@@ -100,29 +117,46 @@ class FlowerStrategy:
     Params = NoParams
     refuses = FederatedStrategy.refuses
 
-    def __init__(self, params: str = "") -> None:
+    regularizers = FederatedStrategy.regularizers
+    warnings = FederatedStrategy.warnings
+
+    def __init__(self, config: CoreConfig | None = None) -> None:
         logging.getLogger("flwr").setLevel(logging.WARNING)  # our own line tells of each round
-        cls, given = parse(self.name, params)
+        cls, given = parse(self.name, config.strategy.params if config else "")
         self.inner = cls(**given, **_ours(cls))
         self.w: Flat = {}
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
         try:
-            cls(config.strategy.params)
+            cls(config)
         except Exception as error:  # whatever the class behind it has against its arguments
             return [str(error)]
         return []
 
     @classmethod
-    def configured(cls, config: CoreConfig) -> FlowerStrategy:
-        return cls(config.strategy.params)
-
-    @classmethod
-    def rule(cls, config: CoreConfig, settings: ConfigRecord) -> ClientRule:
+    def rule(cls, config: CoreConfig, settings: ConfigRecord, work: Work) -> ClientRule:
         """Plain training; Flower's FedProx leaves its term to the client, by the message."""
         mu = settings.get("proximal-mu")
-        return ClientRule(NoParams()) if mu is None else FedProxRule(FedProxParams(mu=float(mu)))
+        if mu is None:
+            return ClientRule(NoParams(), work)
+        return FedProxRule(FedProxParams(mu=float(mu)), work)
+
+    def state(self) -> Flat:
+        """The server optimizer's vectors, by the class's own attribute and what it holds there."""
+        found = {name: getattr(self.inner, name, None) for name in STATEFUL}
+        return {
+            f"{name}.{kind.__name__}": torch.from_numpy(take(value).copy())
+            for name, value in found.items()
+            for kind, (take, _) in HOLDERS.items()
+            if isinstance(value, kind) and value  # one may have been emptied
+        }
+
+    def load_state(self, state: Flat) -> None:
+        kinds = {kind.__name__: hold for kind, (_, hold) in HOLDERS.items()}
+        for key, vector in state.items():
+            name, _, kind = key.partition(".")
+            setattr(self.inner, name, kinds[kind](vector.numpy()))
 
     def expected(self) -> dict[str, dict[str, Spec]]:
         return _by_record(FederatedStrategy.specs(self.w))
@@ -147,9 +181,16 @@ class FlowerStrategy:
         parts = {name: wire.pack(part) for name, part in _by_record(self.w).items()}
         arrays = parts.pop(wire.ARRAYS)
         messages = list(getattr(self.inner, method)(server_round, arrays, config, grid))
-        for message in messages:
-            message.content.update(parts)
-        return messages
+        # Flower puts one content into all messages; each is to have its own.
+        return [
+            Message(
+                RecordDict({**message.content, **parts}),
+                message.metadata.dst_node_id,
+                message.metadata.message_type,
+                group_id=message.metadata.group_id,
+            )
+            for message in messages
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

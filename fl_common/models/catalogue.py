@@ -8,10 +8,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fl_common.data.catalogue import SOURCES
+
 if TYPE_CHECKING:
     from torch import nn
 
+    from fl_common.config import CoreConfig
+
 NORMS = ("batch", "group")
+HEADS = ("none", "moon")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class ModelInfo:
     input: what a sample may be: "image" (C, H, W), or "any" of image and features (F,).
     min_side: the smallest image side in pixels that leaves something to classify.
     norms: the kinds of its norm layers that `model.norm` chooses from; empty without norm layers.
+    head: whether it has MOON's projection head by itself.
     """
 
     help: str
@@ -30,6 +36,7 @@ class ModelInfo:
     input: str = "image"
     min_side: int = 1
     norms: tuple[str, ...] = ()
+    head: bool = False
 
 
 MODELS: dict[str, ModelInfo] = {
@@ -40,7 +47,9 @@ MODELS: dict[str, ModelInfo] = {
     "lenet": ModelInfo("LeNet, 62,006 parameters", "convnets:lenet", min_side=16),
     "cnn": ModelInfo("two conv layers with dropout", "convnets:cnn", min_side=6),
     "lenet64": ModelInfo("LeNet of FedDyn, FedDC and MAN", "convnets:lenet64", min_side=16),
-    "moon-cnn": ModelInfo("MOON's CNN with projection head", "convnets:moon_cnn", min_side=16),
+    "moon-cnn": ModelInfo(
+        "MOON's CNN with projection head", "convnets:moon_cnn", min_side=16, head=True
+    ),
     "tiny-convnet": ModelInfo(
         "MAN's ConvNet for 64 px, always GroupNorm",
         "convnets:tiny_convnet",
@@ -62,18 +71,26 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
-def check(name: str, shape: tuple[int, ...] | None = None, norm: str = "batch") -> list[str]:
+def check(
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    norm: str = "batch",
+    head: str = "none",
+) -> list[str]:
     """What is wrong with these settings, one line each, with the remedy; empty if nothing is.
 
     shape: a sample's, (C, H, W) or (F,); None when it is not known yet.
     norm: the kind of the model's norm layers; refused where the model has only the other kind.
         A model without norm layers takes the default, `batch`, alone.
+    head: what stands before the classifier besides; refused where the model has it already.
     """
     errors = []
     if norm not in NORMS:
         errors.append(f"model.norm = {norm!r}: choose one of {', '.join(NORMS)}")
+    if head not in HEADS:
+        errors.append(f"model.head = {head!r}: choose one of {', '.join(HEADS)}")
     if ":" in name:
-        return errors + _check_own(name, norm)
+        return errors + _check_own(name, norm, head)
     info = MODELS.get(name)
     if info is None:
         near = get_close_matches(name, MODELS, n=1)
@@ -87,6 +104,8 @@ def check(name: str, shape: tuple[int, ...] | None = None, norm: str = "batch") 
         )
     if norm == "batch" and info.norms == ("group",):
         errors.append(f"model.norm = 'batch': {name!r} has GroupNorm only; set model.norm=group")
+    if head != "none" and info.head:
+        errors.append(f"model.head = {head!r}: {name!r} has it already; leave it at none")
     if shape is not None and (problem := _misfit(info, shape)):
         fitting = [n for n, i in MODELS.items() if not _misfit(i, shape)]
         remedy = f"these models fit: {', '.join(fitting)}" if fitting else "check the data"
@@ -94,7 +113,7 @@ def check(name: str, shape: tuple[int, ...] | None = None, norm: str = "batch") 
     return errors
 
 
-def _check_own(name: str, norm: str) -> list[str]:
+def _check_own(name: str, norm: str, head: str) -> list[str]:
     """What is wrong with "package.module:Name", found without importing the module itself."""
     module, _, attribute = name.partition(":")
     try:
@@ -106,9 +125,15 @@ def _check_own(name: str, norm: str) -> list[str]:
             f"model.name = {name!r}: no module {module!r} can be imported here; write "
             "package.module:Name and put its folder on PYTHONPATH"
         ]
+    errors = []
     if norm != "batch":
-        return [f"model.norm = {norm!r}: {name!r} chooses its own norm layers; leave it out"]
-    return []
+        errors.append(f"model.norm = {norm!r}: {name!r} chooses its own norm layers; leave it out")
+    if head != "none":
+        errors.append(
+            f"model.head = {head!r}: {name!r} has its own layers; let it return "
+            "fl_common.models.layers.with_head(Chain(...)), and leave this out"
+        )
+    return errors
 
 
 def _misfit(info: ModelInfo, shape: tuple[int, ...]) -> str:
@@ -123,7 +148,14 @@ def _misfit(info: ModelInfo, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def build(name: str, *, classes: int, shape: tuple[int, ...], norm: str = "batch") -> nn.Module:
+def build(
+    name: str,
+    *,
+    classes: int,
+    shape: tuple[int, ...],
+    norm: str = "batch",
+    head: str = "none",
+) -> nn.Module:
     """A new model that maps (B, *shape) to logits (B, classes).
 
     name: one of the catalogue (a `Chain`), or "package.module:Name", which is called as
@@ -132,11 +164,33 @@ def build(name: str, *, classes: int, shape: tuple[int, ...], norm: str = "batch
     Weights are drawn from torch's global generator, which the caller seeds. Raises ValueError,
     one line for each of `check`'s findings.
     """
-    if errors := check(name, shape, norm):
+    if errors := check(name, shape, norm, head):
         raise ValueError("\n".join(errors))
     if ":" in name:
         module, attribute = name.split(":")
         return getattr(import_module(module), attribute)(shape=shape, classes=classes)
     module, function = MODELS[name].factory.split(":")
-    factory = getattr(import_module(f"fl_common.models.{module}"), function)
-    return factory(shape, classes, norm)
+    model = getattr(import_module(f"fl_common.models.{module}"), function)(shape, classes, norm)
+    if head == "none":
+        return model
+    return import_module("fl_common.models.layers").with_head(model)
+
+
+def skeleton(config: CoreConfig) -> nn.Module | None:
+    """The configured model, for checks of its structure: for two classes, and for usual images
+    where the data's shape is not known yet.  None if it cannot be built, which others tell, and
+    for a model of one's own on data of unknown shape.
+    """
+    import torch
+
+    model, source = config.model, SOURCES.get(config.data.source)
+    shape = source.shape if source else None
+    if shape is None and model.name in MODELS:
+        shape = (3, 32, 32)
+    if shape is None or check(model.name, shape, model.norm, model.head):
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build(model.name, classes=2, shape=shape, norm=model.norm, head=model.head)
+    except Exception:  # of a model's own code
+        return None

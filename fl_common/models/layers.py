@@ -25,6 +25,20 @@ class Chain(nn.Sequential):
         return x
 
 
+class Representation(nn.Module):
+    """A network without its classifier: x (B, *shape) to z (B, `fc.in_features`).
+
+    Its parameters are the network's own, with `net.` before their names.
+    """
+
+    def __init__(self, net: Chain):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.represent(x)
+
+
 class ProjectionHead(nn.Sequential):
     """MOON's head (Li et al. 2021): Linear(d, d), ReLU, Linear(d, width), on (B, d)."""
 

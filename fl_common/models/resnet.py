@@ -49,8 +49,18 @@ class Block(nn.Module):
     The shortcut is registered and runs after the residual's layers: FedPart's order of groups.
     """
 
+    keep = 1.0
+    """p_l of stochastic depth, the residual's weight in evaluation mode."""
+    dropped = False
+    """Whether a batch in training mode goes without the residual, y = relu(shortcut(x))."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.relu(self.residual(x) + self.shortcut(x))
+        if self.training and self.dropped:
+            return self.relu(self.shortcut(x))
+        residual = self.residual(x)
+        if not self.training and self.keep != 1.0:
+            residual = self.keep * residual
+        return self.relu(residual + self.shortcut(x))
 
 
 class BasicBlock(Block):

@@ -12,8 +12,8 @@ from benchmarks import bare
 from fl_client.optimizers import SGD
 from fl_client.trainer import LocalData, batches, local_round
 from fl_common.config import Train
+from fl_common.local import Affine
 from fl_common.models.catalogue import build
-from strategies.base import ClientRule, NoParams
 
 
 @pytest.mark.parametrize("name", ["lenet", "cnn"])
@@ -30,7 +30,7 @@ def test_bare_steps_are_the_engines(name):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     key = {"seed": 1, "server_round": 2, "partition": 3}
-    local_round(net, data, ClientRule(NoParams()), [], SGD(), settings, **key)
+    local_round(net, data, [], Affine(), SGD(), settings, **key)
     bare.Bare(yardstick, 0.1).steps(list(batches(data, settings, (1, 2, 3))))
     for p, q in zip(yardstick.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(p, q)

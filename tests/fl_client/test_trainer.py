@@ -9,10 +9,12 @@ from torch.nn.functional import cross_entropy
 from fl_client.optimizers import SGD
 from fl_client.trainer import LocalData, batches, local_round
 from fl_common.config import Train
+from fl_common.local import Affine, Perturbation, Work
 from regularizers.base import METHODS, Regularizer
-from strategies.base import ClientRule, NoParams
+from strategies.base import NoParams
 
 N, FEATURES, CLASSES = 13, 6, 3
+WORK = Work(omega=1.0, steps=1, lr=0.1, nominal_steps=1, base_lr=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +41,12 @@ def net(dropout: float = 0.0) -> torch.nn.Module:
     )
 
 
-def play(model, settings, *, rule=None, regularizers=(), local=None, partition=2, server_round=3):
+def play(model, settings, *, methods=(), correction=None, local=None, partition=2, server_round=3):
     return local_round(
         model,
         local or data(),
-        rule or ClientRule(NoParams()),
-        regularizers,
+        methods,
+        correction or Affine(),
         SGD(settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay),
         settings,
         seed=5,
@@ -124,36 +126,89 @@ def test_hooks_in_order_and_only_those_that_are_overridden():
             calls.append("transform")
             return 2 * x, y
 
-        def data_term(self, output, y):
+        def data_term(self, x, output, y):
             calls.append("data_term")
             assert output.requires_grad
+            assert len(x) == len(y) == N
             return 0.5 * (output**2).mean()
-
-        def add_gradient(self, params, grads):
-            calls.append("add_gradient")
-            assert not torch.is_grad_enabled()
-            torch._foreach_add_(grads, params, alpha=0.1)
 
     class Idle(Regularizer):
         name = "idle"
         Params = NoParams
 
-    class Rule(ClientRule):
-        def add_gradient(self, params, grads):
-            calls.append("rule")
-
-    settings = Train(batch_size=N, clip_norm=1e9)
+    settings = Train(batch_size=N)
     ours, theirs = net(), net()
-    regularizers = [Recording(NoParams()), Idle(NoParams())]
-    play(ours, settings, rule=Rule(NoParams()), regularizers=regularizers)
-    assert calls == ["transform", "data_term", "rule", "add_gradient"]
+    play(ours, settings, methods=[Recording(NoParams(), WORK), Idle(NoParams(), WORK)])
+    assert calls == ["transform", "data_term"]
 
     (x, y), = batches(data(), settings, (5, 3, 2))  # fmt: skip
     output = theirs(2 * x)
     (cross_entropy(output, y) + 0.5 * (output**2).mean()).backward()
     for p in theirs.parameters():
-        p.data -= settings.lr * (p.grad + 0.1 * p.data)
+        p.data -= settings.lr * p.grad
     torch.testing.assert_close(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
+def test_closed_form_terms_are_clipped_and_decay_is_not(clip):
+    """g <- clip(2 g + 0.1 theta + c) + (0.2 + wd) theta, whoever adds the terms."""
+    settings = Train(batch_size=N, clip_norm=clip, weight_decay=0.3)
+    ours, theirs = net(), net()
+    constant = torch.linspace(-1, 1, len(weights(ours)))
+    terms = Affine(constant=constant, slope=0.1, scale=2.0, decay=0.2)
+    play(ours, settings, correction=terms)
+
+    (x, y), = batches(data(), settings, (5, 3, 2))  # fmt: skip
+    theta = weights(theirs)
+    cross_entropy(theirs(x), y).backward()
+    gradient = 2 * torch.cat([p.grad.flatten() for p in theirs.parameters()])
+    gradient = gradient + 0.1 * theta + constant
+    if clip:
+        gradient *= min(1.0, clip / (gradient.norm() + 1e-6))
+    expected = theta - settings.lr * (gradient + (0.2 + 0.3) * theta)
+    torch.testing.assert_close(weights(ours), expected)
+
+
+def test_terms_add_up_in_their_order():
+    first = Affine(constant=torch.tensor([1.0]), slope=2.0, scale=3.0, decay=4.0)
+    second = Affine(constant=torch.tensor([10.0]), slope=20.0, scale=0.5, decay=40.0)
+    both = first.then(second)
+    assert (both.constant, both.slope, both.scale) == (torch.tensor([10.5]), 21.0, 1.5)
+    assert both.decay == 44.0
+    assert Affine.pull(0.0, torch.ones(3)) is None
+
+
+def test_a_second_pass_repeats_the_draws_and_leaves_statistics_alone():
+    """rho so small that both passes see the same parameters: their gradients are equal."""
+    seen = []
+
+    class Watching(Perturbation):
+        def apply(self, params, grads):
+            self.first = [g.clone() for g in grads]
+            super().apply(params, grads)
+
+        def mix(self, first, second):
+            seen.append(all(map(torch.equal, self.first, second)))
+
+    class Twice(Regularizer):
+        name = "twice"
+        Params = NoParams
+
+        def perturbation(self):
+            return Watching(rho=1e-30)
+
+    def with_norm():
+        model = net(dropout=0.5)
+        return torch.nn.Sequential(torch.nn.BatchNorm1d(FEATURES), *model)
+
+    settings = Train(batch_size=5, epochs=2)
+    ours, theirs = with_norm(), with_norm()
+    play(ours, settings, methods=[Twice(NoParams(), WORK)])
+    play(theirs, settings)
+    assert seen == [True] * 6
+    for mine, plain in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(mine, plain)
+    assert ours[0].num_batches_tracked == 6
 
 
 def test_bfloat16_keeps_float32_parameters():

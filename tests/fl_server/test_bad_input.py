@@ -130,6 +130,16 @@ def images(tmp_path: Path) -> Path:
         ("clients.deadline-s=0", "clients.deadline-s", ["greater than 0"]),
         ("eval.every=0", "eval.every", ["at least 1"]),
         ("fedprox.mu=-1", "fedprox.mu", ["at least 0"]),
+        ("feddyn.alpha=0", "feddyn.alpha", ["greater than 0"]),
+        ("feddc.alpha=-0.1", "feddc.alpha", ["at least 0"]),
+        ("scaffold.eta-g=0", "scaffold.eta-g", ["greater than 0"]),
+        ("fedspeed.lambda=0", "fedspeed.lambda", ["greater than 0"]),
+        ("fedspeed.rho=-0.1", "fedspeed.rho", ["at least 0"]),
+        ("fedspeed.alpha=1.5", "fedspeed.alpha", ["at most 1"]),
+        ("mofedsam.beta=0", "mofedsam.beta", ["greater than 0"]),
+        ("sam.rho=-0.1", "sam.rho", ["at least 0"]),
+        ("asam.eta=-0.1", "asam.eta", ["at least 0"]),
+        ("server.checkpoint-every=0", "server.checkpoint-every", ["at least 1"]),
         # none of the choices; the nearest and all are named
         ("train.optimizer=adm", "train.optimizer", ["did you mean adam", r"\bsgd\b"]),
         ("train.dtype=float16", "train.dtype", ["bfloat16", "float32", "float64"]),
@@ -141,10 +151,17 @@ def images(tmp_path: Path) -> Path:
         ("data.augment=mooon", "data.augment", ["mooon", "none"]),
         ("engine.name=rya", "engine.name", ["did you mean ray", "inprocess"]),
         ("eval.on=moon", "eval.on", ["server"]),
+        ("eval.models=cloud,sell", "eval.models", ["did you mean sel", "all"]),
+        ("scaffold.weighting=omga", "scaffold.weighting", ["did you mean omega", "uniform"]),
+        ("feddyn.clip-scope=oficial", "feddyn.clip-scope", ["did you mean official", "all"]),
         # unknown models and methods
         ("model.name=resnt8", "model.name", ["did you mean resnet8", "lenet64"]),
         ("model.name=nowhere.to.be.found:Net", "model.name", ["nowhere", "PYTHONPATH|package"]),
         ("strategy.name=fedpro", "strategy.name", ["did you mean fedprox", "fedavg"]),
+        ("strategy.name=scafold", "strategy.name", ["did you mean scaffold", "feddc"]),
+        # a run has one strategy: control variates, drifts and server steps are not stacked
+        ("strategy.name=scaffold,feddc", "strategy.name", ["unknown", "scaffold", "feddc"]),
+        ("strategy.name=feddyn,fedspeed", "strategy.name", ["unknown", "feddyn", "fedspeed"]),
         ("regularizers=proxmal", "regularizers", ["did you mean proximal"]),
         ("regularizers=proximal,nonesuch", "regularizers", ["nonesuch", "proximal"]),
         # keys
@@ -209,10 +226,85 @@ def test_one_mistake(refused, setting: str, key: str, remedies: list[str]):
         (["run.rounds=3", "run.rounds=4"], "run.rounds", ["twice"]),
         (["strategy.params=eta=1"], "strategy.params", ["empty|fedavg"]),
         (["regularizers=proximal,proximal"], "regularizers", ["twice"]),
+        # one perturbation a step
+        (["regularizers=sam,asam"], "regularizers", ["sam", "asam", "one"]),
+        (["regularizers=asam,proximal,sam"], "regularizers", ["sam with asam", "one"]),
+        (
+            ["strategy.name=fedspeed", "regularizers=sam"],
+            "regularizers",
+            ["fedspeed", r"fedspeed\.rho", "leave it out|another"],
+        ),
+        (["strategy.name=fedspeed", "regularizers=asam"], "regularizers", [r"fedspeed\.rho"]),
+        (["strategy.name=fedsam", "regularizers=sam"], "regularizers", ["fedsam", "leave it out"]),
+        (["strategy.name=fedsam", "regularizers=asam"], "regularizers", ["asam with sam", "one"]),
+        (["strategy.name=fedasam", "regularizers=sam"], "regularizers", ["sam with asam", "one"]),
+        (["strategy.name=mofedsam", "regularizers=asam"], "regularizers", ["asam with sam"]),
+        # control variates are measured as plain SGD's mean gradient
+        (
+            ["strategy.name=scaffold", "train.momentum=0.9"],
+            "train.momentum",
+            ["scaffold", "SGD", "leave it at 0"],
+        ),
+        (
+            ["strategy.name=scaffold", "train.optimizer=adam"],
+            "train.optimizer",
+            ["scaffold", "leave it at sgd"],
+        ),
+        (["strategy.name=feddc", "train.momentum=0.9"], "train.momentum", ["feddc", "at 0"]),
+        (["strategy.name=feddc", "train.optimizer=adam"], "train.optimizer", ["feddc", "at sgd"]),
+        # FedNova's a_i is known for SGD that starts anew
+        (["strategy.name=fednova", "train.optimizer=adam"], "train.optimizer", ["fednova", "sgd"]),
+        (
+            ["strategy.name=fednova", "train.momentum=0.9", "train.nesterov=true"],
+            "train.nesterov",
+            ["fednova", "leave it at false"],
+        ),
+        (
+            ["strategy.name=fednova", "train.momentum=0.9", "train.keep-optimizer=true"],
+            "train.keep-optimizer",
+            ["fednova", "leave it at false"],
+        ),
+        # the dual methods have no server rate: their step is the dual step
+        (["strategy.name=feddyn", "strategy.params=eta=0.1"], "strategy.params", ["empty"]),
+        (["strategy.name=feddyn", "feddyn.eta-g=0.5"], "feddyn.eta-g", ["unknown key"]),
+        (["strategy.name=feddc", "feddc.eta-g=0.5"], "feddc.eta-g", ["unknown key"]),
+        (["strategy.name=fedspeed", "fedspeed.eta-g=0.5"], "fedspeed.eta-g", ["unknown key"]),
+        (
+            ["strategy.name=feddyn", "scaffold.eta-g=0.5"],
+            "scaffold.eta-g",
+            ["no effect", r"strategy\.name=scaffold"],
+        ),
+        (["strategy.name=feddc", "feddyn.alpha=0.5"], "feddyn.alpha", ["no effect"]),
+        (["sam.rho=0.1"], "sam.rho", ["no effect", "regularizers=sam"]),
+        (["eval.models=sel", "eval.on=clients"], "eval.models", ["test set", "server or both"]),
+        (["eval.models=all", "server.ledger=false"], "eval.models", [r"server\.ledger", "true"]),
+        (["run.resume=true"], "run.resume", [r"run\.name"]),
     ],
 )
 def test_settings_that_do_not_fit_each_other(refused, settings, key: str, remedies: list[str]):
     refused(*settings).names(key, *remedies)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["strategy.name=feddc", "feddc.gradient-correction=false", "train.momentum=0.9"],
+        ["strategy.name=feddyn", "train.momentum=0.9"],
+        ["strategy.name=fednova", "train.momentum=0.9"],
+        ["strategy.name=feddyn", "regularizers=sam"],
+        ["strategy.name=scaffold", "regularizers=asam,proximal"],
+        ["strategy.name=fedspeed", "regularizers=proximal"],
+        ["strategy.name=fedsam", "sam.rho=0.1"],
+    ],
+)
+def test_what_has_a_meaning_is_not_refused(settings: list[str], capsys):
+    assert started("config", *settings) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_is_not_there_is_not_resumed(refused):
+    (line,) = refused("nowhere", command="resume").lines
+    assert "/nowhere: there is no run to resume" in line
 
 
 MISTAKES = {

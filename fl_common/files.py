@@ -1,0 +1,60 @@
+"""Files that are whole or not there: atomic writes, and names that carry a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DIGITS = 32
+"""Hex digits of SHA-256 in a file's name."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by a file that holds all of `data` and is on the disk, or leave it as it
+    was; nothing else stays.  Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writes left below `folder` that a crash cut short; nobody may be writing."""
+    for path in folder.rglob(".*"):
+        if path.suffix[1:].isdecimal():
+            path.unlink(missing_ok=True)
+
+
+def checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
+
+
+def write_checked(folder: Path, stem: str, data: bytes) -> Path:
+    """Write "stem-<checksum>.safetensors"; gives its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}-{checksum(data)}.safetensors"
+    write_atomically(path, data)
+    return path
+
+
+def read_checked(path: Path) -> bytes | None:
+    """The bytes of a file of `write_checked`; None if they are not those that were written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data if path.stem.endswith(f"-{checksum(data)}") else None

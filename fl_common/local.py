@@ -1,0 +1,205 @@
+"""What a method may do to a client's local round, said once for strategies and regularizers.
+
+A method's closed-form terms are all affine in the parameters, so they are declared as numbers and
+one vector, added up once per round, and cost one pass over the gradient, however many there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fl_common import wire
+from fl_common.config import methods
+from fl_common.deferred import torch
+from fl_common.layout import PARAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flwr.app import ConfigRecord
+
+    from fl_common.config import CoreConfig, Group
+    from fl_common.layout import Flat
+
+    Tensors = list[torch.Tensor]
+
+OWNER = "strategy"
+"""Prefix of what the strategy's rule remembers; a regularizer's is its own name."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's part of a round, as both sides know it before it begins."""
+
+    omega: float
+    """omega_i = n_i N / sum_all n, the client's samples over their mean."""
+    steps: int
+    """K_i = E ceil(n_i / B), optimizer steps."""
+    lr: float
+    """eta, the local learning rate of this round."""
+    nominal_steps: int
+    """E ceil(n / B) with n the mean number of samples, as official codes have it."""
+    base_lr: float
+    """The learning rate of round 1."""
+
+    @classmethod
+    def of(cls, config: CoreConfig, server_round: int, samples: int, total: int) -> Work:
+        """`samples`: n_i; `total`: the samples of all N clients."""
+        train, number = config.train, config.clients.number
+        return cls(
+            omega=samples * number / total,
+            steps=train.steps(samples),
+            lr=train.lr_of(server_round),
+            nominal_steps=train.steps(total / number),
+            base_lr=train.lr,
+        )
+
+
+@dataclass(frozen=True)
+class Affine:
+    """grad <- scale * grad + slope * theta + constant."""
+
+    constant: torch.Tensor | None = None
+    """(d,) on the CPU, in the model's dtype; None: zero."""
+    slope: float = 0.0
+    """Clipped with the gradient."""
+    scale: float = 1.0
+    decay: float = 0.0
+    """More slope, which the optimizer adds after clipping, as it adds weight decay."""
+
+    @classmethod
+    def pull(cls, weight: float, anchor: torch.Tensor) -> Affine | None:
+        """weight (theta - anchor), the gradient of (weight / 2) ||theta - anchor||^2; with weight
+        0 nothing, so that a method's neutral setting changes no bit."""
+        return cls(constant=-weight * anchor, slope=weight) if weight else None
+
+    def then(self, other: Affine) -> Affine:
+        """Both, this one first."""
+        scaled = None if self.constant is None else other.scale * self.constant
+        parts = [part for part in (scaled, other.constant) if part is not None]
+        return Affine(
+            constant=sum(parts[1:], start=parts[0]) if parts else None,
+            slope=other.scale * self.slope + other.slope,
+            scale=other.scale * self.scale,
+            decay=self.decay + other.decay,
+        )
+
+
+class Perturbation:
+    """Where the second gradient of a step is taken: theta + eps, eps = rho g / (||g|| + 1e-12).
+
+    Foret et al., Sharpness-Aware Minimization, ICLR 2021 (https://arxiv.org/abs/2010.01412),
+    eq. 2; one norm over all parameters.  The step's gradient is (1 - share) g1 + share g2.
+    """
+
+    def __init__(self, rho: float, share: float = 1.0) -> None:
+        self.rho, self.share = rho, share
+        self.kept: Tensors = []
+
+    def epsilon(self, params: Tensors, grads: Tensors) -> tuple[Tensors, torch.Tensor]:
+        """eps as vectors of any length and the factor that gives them theirs."""
+        return grads, self.rho / (norm_of(grads) + 1e-12)
+
+    def apply(self, params: Tensors, grads: Tensors) -> None:
+        """theta <- theta + eps, in place; what was is kept: to subtract would not restore it."""
+        if not self.kept:
+            self.kept = [torch.empty_like(p) for p in params]
+        torch._foreach_copy_(self.kept, params)
+        direction, factor = self.epsilon(params, grads)
+        torch._foreach_add_(params, torch._foreach_mul(direction, factor))
+
+    def undo(self, params: Tensors) -> None:
+        torch._foreach_copy_(params, self.kept)
+
+    def mix(self, first: Tensors, second: Tensors) -> None:
+        """The step's gradient, in the place of `second`."""
+        if self.share != 1.0:
+            torch._foreach_mul_(second, self.share)
+            torch._foreach_add_(second, first, alpha=1.0 - self.share)
+
+
+def norm_of(tensors: Tensors) -> torch.Tensor:
+    """The Euclidean norm of all elements, a scalar on the tensors' device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+class LocalMethod:
+    """The client half of a strategy, or a regularizer; one instance serves one client's round.
+
+    As it stands it changes nothing.
+    """
+
+    memory: ClassVar[tuple[str, ...]] = ()
+    """Names of what a client remembers from one round it took part in to the next."""
+
+    def __init__(self, params: Group, work: Work) -> None:
+        self.params, self.work = params, work
+
+    def blank(self, sent: Flat) -> Flat:
+        """What a client remembers before its first round; `sent`: what came down."""
+        return {name: torch.zeros_like(sent[PARAMS]) for name in self.memory}
+
+    def correction(self, sent: Flat, memory: Flat) -> Affine | None:
+        """The closed-form terms of this round's gradients."""
+
+    def perturbation(self) -> Perturbation | None:
+        """The second pass of every step."""
+
+    def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
+        """The new memory after training from `sent` to `model`, both as they travelled.
+
+        Client and server both call it, on the CPU, and get the same bits: the server keeps what
+        a client might lose, and nothing of it goes over the wire.
+        """
+        return {}
+
+
+def local_methods(
+    config: CoreConfig, settings: ConfigRecord, server_round: int, samples: int
+) -> list[LocalMethod]:
+    """The strategy's rule and the regularizers of one client's round; `settings`: what came with
+    the message; `samples`: n_i."""
+    work = Work.of(config, server_round, samples, int(settings[wire.SAMPLES]))
+    rule = methods("strategies")[config.strategy.name].rule(config, settings, work)
+    known = methods("regularizers")
+    chosen = [known[name](config.params_of(name), work) for name in config.regularizer_names]
+    return [rule, *chosen]
+
+
+def correction_of(methods: Sequence[LocalMethod], sent: Flat, memory: Flat) -> Affine:
+    """All closed-form terms in one; the strategy's last, since it may scale what there is."""
+    whole = Affine()
+    for owner, method in reversed(owners(methods)):
+        term = method.correction(sent, owned(memory, owner))
+        if term is not None:
+            whole = whole.then(term)
+    return whole
+
+
+def blank_memory(methods: Sequence[LocalMethod], sent: Flat) -> Flat:
+    """What all methods remember at first, by "owner.name"."""
+    return {
+        f"{owner}.{name}": vector
+        for owner, method in owners(methods)
+        for name, vector in method.blank(sent).items()
+    }
+
+
+def new_memory(methods: Sequence[LocalMethod], memory: Flat, sent: Flat, model: Flat) -> Flat:
+    """What all methods remember after a round, by "owner.name"."""
+    return {
+        f"{owner}.{name}": vector
+        for owner, method in owners(methods)
+        for name, vector in method.remember(owned(memory, owner), sent, model).items()
+    }
+
+
+def owners(methods: Sequence[LocalMethod]) -> list[tuple[str, LocalMethod]]:
+    return [(getattr(method, "name", OWNER), method) for method in methods]
+
+
+def owned(memory: Flat, owner: str) -> Flat:
+    """What one method remembers, by its own names."""
+    prefix = f"{owner}."
+    return {k.removeprefix(prefix): v for k, v in memory.items() if k.startswith(prefix)}

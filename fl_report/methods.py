@@ -1,0 +1,122 @@
+"""The page of all methods, made from the code itself: docs/methods.md is its output."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING
+
+from fl_common.config import fields, meaning, methods
+
+if TYPE_CHECKING:
+    from typing import Any
+
+HEAD = """\
+# Methods
+
+`python -m fl_report.methods` writes this page from the code. A strategy is chosen with
+`strategy.name`, regularizers with `regularizers=one,another`; each has the keys listed with it.
+`flatfed run` refuses what has no meaning together, with the reason, before anything starts.
+"""
+WORKS, NEEDLESS, REFUSED, PART = "yes", "needless", "no", "part of it"
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    strategies = {n: m for n, m in methods("strategies").items() if ":" not in n}
+    regularizers = methods("regularizers")
+    parts = [HEAD, "## Strategies\n"]
+    parts += [_section(name, cls, _kept(cls)) for name, cls in strategies.items()]
+    parts.append("## Regularizers\n")
+    parts += [_section(name, cls, _held(cls)) for name, cls in regularizers.items()]
+    parts += ["## Which go together\n", _matrix(strategies, regularizers), _notes(strategies)]
+    return "\n".join(parts)
+
+
+def _section(name: str, cls: type[Any], last: str) -> str:
+    module = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    keys = [(key, field) for key, field in fields() if key.startswith(f"{name}.")]
+    table = [f"| `{key}` | {_default(field)} | {_cell(meaning(field))} |" for key, field in keys]
+    if table:
+        table = ["| key | default | |", "|---|---|---|", *table, ""]
+    own = f"```\n{inspect.getdoc(cls)}\n```\n"
+    return "\n".join([f"### `{name}`\n", f"{module}\n", own, *table, f"{last}\n"])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _default(field: Any) -> str:
+    value = field.default
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def _kept(cls: type[Any]) -> str:
+    up_down = ["the model each way", *(f"{name} down" for name in cls.sends)]
+    client = ", ".join(cls.Rule.memory) or "nothing"
+    server = ", ".join(cls.keeps) or "nothing"
+    return (
+        f"Travels: {', '.join(up_down)}. A client remembers {client}, the server {server} "
+        "(each as large as the model)."
+    )
+
+
+def _held(cls: type[Any]) -> str:
+    remembered = ", ".join(cls.memory) or "nothing"
+    return (
+        f"Neutral, the plain run bit for bit: `{cls.neutral}`. A client holds {cls.copies} "
+        f"models more in a round, and remembers {remembered}. Nothing more travels."
+    )
+
+
+def _matrix(strategies: dict[str, Any], regularizers: dict[str, Any]) -> str:
+    head = ["| | " + " | ".join(f"`{name}`" for name in regularizers) + " |"]
+    head.append("|---" * (len(regularizers) + 1) + "|")
+    rows = [
+        f"| `{name}` | " + " | ".join(_with_strategy(cls, other) for other in regularizers) + " |"
+        for name, cls in strategies.items()
+    ]
+    rows += [
+        f"| *`{name}`* | "
+        + " | ".join(_together(regularizers, name, other) for other in regularizers)
+        + " |"
+        for name in regularizers
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
+def _with_strategy(cls: Any, regularizer: str) -> str:
+    if regularizer in cls.regularizers:
+        return PART
+    if regularizer in cls.refuses or _refused_by_part(cls, regularizer):
+        return REFUSED
+    return NEEDLESS if regularizer in cls.redundant else WORKS
+
+
+def _refused_by_part(cls: Any, regularizer: str) -> bool:
+    known = methods("regularizers")
+    return any(regularizer in known[part].refuses for part in cls.regularizers)
+
+
+def _together(regularizers: dict[str, Any], one: str, other: str) -> str:
+    if one == other:
+        return ""
+    apart = other in regularizers[one].refuses or one in regularizers[other].refuses
+    return REFUSED if apart else WORKS
+
+
+def _notes(strategies: dict[str, Any]) -> str:
+    lines = []
+    for name, cls in strategies.items():
+        for other, reason in {**cls.refuses, **cls.redundant}.items():
+            lines.append(f"- `{other}` with `{name}`: {reason}.")
+    for name, cls in methods("regularizers").items():
+        for other, reason in cls.refuses.items():
+            if name < other:
+                lines.append(f"- `{other}` with `{name}`: {reason}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,151 @@
+"""What every client remembers, on the server's disk, and the last round of each that counted.
+
+The server computes a client's memory from what it sent and received, by the same code as the
+client.  A client that has lost its own is given it back, so that the result does not change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fl_common import wire
+from fl_common.layout import COUNTERS
+from fl_common.local import blank_memory, local_methods, new_memory
+from fl_common.snapshots import OnDisk
+from fl_server.exchange import RunFailed
+from strategies.base import Reply, WeightedMean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from flwr.app import ConfigRecord, Message, MetricRecord
+
+    from fl_common.config import CoreConfig
+    from fl_common.layout import Flat
+
+LAST = "last"
+"""Prefix of a client's last model, which only the mean of all clients' models needs."""
+
+
+class Ledger:
+    """The clients' memories of one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CoreConfig,
+        model: Flat,
+        experiment: str,
+        note: Callable[[str], None],
+    ) -> None:
+        """`model`: the one that the run begins with, which counts as every client's last."""
+        self.folder, self.config, self.experiment, self.note = folder, config, experiment, note
+        self.rounds: dict[int, int] = {}
+        """The last round of each client whose reply was accepted."""
+        methods = local_methods(config, {wire.SAMPLES: config.clients.number}, 1, 1)
+        self.remembers = any(method.memory for method in methods)
+        self.needed = self.remembers or config.train.keeps_state
+        self.first = _averaged(model)
+        self.sum: Flat = {}
+        """The sum of all clients' last models, float64, if their mean is evaluated."""
+        if "all" in config.eval.model_names:
+            self.sum = {k: v.double() * config.clients.number for k, v in self.first.items()}
+        self.begin()
+        self.sel: dict[str, WeightedMean] = {}
+        """The mean of the models of the round's cohort."""
+
+    def settings(self, name: int, checkpoints: list[int]) -> dict[str, str | int | list[int]]:
+        """What a message to client `name` says of its memory."""
+        if not self.needed:
+            return {}
+        return {
+            wire.EXPERIMENT: self.experiment,
+            wire.MEMORY_ROUND: self.rounds.get(name, 0),
+            wire.CHECKPOINTS: checkpoints,
+        }
+
+    def begin(self) -> None:
+        """Before the first reply of a round."""
+        self.sel = {}
+        self.cohort: dict[str, WeightedMean] = {}
+        self.change: dict[str, WeightedMean] = {}
+
+    def take(self, name: int, message: Message, reply: Message, checkpoints: list[int]) -> None:
+        """One good reply to `message`: the client's memory after the round, which counts once the
+        round is accepted.  Raises RunFailed, OSError."""
+        answer = Reply.of(reply)
+        if "sel" in self.config.eval.model_names:
+            for kind, vector in _averaged(answer.model).items():
+                self.cohort.setdefault(kind, WeightedMean()).add(vector)
+        if not ((self.remembers and self.config.server.ledger) or self.sum):
+            return
+        settings: ConfigRecord = message.content[wire.CONFIG]
+        server_round, base = int(settings["server-round"]), self.rounds.get(name, 0)
+        before = self._of(name).load(base) if base else {}
+        if before is None:
+            if self.sum:
+                raise RunFailed(f"{self._damaged(name, base)}; eval.models=all cannot go on")
+            self.note(f"{self._damaged(name, base)}; the client has its own")
+            return
+        new: Flat = {}
+        if self.remembers:
+            sent = wire.vectors(message.content)
+            methods = local_methods(self.config, settings, server_round, answer.samples)
+            known = before or blank_memory(methods, sent)
+            new = new_memory(methods, known, sent, answer.model)
+        if self.sum:
+            for kind, vector in _averaged(answer.model).items():
+                last = before[f"{LAST}.{kind}"] if before else self.first[kind]
+                change = vector.double() - last.double()
+                self.change.setdefault(kind, WeightedMean()).add(change)
+                new[f"{LAST}.{kind}"] = vector.clone()  # a method may remember the same vector
+        self._of(name).save(server_round, new, base, checkpoints)
+
+    def accept(self, server_round: int, names: list[int]) -> None:
+        """The round counts: these clients took part in it."""
+        self.rounds |= dict.fromkeys(names, server_round)
+        self.sel = self.cohort
+        for kind, change in self.change.items():
+            self.sum[kind] = self.sum[kind] + change.sum
+
+    def give_back(self, name: int, request: MetricRecord, server_round: int) -> Flat | None:
+        """What this client remembered after the last round that counted; None if it has no
+        reason to ask.  Raises RunFailed if the server does not know it."""
+        base = self.rounds.get(name, 0)
+        reason = {"server-round": server_round, wire.MEMORY_LOST: base}
+        if not self.needed or not base or dict(request) != reason:
+            return None
+        who = f"client {name} has lost its memory of round {base}"
+        if self.config.train.keeps_state:
+            raise RunFailed(
+                f"{who}, and the server cannot know the momentum in it (train.keep-optimizer); "
+                "set client.state-dir to keep it on disk"
+            )
+        if not self.config.server.ledger:
+            raise RunFailed(f"{who}, and server.ledger = false keeps no copy")
+        entry = self._of(name).load(base)
+        if entry is None:
+            raise RunFailed(f"{who}, and {self._damaged(name, base)}")
+        return {key: v for key, v in entry.items() if not key.startswith(f"{LAST}.")}
+
+    def means(self) -> dict[str, Flat]:
+        """The models to evaluate beside the global one, without counters: sel, all."""
+        number = self.config.clients.number
+        found: dict[str, Flat] = {}
+        if self.sel:
+            found["sel"] = {kind: m.sum / m.weight for kind, m in self.sel.items()}
+        if self.sum:
+            found["all"] = {kind: total / number for kind, total in self.sum.items()}
+        return found
+
+    def _of(self, name: int) -> OnDisk:
+        return OnDisk(self.folder / f"{name:06d}")
+
+    def _damaged(self, name: int, base: int) -> str:
+        place = self.folder / f"{name:06d}"
+        return f"{place}: what client {name} remembered of round {base} is missing or damaged"
+
+
+def _averaged(model: Flat) -> Flat:
+    return {kind: vector for kind, vector in model.items() if kind != COUNTERS}

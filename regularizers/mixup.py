@@ -1,0 +1,72 @@
+"""Mixup: training on convex combinations of pairs of samples.
+
+Zhang et al., mixup, ICLR 2018 (https://arxiv.org/abs/1710.09412).  Per batch one weight
+lambda ~ Beta(gamma, gamma) and one permutation pi:
+
+    x <- lambda x + (1 - lambda) x_pi,    loss = lambda CE(y) + (1 - lambda) CE(y_pi).
+
+gamma is that paper's alpha, named as in FedAlign's comparison (Mendieta et al., CVPR 2022), where
+the default comes from; with it lambda is within 0.01 of 0 or 1 for 80 % of the batches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from fl_common.config import Group
+from fl_common.deferred import torch
+from regularizers.base import Regularizer
+
+if TYPE_CHECKING:
+    from fl_common.layout import Flat
+
+
+class MixupParams(Group):
+    gamma: float = Field(
+        0.05, ge=0, description="gamma of lambda ~ Beta(gamma, gamma); 0: lambda = 1, off"
+    )
+
+
+class Mixup(Regularizer):
+    """Labels stay classes: the loss of the batch is mixed, whichever loss the network has, so
+    that nothing needs to know the number of classes."""
+
+    name = "mixup"
+    Params = MixupParams
+    params: MixupParams
+    neutral = "mixup.gamma=0"
+
+    def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
+        self.criterion = getattr(net, "loss", torch.nn.functional.cross_entropy)
+
+    def transform(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gamma = self.params.gamma
+        if not gamma:
+            return x, y
+        self.weight = weight_of(gamma, x)
+        order = torch.randperm(len(y), device=y.device)
+        self.partners = y.index_select(0, order)
+        return x.index_select(0, order).lerp_(x, self.weight), y
+
+    def data_term(
+        self, x: torch.Tensor, output: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor | float:
+        """(1 - lambda) (CE(y_pi) - CE(y)), which beside CE(y) makes the mixed loss."""
+        if not self.params.gamma:
+            return 0.0
+        others = self.criterion(output, self.partners) - self.criterion(output, y)
+        return (1 - self.weight) * others
+
+
+def weight_of(gamma: float, like: torch.Tensor) -> torch.Tensor:
+    """lambda ~ Beta(gamma, gamma), a scalar in the dtype and on the device of `like`.
+
+    lambda = G / (G + G') with G, G' ~ Gamma(gamma), which underflow where gamma is small.  Their
+    logarithms do not: log G = log Gamma(gamma + 1) - E / gamma, E ~ Exp(1).
+    """
+    shape = torch.full((2,), gamma + 1, dtype=torch.float64, device=like.device)
+    logs = torch._standard_gamma(shape).log_()
+    logs -= torch.empty_like(logs).exponential_() / gamma
+    return torch.sigmoid(logs[0] - logs[1]).to(like.dtype)

@@ -1,0 +1,135 @@
+"""MOON: features like the global model's, unlike those of the client's last model.
+
+Li et al., Model-Contrastive Federated Learning, CVPR 2021 (https://arxiv.org/abs/2103.16257), eq.
+2-3; official code: https://github.com/QinbinLi/MOON.  With z the output of the projection head,
+which the classifier reads, z_g that of the received model and z_p that of the client's model after
+its last round, both in evaluation mode,
+
+    loss + mu mean_B -log(e^{cos(z, z_g) / tau} / (e^{cos(z, z_g) / tau} + e^{cos(z, z_p) / tau})).
+
+A client's first round has no z_p and no term, as in that code's first round; later on, that code
+takes the random network that such a client began with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from fl_common.config import Group
+from fl_common.deferred import torch
+from fl_common.layout import COUNTERS, PARAMS, STATS, Layout
+from fl_common.models.catalogue import MODELS, skeleton
+from fl_common.passes import extra_pass, is_main_pass
+from regularizers.base import Regularizer
+
+if TYPE_CHECKING:
+    from fl_common.config import CoreConfig
+    from fl_common.layout import Flat
+
+OWN_HEAD = "let it be fl_common.models.layers.with_head(Chain(...))"
+
+
+class MOONParams(Group):
+    mu: float = Field(
+        1.0, ge=0, description="weight mu of the contrastive term; 0: off; MOON has 5 on CIFAR-10"
+    )
+    tau: float = Field(0.5, gt=0, description="temperature tau of the similarities")
+
+
+class MOON(Regularizer):
+    """With mu = 0 the run is the plain one with the same head."""
+
+    name = "moon"
+    Params = MOONParams
+    params: MOONParams
+    neutral = "moon.mu=0"
+    copies = 2
+    memory: ClassVar = (PARAMS, STATS, COUNTERS)
+    hooks: tuple[Any, ...] = ()
+    references: tuple[dict[str, torch.Tensor], ...] = ()
+    """The tensors of the global and of the last local model; none before the first round."""
+
+    @classmethod
+    def check(cls, config: CoreConfig) -> list[str]:
+        net = skeleton(config)
+        if net is None or has_head(net):
+            return []
+        remedy = "set model.head=moon" if config.model.name in MODELS else OWN_HEAD
+        return [f"moon with model.name = {config.model.name}: it has no projection head; {remedy}"]
+
+    @classmethod
+    def prepare(cls, net: torch.nn.Module, params: MOONParams) -> None:
+        if not has_head(net):
+            raise ValueError(f"moon: it has no projection head; {OWN_HEAD}")
+
+    def blank(self, sent: Flat) -> Flat:
+        return {}
+
+    def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
+        return {kind: model[kind] for kind in self.memory if kind in model}
+
+    def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
+        if not (self.params.mu and memory):
+            return
+        from fl_common.models.layers import Representation
+
+        layout, device = Layout.of(net), next(net.parameters()).device
+        models = ({kind: flat[kind] for kind in memory} for flat in (sent, memory))
+        # Tensors of their own: kernels may sum differently on views at other alignments.
+        self.references = tuple(
+            {f"net.{name}": view.to(device, copy=True) for name, view in layout.named(m).items()}
+            for m in models
+        )
+        self.net, self.representation = net, Representation(net)
+        self.hooks = (net.fc.register_forward_pre_hook(self._see),)
+
+    def _see(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if is_main_pass(self.net):
+            self.z = args[0]
+
+    def data_term(
+        self, x: torch.Tensor, output: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor | float:
+        if not self.references:
+            return 0.0
+        z = self.z
+        del self.z
+        return self.params.mu * contrast(z, *self._refer(x), self.params.tau).mean()
+
+    def _refer(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """z_g and z_p (B, width): the network itself, with other tensors in the place of its."""
+        if x.dim() == 4:  # faster on the CPU: pooling above all
+            x = x.contiguous(memory_format=torch.channels_last)
+        self.net.eval()
+        try:
+            with extra_pass(), torch.no_grad():
+                return [
+                    torch.func.functional_call(self.representation, tensors, x)
+                    for tensors in self.references
+                ]
+        finally:
+            self.net.train()
+
+    def finish(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = self.references = ()
+
+
+def has_head(net: torch.nn.Module) -> bool:
+    """Whether this is a `Chain` with a projection head."""
+    from fl_common.models.layers import Chain
+
+    return isinstance(net, Chain) and hasattr(net, "head")
+
+
+def contrast(z: torch.Tensor, z_g: torch.Tensor, z_p: torch.Tensor, tau: float) -> torch.Tensor:
+    """(B,) of z (B, width) in float32 or wider: -log(e^a / (e^a + e^b)) is softplus(b - a).
+
+    Where both references are the same b - a is 0 exactly, and so is its gradient.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    z, z_g, z_p = (torch.nn.functional.normalize(each.to(wide)) for each in (z, z_g, z_p))
+    return torch.nn.functional.softplus((z * (z_p - z_g)).sum(1) / tau)

@@ -1,0 +1,99 @@
+"""FedDC: every client learns its drift and is corrected by it, and by control variates.
+
+Gao et al., FedDC: Federated Learning with Non-IID Data via Local Drift Decoupling and Correction,
+CVPR 2022 (https://arxiv.org/abs/2203.11751).  As in the authors' code the drift of all clients, not
+only of the cohort, enters the server's mean (with the cohort's alone it does not converge under
+partial participation), alpha and c are divided by omega_i, and the gradient correction G is
+SCAFFOLD's: without it FedDC is FedDyn, without the drift and with alpha = 0 it is SCAFFOLD.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from fl_common.layout import PARAMS
+from fl_common.local import Affine
+from strategies.base import ClientRule, FederatedStrategy, WeightedMean
+from strategies.feddyn import DUAL, DriftParams
+from strategies.scaffold import PLAIN_SGD, ControlParams, control_delta, control_warnings
+
+if TYPE_CHECKING:
+    import torch
+
+    from fl_common.config import CoreConfig
+    from fl_common.layout import Flat
+    from strategies.base import Reply
+
+
+class FedDCParams(DriftParams, ControlParams):
+    alpha: float = Field(0.01, ge=0, description="weight alpha of the drift's pull")
+    gradient_correction: bool = Field(True, description="the term G, SCAFFOLD's control variates")
+    drift: bool = Field(
+        True, description="the drift variables h_i; SCAFFOLD without them and alpha = 0"
+    )
+
+
+class FedDCRule(ClientRule):
+    params: FedDCParams
+    memory = ("h", "c")
+
+    def correction(self, sent: Flat, memory: Flat) -> Affine:
+        """grad += alpha_i (theta - w + h_i) + c / omega_i - c_i."""
+        params, work = self.params, self.work
+        alpha_i = params.scaled(params.alpha, work)
+        terms = Affine.pull(alpha_i, sent[PARAMS] - memory["h"]) or Affine()
+        if params.gradient_correction:
+            terms = terms.then(Affine(constant=sent["c"] / params.omega(work) - memory["c"]))
+        return terms
+
+    def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
+        delta, new = model[PARAMS] - sent[PARAMS], dict(memory)
+        if self.params.drift:
+            new["h"] = memory["h"] + delta
+        if self.params.gradient_correction:
+            new["c"] = memory["c"] + control_delta(sent["c"], delta, self.params, self.work)
+        return new
+
+
+class FedDC(FederatedStrategy):
+    """c <- c + (1 / N) sum_S omega_i (c_i+ - c_i);  H <- H + (1 / N) sum_S Delta_i;
+    w <- mean_S theta_i + H."""
+
+    name = "feddc"
+    Params = FedDCParams
+    Rule = FedDCRule
+    params: FedDCParams
+    redundant: ClassVar = {"proximal": DUAL}
+    keeps: ClassVar = ("c", "H")
+    sends: ClassVar = ("c",)
+
+    @classmethod
+    def plain_sgd(cls, config: CoreConfig) -> str:
+        return PLAIN_SGD if config.params_of(cls.name).gradient_correction else ""
+
+    @classmethod
+    def warnings(cls, config: CoreConfig, model: Flat) -> list[str]:
+        corrects = config.params_of(cls.name).gradient_correction
+        return super().warnings(config, model) + (control_warnings(model) if corrects else [])
+
+    def begin(self, w: torch.Tensor) -> None:
+        self.deltas, self.controls = WeightedMean(), WeightedMean()
+
+    def add(self, reply: Reply) -> None:
+        work, delta = self.work(reply), self.delta(reply)
+        self.deltas.add(delta)
+        if self.params.gradient_correction:
+            change = control_delta(self.kept["c"], delta, self.params, work)
+            self.controls.add(change, self.params.omega(work))
+
+    def step(self) -> torch.Tensor:
+        w, c, h = self.w[PARAMS], self.kept["c"], self.kept["H"]
+        number = self.config.clients.number
+        if self.params.gradient_correction:
+            self.kept["c"] = (c + self.controls.sum / number).to(c.dtype)
+        if self.params.drift:
+            self.kept["H"] = (h + self.deltas.sum / number).to(h.dtype)
+        mean = self.deltas.sum / self.deltas.weight
+        return (w + mean + self.kept["H"]).to(w.dtype)

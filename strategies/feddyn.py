@@ -1,0 +1,98 @@
+"""FedDyn: a dynamic regularizer that makes local optima agree with the global one.
+
+Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2021
+(https://arxiv.org/abs/2111.04263).  Written as the authors' code has it, with h_i = -g_i / alpha_i
+and H = -h / alpha, and alpha_i = alpha / omega_i: with H added to an unweighted mean, the fixed
+point has sum omega_i grad f_i = 0, the optimum of the data-weighted loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from fl_common.config import Group
+from fl_common.layout import PARAMS
+from fl_common.local import Affine
+from strategies.base import ClientRule, FederatedStrategy, WeightedMean
+
+if TYPE_CHECKING:
+    import torch
+
+    from fl_common.layout import Flat
+    from fl_common.local import Work
+    from strategies.base import Reply
+
+DUAL = "the drift term pulls already; the fixed point stays, the way there is slower"
+
+
+class DriftParams(Group):
+    weighting: Literal["omega", "uniform"] = Field(
+        "omega", description="omega: clients count by their samples; uniform: all alike"
+    )
+
+    def scaled(self, alpha: float, work: Work) -> float:
+        """alpha_i = alpha / omega_i."""
+        return alpha / work.omega if self.weighting == "omega" else alpha
+
+
+class ClippedDriftParams(DriftParams):
+    clip_scope: Literal["all", "official"] = Field(
+        "all",
+        description="what train.clip-norm bounds; all: the whole gradient; official: all but "
+        "alpha_i theta, which the authors' code leaves to weight decay",
+    )
+
+    def pull(self, alpha_i: float, h: torch.Tensor, w: torch.Tensor) -> Affine | None:
+        """alpha_i (theta - w + h_i)."""
+        pull = Affine.pull(alpha_i, w - h)
+        if pull and self.clip_scope == "official":
+            return replace(pull, slope=0.0, decay=pull.slope)
+        return pull
+
+
+class FedDynParams(ClippedDriftParams):
+    alpha: float = Field(
+        0.01, gt=0, description="weight alpha of the regularizer; published: 0.1, 0.01, 0.001"
+    )
+
+
+class FedDynRule(ClientRule):
+    params: FedDynParams
+    memory = ("h",)
+
+    @property
+    def alpha(self) -> float:
+        return self.params.alpha
+
+    def correction(self, sent: Flat, memory: Flat) -> Affine | None:
+        """grad += alpha_i (theta - w + h_i)."""
+        alpha_i = self.params.scaled(self.alpha, self.work)
+        return self.params.pull(alpha_i, memory["h"], sent[PARAMS])
+
+    def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
+        return {"h": memory["h"] + (model[PARAMS] - sent[PARAMS])}
+
+
+class FedDyn(FederatedStrategy):
+    """H <- H + (1 / N) sum_S Delta_i, the mean of all h_i;  w <- mean_S theta_i + H."""
+
+    name = "feddyn"
+    Params = FedDynParams
+    Rule = FedDynRule
+    redundant: ClassVar = {"proximal": DUAL}
+    keeps: ClassVar = ("H",)
+
+    def begin(self, w: torch.Tensor) -> None:
+        self.deltas = WeightedMean()
+
+    def add(self, reply: Reply) -> None:
+        self.deltas.add(self.delta(reply))
+
+    def step(self) -> torch.Tensor:
+        w, h = self.w[PARAMS], self.kept["H"]
+        self.kept["H"] = (h + self.deltas.sum / self.config.clients.number).to(h.dtype)
+        mean = self.deltas.sum / self.deltas.weight
+        return (w + mean + self.kept["H"]).to(w.dtype)

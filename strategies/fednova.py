@@ -1,0 +1,62 @@
+"""FedNova: updates are normalised by the local work behind them before they are averaged.
+
+Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization,
+NeurIPS 2020 (https://arxiv.org/abs/2007.07481), eq. 7 and section 4; a_i for momentum from the
+paper's table of local solvers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fl_common.layout import PARAMS
+from strategies.base import FederatedStrategy, WeightedMean
+
+if TYPE_CHECKING:
+    import torch
+
+    from fl_common.config import CoreConfig
+    from strategies.base import Reply
+
+
+def effective_steps(steps: int, momentum: float) -> float:
+    """a_i, the sum of the weights that the steps' gradients have in Delta_i, over eta.
+
+    K_i for plain SGD; with momentum rho, gradient k counts (1 - rho^(K - k)) / (1 - rho).
+    """
+    rho = momentum
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+
+class FedNova(FederatedStrategy):
+    """w <- w + tau_eff sum_S p_i Delta_i / a_i, with tau_eff = sum_S p_i a_i."""
+
+    name = "fednova"
+
+    @classmethod
+    def check(cls, config: CoreConfig) -> list[str]:
+        train = config.train
+        known = "a_i is known for SGD, with momentum that starts anew each round"
+        return super().check(config) + [
+            f"{key}: not with strategy.name=fednova: {known}; leave it at {default}"
+            for key, given, default in (
+                ("train.optimizer", train.optimizer != "sgd", "sgd"),
+                ("train.nesterov", train.nesterov, "false"),
+                ("train.keep-optimizer", train.keep_optimizer, "false"),
+            )
+            if given
+        ]
+
+    def begin(self, w: torch.Tensor) -> None:
+        self.directions = WeightedMean()
+        self.weighted_steps = 0.0
+
+    def add(self, reply: Reply) -> None:
+        a = effective_steps(reply.steps, self.config.train.momentum if self.config else 0.0)
+        self.directions.add(self.delta(reply) / a, reply.samples)
+        self.weighted_steps += reply.samples * a
+
+    def step(self) -> torch.Tensor:
+        w, samples = self.w[PARAMS], self.directions.weight
+        tau_eff = self.weighted_steps / samples
+        return (w + tau_eff * (self.directions.sum / samples)).to(w.dtype)

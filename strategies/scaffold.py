@@ -1,0 +1,116 @@
+"""SCAFFOLD, option II: control variates take the clients' drift out of every local step.
+
+Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020
+(https://arxiv.org/abs/1910.06378), Algorithm 1 with eq. 4 and 5.  For clients of unequal sizes
+the control variate of the server is divided by omega_i, client i's samples over their mean, in the
+step and in the update, so that c_i is the mean local gradient and the fixed point is the optimum
+of the data-weighted loss; `weighting = "uniform"` is the paper as printed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from fl_common.config import Group
+from fl_common.layout import PARAMS, STATS
+from fl_common.local import Affine
+from strategies.base import ClientRule, FederatedStrategy, WeightedMean
+
+if TYPE_CHECKING:
+    import torch
+
+    from fl_common.config import CoreConfig
+    from fl_common.layout import Flat
+    from fl_common.local import Work
+    from strategies.base import Reply
+
+PLAIN_SGD = "control variates are measured as Delta_i / (K_i eta), the mean gradient of plain SGD"
+
+
+class ControlParams(Group):
+    weighting: Literal["omega", "uniform"] = Field(
+        "omega",
+        description="omega: clients count by their samples; uniform: all alike, as in the paper",
+    )
+    legacy_beta: bool = Field(
+        False,
+        description="control variates divided as in FedDC's code: by the nominal number of steps "
+        "and the undecayed learning rate",
+    )
+
+    def omega(self, work: Work) -> float:
+        return work.omega if self.weighting == "omega" else 1.0
+
+
+class ScaffoldParams(ControlParams):
+    eta_g: float = Field(1.0, gt=0, description="server learning rate eta_g")
+
+
+def control_delta(
+    c: torch.Tensor, delta: torch.Tensor, params: ControlParams, work: Work
+) -> torch.Tensor:
+    """c_i+ - c_i = -c / omega_i - Delta_i / (K_i eta), (d,) in the model's dtype.
+
+    Client and server both compute it, so that it need not travel.
+    """
+    official = params.legacy_beta
+    steps, lr = (work.nominal_steps, work.base_lr) if official else (work.steps, work.lr)
+    return -c / params.omega(work) - delta / (steps * lr)
+
+
+def control_warnings(model: Flat) -> list[str]:
+    if STATS not in model:
+        return []
+    return [
+        "BatchNorm statistics are averaged, not corrected: control variates work better with "
+        "model.norm=group"
+    ]
+
+
+class ScaffoldRule(ClientRule):
+    params: ScaffoldParams
+    memory = ("c",)
+
+    def correction(self, sent: Flat, memory: Flat) -> Affine:
+        """grad += c / omega_i - c_i."""
+        return Affine(constant=sent["c"] / self.params.omega(self.work) - memory["c"])
+
+    def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
+        delta = model[PARAMS] - sent[PARAMS]
+        return {"c": memory["c"] + control_delta(sent["c"], delta, self.params, self.work)}
+
+
+class Scaffold(FederatedStrategy):
+    """w <- w + eta_g mean_S Delta_i;  c <- c + (1 / N) sum_S omega_i (c_i+ - c_i)."""
+
+    name = "scaffold"
+    Params = ScaffoldParams
+    Rule = ScaffoldRule
+    params: ScaffoldParams
+    keeps: ClassVar = ("c",)
+    sends: ClassVar = ("c",)
+
+    @classmethod
+    def plain_sgd(cls, config: CoreConfig) -> str:
+        return PLAIN_SGD
+
+    @classmethod
+    def warnings(cls, config: CoreConfig, model: Flat) -> list[str]:
+        return super().warnings(config, model) + control_warnings(model)
+
+    def begin(self, w: torch.Tensor) -> None:
+        self.deltas, self.controls = WeightedMean(), WeightedMean()
+
+    def add(self, reply: Reply) -> None:
+        work, delta = self.work(reply), self.delta(reply)
+        self.deltas.add(delta)
+        change = control_delta(self.kept["c"], delta, self.params, work)
+        self.controls.add(change, self.params.omega(work))
+
+    def step(self) -> torch.Tensor:
+        w, c = self.w[PARAMS], self.kept["c"]
+        self.kept["c"] = (c + self.controls.sum / self.config.clients.number).to(c.dtype)
+        mean = self.deltas.sum / self.deltas.weight
+        return (w + self.params.eta_g * mean).to(w.dtype)

@@ -1,0 +1,32 @@
+"""`flatfed compare`: numbers of several runs side by side, and their picture."""
+
+from __future__ import annotations
+
+from fl_report.compare import read
+from fl_server.cli import main
+
+SMALL = ["clients.number=3", "train.device=cpu", "run.rounds=2"]
+
+
+def test_a_table_and_a_picture_of_two_runs(runner, tmp_path, capsys):
+    one = runner(*SMALL, "eval.models=sel")
+    two = runner(*SMALL, "strategy.name=feddyn")
+    picture = tmp_path / "both.png"
+    capsys.readouterr()
+    assert main(["compare", str(one.folder), str(two.folder), "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for result, name in ((one, "fedavg"), (two, "feddyn")):
+        line = next(line for line in printed.splitlines() if line.split()[:1] == [name])
+        assert f"{result.history[-1]['accuracy']:.3f}" in line
+    assert f"{one.history[-1]['accuracy_sel']:.3f}" in printed
+
+
+def test_runs_of_one_method_are_named_by_their_folders(runner):
+    folders = [runner(*SMALL, f"run.seed={seed}").folder for seed in (0, 1)]
+    assert [run.label for run in read(folders)] == ["run1", "run2"]
+
+
+def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: holds no run")

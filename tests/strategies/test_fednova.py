@@ -1,0 +1,121 @@
+"""FedNova: clients that take unequal numbers of steps, through the real engine and alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fl_common import assembly
+from strategies.fednova import effective_steps
+from tests import toy
+
+FEDNOVA = "strategy.name=fednova"
+# one sample a step: K_i = n_i
+EACH = ["train.batch-size=1", "train.epochs=1"]
+
+
+def fixed_point(trace) -> float:
+    """Of w <- p w + q, which a round is on quadratics; with w_0 = 0 two rounds give p and q."""
+    _, first, second = trace.w
+    return first / (1 - (second - first) / first)
+
+
+def ends(steps: tuple[int, ...], lr: float) -> np.ndarray:
+    """1 - r_i, how much of its distance to its own minimum client i makes in a round."""
+    return 1 - (1 - lr * toy.A) ** np.array(steps)
+
+
+@pytest.fixture
+def four_to_one(traced, monkeypatch):
+    """Client f_1 four times with 2 samples, f_2 once with 8: both have half of the samples, and
+    K = 2 and 8."""
+    toy.install(monkeypatch, (8, 8))
+    parts = list(np.split(np.arange(16), [2, 4, 6, 8]))
+    monkeypatch.setattr(assembly, "split_data", lambda config, data: parts)
+
+    def play(*settings: str):
+        return traced(5, *toy.SETTINGS, *EACH, "run.rounds=2", "train.lr=0.01", *settings)
+
+    return play
+
+
+def test_published_fixed_points(four_to_one):
+    # FedAvg: sum p_i (1 - r_i) (b_i - w) = 0.  FedNova: the same with (1 - r_i) / K_i.
+    share = ends((2, 8), 0.01)
+    assert fixed_point(four_to_one()) == pytest.approx(share[1] / share.sum(), abs=1e-10)
+    assert fixed_point(four_to_one()) == pytest.approx(0.9333356607, abs=1e-9)
+    share /= 2, 8
+    assert fixed_point(four_to_one(FEDNOVA)) == pytest.approx(share[1] / share.sum(), abs=1e-10)
+    assert fixed_point(four_to_one(FEDNOVA)) == pytest.approx(0.7777842426, abs=1e-9)
+
+
+def test_directions_are_weighted_by_samples(on_toy):
+    # n = K = (2, 8): p_i / K_i is the same for both, and FedNova goes where the unweighted mean
+    # would; the length of a step is tau_eff = 0.2 * 2 + 0.8 * 8.
+    trace = on_toy(2, *EACH, FEDNOVA, n=(2, 8))
+    share = ends((2, 8), toy.LR) / 10
+    assert fixed_point(trace) == pytest.approx(share[1] / share.sum(), abs=1e-12)
+    assert trace.w[1] == pytest.approx((0.2 * 2 + 0.8 * 8) * share[1], abs=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [[], ["train.momentum=0.9"]])
+def test_equal_steps_are_fedavg(on_toy, momentum):
+    settings = ["train.epochs=10", *momentum]
+    fednova = on_toy(6, FEDNOVA, *settings, n=(3, 1))
+    np.testing.assert_allclose(fednova.w, on_toy(6, *settings, n=(3, 1)).w, rtol=0, atol=1e-14)
+
+
+def test_one_client_alone_is_where_the_round_ends(on_toy):
+    settings = [*EACH, "clients.per-round=1"]
+    fednova = on_toy(6, FEDNOVA, *settings, n=(2, 8))
+    np.testing.assert_allclose(fednova.w, on_toy(6, *settings, n=(2, 8)).w, rtol=0, atol=1e-14)
+
+
+class Slope(toy.Quadratic):
+    """The loss a theta: its gradient is a, wherever theta is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1] * self.theta
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_constant_gradients(on_toy, monkeypatch, momentum):
+    """Delta_i / a_i is -eta g_i, however many steps were taken: w moves by the weighted mean
+    gradient, tau_eff eta times."""
+    install = toy.install
+
+    def with_slopes(patch, n):
+        install(patch, n)
+        patch.setattr(assembly, "new_model", lambda *_: Slope())
+
+    monkeypatch.setattr(toy, "install", with_slopes)
+    trace = on_toy(3, *EACH, FEDNOVA, f"train.momentum={momentum}", n=(3, 7))
+    p = np.array([0.3, 0.7])
+    tau_eff = np.sum(p * [summed_weights(3, momentum), summed_weights(7, momentum)])
+    step = -toy.LR * tau_eff * np.sum(p * toy.A)
+    assert trace.w == pytest.approx(step * np.arange(4), abs=1e-12)
+
+
+def summed_weights(steps: int, momentum: float) -> float:
+    """What all gradients together weigh in Delta_i / -eta: SGD on gradients of 1."""
+    moved = velocity = 0.0
+    for _ in range(steps):
+        velocity = momentum * velocity + 1.0
+        moved += velocity
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("steps", "momentum"), list(itertools.product([1, 2, 7, 100], [0.0, 0.1, 0.9, 0.99]))
+)
+def test_a_is_the_sum_of_the_weights_of_all_gradients(steps, momentum):
+    assert effective_steps(steps, momentum) == pytest.approx(
+        summed_weights(steps, momentum), rel=1e-12
+    )
+
+
+def test_plain_sgd_counts_its_steps():
+    assert effective_steps(8, 0.0) == 8
