@@ -41,10 +41,11 @@ def read(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         try:
             summary = json.loads((folder / "summary.json").read_text())
+            config = json.loads((folder / "config.json").read_text())
             rows = [json.loads(line) for line in (folder / "history.jsonl").open()]
-        except (OSError, ValueError) as error:
+            label = "+".join(filter(None, (config["strategy.name"], config["regularizers"])))
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: holds no run ({error})") from None
-        label = "+".join([summary.get("strategy", "?"), *summary.get("regularizers", ())])
         runs.append(Run(label, summary, rows))
     labels = [run.label for run in runs]
     return [
