@@ -395,3 +395,28 @@ def test_bool_or_float_weight_is_no_weight():
     content = good_reply()
     content["metrics"]["num-examples"] = 3.0
     assert "num-examples" in objection(content, EXPECTED)
+
+
+@pytest.mark.parametrize("lost", [0, 1, -1, 2.5])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+def test_a_request_for_memory_without_a_reason_is_rejected(strategy, lost, runner, monkeypatch):
+    """In round 1 nobody has anything to lose, and without memory nobody ever has."""
+
+    def ask(reply, message):
+        numbers = MetricRecord({"server-round": 1, wire.MEMORY_LOST: lost})
+        return Message(RecordDict({wire.METRICS: numbers}), reply_to=message)
+
+    with_hostile(monkeypatch, ask, rounds=(1,))
+    result = runner(*HONEST, f"strategy.name={strategy}")
+    assert result.code == 0
+    assert [list(row["rejected"]) for row in result.history] == [[str(EVIL)], [], []]
+    assert "memory_given_back" not in result.summary
+
+
+@pytest.mark.parametrize("steps", [0, 1, 10**9])
+def test_the_number_of_steps_is_known_and_not_believed(steps, runner, monkeypatch):
+    """A control variate is Delta_i / (K_i eta): a lie about K_i would scale it at will."""
+    with_hostile(monkeypatch, metric(steps=steps), rounds=(2,))
+    result = runner(*HONEST, "strategy.name=scaffold")
+    assert [list(row["rejected"]) for row in result.history] == [[], [str(EVIL)], []]
+    assert f"steps = {steps}" in result.history[1]["rejected"][str(EVIL)]

@@ -238,3 +238,37 @@ def test_a_lost_client_is_named_and_the_rest_goes_on(runner, monkeypatch):
     assert result.history[0]["failed"] == {}
     assert result.history[-1]["failed"] == {"0": "not connected"}
     assert result.history[-1]["replies"] == [1, 2]
+
+
+def test_who_comes_back_with_other_data_is_refused_and_the_others_stay(grid, monkeypatch):
+    said: list[str] = []
+    roster = Roster(Exchange(grid, 10.0, said.append), 3)
+    roster.assemble(nodes_may_come=False)
+    grid.listed = grid.all[1:]
+    roster.refresh()
+    assert sorted(roster.members) == [1, 2]
+
+    of = Member.of
+    changed = {"classes": ("x", "y"), "data": "other"}
+    monkeypatch.setattr(Member, "of", lambda reply: replace(of(reply), **changed))
+    grid.listed = grid.all
+    roster.refresh()
+    assert sorted(roster.members) == [1, 2]
+    assert any("client 0 came back with other data" in line for line in said)
+
+
+def test_a_client_whose_node_went_away_is_waited_for(grid):
+    said: list[str] = []
+    roster = Roster(Exchange(grid, 10.0, said.append), 3, return_s=0.5)
+    roster.assemble(nodes_may_come=False)
+    grid.listed = grid.all[:2]
+    started = time.monotonic()
+    roster.wait_for([0, 1, 2])
+    assert 0.4 < time.monotonic() - started < 5
+    assert "waiting for client 2 to come back, 0.5 s at most (clients.return-s)" in said
+    started = time.monotonic()
+    roster.wait_for([0, 1, 2])  # its time is up: the next rounds do not wait again
+    assert time.monotonic() - started < 0.3
+    grid.listed = grid.all
+    roster.wait_for([0, 1, 2])
+    assert sorted(roster.members) == [0, 1, 2]

@@ -340,3 +340,13 @@ def test_models_of_ones_own(tmp_path, monkeypatch, runner, capsys):
     assert runner(*own, "model.name=to_contrast:headed", "model.head=moon").code == 2
     assert "has its own layers; let it return" in capsys.readouterr().err
     assert runner(*own, "model.name=to_contrast:headed").code == 0
+
+
+def test_its_memory_stands_beside_the_mean_of_all_last_models(runner):
+    """Both are a client's last model; the ledger keeps them as two."""
+    result = runner(
+        "clients.number=3", "clients.per-round=2", "run.rounds=3", "train.device=cpu",
+        "regularizers=moon", "model.head=moon", "eval.models=all",
+    )  # fmt: skip
+    assert result.code == 0
+    assert all("accuracy_all" in row for row in result.history)

@@ -118,3 +118,30 @@ def test_nobody_to_write_to_is_not_waited_for():
     strategy = METHODS["flwr:FedAvg"]()
     arrays = wire.pack({"params": torch.zeros(3)})
     assert strategy.configure_train(1, arrays, ConfigRecord(), Cohort(None, [])) == []
+
+
+def test_each_client_is_told_of_its_own_memory(runner):
+    """Momentum that clients keep, some of them absent from some rounds: Flower's FedAvg is ours.
+
+    Flower puts one content into all messages; with the settings of one client in all of them,
+    the others would begin from nothing, or from a round that they took no part in.
+    """
+    settings = [
+        "clients.number=5", "clients.per-round=3", "run.rounds=6", "run.seed=5",
+        "train.device=cpu", "train.momentum=0.9", "train.keep-optimizer=true", "train.lr=0.02",
+        "model.norm=group",
+    ]  # fmt: skip
+    ours = runner(*settings, "strategy.name=fedavg")
+    flowers = runner(*settings, "strategy.name=flwr:FedAvg")
+    forgetful = runner(*[s for s in settings if "keep" not in s], "strategy.name=fedavg")
+    assert ours.code == flowers.code == 0
+    for key, tensor in ours.model.items():
+        torch.testing.assert_close(flowers.model[key], tensor, rtol=1e-3, atol=1e-4)
+    assert any(
+        (forgetful.model[key] - tensor).abs().max() > 0.01 for key, tensor in ours.model.items()
+    )
+
+
+def test_momentless_sgd_has_nothing_to_keep(runner):
+    kept = runner(*BASE, "train.keep-optimizer=true")
+    assert kept.summary["model_sha256"] == runner(*BASE).summary["model_sha256"]

@@ -97,18 +97,21 @@ class Run:
         """Kill it at a random moment of a random round later than `after`; gives the round, or 0
         if the run was faster."""
         before, within = rng.randrange(after, ROUNDS), rng.random() * round_s
-        process = self.start(command)
         begins = f"round {before}/" if before > after else "resumed after"
+        process = self.start(command)
 
         def the_round_begins() -> bool:
-            told = begins in self.log.read_text() if before else self.checkpoints()
+            first = command[0] == "run" and not before
+            told = self.checkpoints() if first else begins in self.log.read_text()
             return bool(told) or process.poll() is not None
 
-        assert wait_for(the_round_begins, 120), self.log.read_text()
         try:
+            assert wait_for(the_round_begins, 120), self.log.read_text()
             process.wait(within)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            pass
+        finally:
+            process.kill()
         code = process.wait(timeout=60)
         told = self.log.read_text()
         assert code in (0, -signal.SIGKILL), told
