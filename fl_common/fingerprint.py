@@ -25,6 +25,7 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+@cache
 def versions() -> dict[str, str]:
     """The packages on which a result's bits depend."""
     return {name: version(name) for name in ("torch", "numpy", "flwr")}
