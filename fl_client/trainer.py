@@ -106,17 +106,18 @@ def local_round(
             loss, grads = gradient(x, y)
         else:
             draws = generator_state(device)
-            loss, first = gradient(x, y)
+            loss, grads = gradient(x, y)
             for p in params:
                 p.grad = None
             with torch.no_grad():
-                perturbation.apply(params, first)
+                perturbation.apply(params, grads)
+            del grads
             set_generator_state(device, draws)
             with frozen_statistics(net):
                 _, grads = gradient(x, y)
             with torch.no_grad():
                 perturbation.undo(params)
-                perturbation.mix(first, grads)
+                perturbation.mix(grads)
 
         with torch.no_grad():
             correct(params, grads)

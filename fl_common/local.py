@@ -96,27 +96,34 @@ class Perturbation:
     def __init__(self, rho: float, share: float = 1.0) -> None:
         self.rho, self.share = rho, share
         self.kept: Tensors = []
+        self.first: Tensors = []
 
     def epsilon(self, params: Tensors, grads: Tensors) -> tuple[Tensors, torch.Tensor]:
         """eps as vectors of any length and the factor that gives them theirs."""
         return grads, self.rho / (norm_of(grads) + 1e-12)
 
     def apply(self, params: Tensors, grads: Tensors) -> None:
-        """theta <- theta + eps, in place; what was is kept: to subtract would not restore it."""
+        """theta <- theta + eps, in place; what was is kept: to subtract would not restore it.
+        `grads`, g1, is used up."""
         if not self.kept:
             self.kept = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(self.kept, params)
         direction, factor = self.epsilon(params, grads)
-        torch._foreach_add_(params, torch._foreach_mul(direction, factor))
+        if self.share == 1.0:  # `grads` is not needed any more, and none of it is kept
+            torch._foreach_mul_(direction, factor)
+        else:
+            self.first, direction = grads, torch._foreach_mul(direction, factor)
+        torch._foreach_add_(params, direction)
 
     def undo(self, params: Tensors) -> None:
         torch._foreach_copy_(params, self.kept)
 
-    def mix(self, first: Tensors, second: Tensors) -> None:
-        """The step's gradient, in the place of `second`."""
+    def mix(self, grads: Tensors) -> None:
+        """The step's gradient, in the place of `grads`, g2."""
         if self.share != 1.0:
-            torch._foreach_mul_(second, self.share)
-            torch._foreach_add_(second, first, alpha=1.0 - self.share)
+            torch._foreach_mul_(grads, self.share)
+            torch._foreach_add_(grads, self.first, alpha=1.0 - self.share)
+            self.first = []
 
 
 def norm_of(tensors: Tensors) -> torch.Tensor:
