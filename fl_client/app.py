@@ -64,8 +64,14 @@ def partition_of(context: Context) -> int:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """The roll call: who is here, with how many samples of which labels."""
-    return Message(resident(context).describe(partition_of(context)), reply_to=message)
+    """The roll call: who is here, with how many samples of which labels; with a model, how its
+    loss is curved on them."""
+    clients, partition = resident(context), partition_of(context)
+    if "arrays" in message.content:
+        reply = clients.curvature(partition, message.content, context.state)
+    else:
+        reply = clients.describe(partition)
+    return Message(reply, reply_to=message)
 
 
 @app.train()
@@ -79,5 +85,6 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """The model on this client's held-out samples."""
     return Message(
-        resident(context).evaluate(partition_of(context), message.content), reply_to=message
+        resident(context).evaluate(partition_of(context), message.content, context.state),
+        reply_to=message,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,16 @@ from fl_common.data.errors import DataError
 from fl_common.determinism import prepare_process
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
-from fl_common.layout import Layout, concatenate, tensors_of
-from fl_common.local import blank_memory, correction_of, local_methods, new_memory, owned
+from fl_common.layout import PARAMS, Layout, concatenate, tensors_of
+from fl_common.local import (
+    OWNER,
+    blank_memory,
+    correction_of,
+    local_methods,
+    new_memory,
+    owned,
+)
+from fl_common.sync import Cache, Incomplete
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -29,6 +37,11 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "optimizer"
 """Prefix of the momentum in a client's memory."""
+
+
+def _asking(server_round: int, lost: dict[str, int]) -> RecordDict:
+    """The reply of a client that lacks something: it is sent that with the message again."""
+    return RecordDict({wire.METRICS: MetricRecord({"server-round": server_round, **lost})})
 
 
 class Clients:
@@ -67,43 +80,63 @@ class Clients:
 
     def train(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
         """One local round from the model in `content`; `state` is what Flower keeps for the
-        client.  Without the memory that the round starts from, the reply asks for it."""
+        client.  Without the memory that the round starts from, or without what the message leaves
+        out, the reply asks for it."""
         started = time.process_time()
         config, data, settings = self.config, self.local_data(partition), content[wire.CONFIG]
         server_round = int(settings["server-round"])
-        sent = wire.vectors(content)
         methods = local_methods(config, settings, server_round, len(data.y))
-        memory, remembered = self._recall(partition, content, state, methods, sent)
+        memory = self._memory(partition, content, state, methods)
+        cache = Cache.of(config.client.state_dir, partition, content, state)
+        lost = {}
+        try:
+            received = cache.complete(content)
+        except Incomplete as lacking:
+            lost[wire.GROUPS_LOST] = lacking.arrays
+        try:
+            remembered = memory.load() if memory else None
+        except MemoryLost:
+            lost[wire.MEMORY_LOST] = memory.base
+        if lost:
+            return _asking(server_round, lost)
+        cache.keep(content, received)
+        sent = self._model(received)
         if remembered is None:
-            lost = {"server-round": server_round, wire.MEMORY_LOST: memory.base}
-            return RecordDict({wire.METRICS: MetricRecord(lost)})
-        self._install(sent)
+            remembered = blank_memory(methods, sent)
+        self._install(methods[0].start(sent, owned(remembered, OWNER)))
         self._load_optimizer(remembered)
+        active = tuple(settings.get(wire.ACTIVE, self.groups.names))
         metrics = self._held_out(partition, "-before") if settings.get("evaluate") else {}
 
         regularizers = [method for method in methods if isinstance(method, Regularizer)]
-        try:
-            for regularizer in regularizers:
-                regularizer.begin(self.net, sent, owned(remembered, regularizer.name))
-            result = local_round(
-                self.net,
-                data,
-                methods,
-                correction_of(methods, sent, remembered),
-                self.optimizer,
-                config.train,
-                seed=config.run.seed,
-                server_round=server_round,
-                partition=partition,
-            )
-        finally:
-            for regularizer in regularizers:
-                regularizer.finish()
+        if not self.net.training:
+            self.net.train()
+        with self.groups.only(self.net, active, frozen_norms=methods[0].frozen_norms):
+            try:
+                for regularizer in regularizers:
+                    regularizer.begin(self.net, sent, owned(remembered, regularizer.name))
+                result = local_round(
+                    self.net,
+                    data,
+                    methods,
+                    correction_of(methods, sent, remembered),
+                    self.optimizer,
+                    config.train,
+                    seed=config.run.seed,
+                    server_round=server_round,
+                    partition=partition,
+                    norms=config.eval.grad_norm,
+                )
+            finally:
+                for regularizer in regularizers:
+                    regularizer.finish()
 
-        up = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
+        trained = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
         if memory is not None:
-            new = new_memory(methods, remembered, sent, up) | self._optimizer_state()
+            new = new_memory(methods, remembered, sent, trained) | self._optimizer_state()
             memory.save(server_round, new)
+        parts = {name: self.groups.part(name, trained[PARAMS]) for name in active}
+        up = parts | {kind: vector for kind, vector in trained.items() if kind != PARAMS}
         if settings.get("evaluate"):
             metrics |= self._held_out(partition, "-after")
         metrics |= {
@@ -113,44 +146,67 @@ class Clients:
             "loss": result.loss,
             "cpu-s": time.process_time() - started,
         }
+        if result.norms is not None:
+            metrics |= self._norms(result.norms, settings)
         return self._reply(up, content, metrics)
 
-    def _recall(
-        self,
-        partition: int,
-        content: RecordDict,
-        state: RecordDict,
-        methods: list[LocalMethod],
-        sent: Flat,
-    ) -> tuple[Memory | None, Flat | None]:
-        """Where this client's memory is kept, None if it has none, and what it remembers, None
-        if that is lost."""
-        if not (self.config.train.keeps_state or any(method.memory for method in methods)):
-            return None, {}
-        memory = Memory.of(self.config.client.state_dir, partition, content, state)
-        try:
-            remembered = memory.load()
-        except MemoryLost:
-            return memory, None
-        return memory, blank_memory(methods, sent) if remembered is None else remembered
+    def _norms(self, norms: torch.Tensor, settings: ConfigRecord) -> dict[str, list[float]]:
+        active = tuple(settings.get(wire.ACTIVE, self.layers.names))
+        parts = self.layers.norms(norms, active)
+        found = {f"{wire.GRAD_NORM}.{name}": part.tolist() for name, part in parts.items()}
+        return {wire.GRAD_NORM: norms.square().sum(1).sqrt().tolist(), **found}
 
-    def evaluate(self, partition: int, content: RecordDict) -> RecordDict:
+    def _memory(
+        self, partition: int, content: RecordDict, state: RecordDict, methods: list[LocalMethod]
+    ) -> Memory | None:
+        """Where this client's memory is kept; None if its methods need none."""
+        if not (self.config.train.keeps_state or any(method.memory for method in methods)):
+            return None
+        return Memory.of(self.config.client.state_dir, partition, content, state)
+
+    def evaluate(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
         """The received model on the client's own held-out samples."""
-        self._install(wire.vectors(content))
+        server_round = int(content[wire.CONFIG]["server-round"])
+        cache = Cache.of(self.config.client.state_dir, partition, content, state)
+        try:
+            received = cache.complete(content)
+        except Incomplete as lacking:
+            return _asking(server_round, {wire.GROUPS_LOST: lacking.arrays})
+        cache.keep(content, received)
+        self._install(self._model(received))
         metrics = {
-            "server-round": int(content[wire.CONFIG]["server-round"]),
+            "server-round": server_round,
             "num-examples": len(self.share(partition).held_out),
             **self._held_out(partition),
         }
         return RecordDict({wire.METRICS: MetricRecord(metrics)})
 
+    def curvature(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
+        """The diagonal of this client's Hessian at the received model, never its data: two
+        estimates from different probes, per parameter or per tensor."""
+        from fl_flatness.diagonals import estimate
+
+        server_round = int(content[wire.CONFIG]["server-round"])
+        cache = Cache.of(self.config.client.state_dir, partition, content, state)
+        try:
+            received = cache.complete(content)
+        except Incomplete as lacking:
+            return _asking(server_round, {wire.GROUPS_LOST: lacking.arrays})
+        cache.keep(content, received)
+        self._install(self._model(received))
+        data = self.local_data(partition)
+        halves = estimate(self.net, data.x, data.y, self.transform.eval, self.config, server_round)
+        numbers = {"server-round": server_round, "num-examples": len(data.y)}
+        arrays = wire.pack({wire.DIAGONAL: halves})
+        return RecordDict({wire.ARRAYS: arrays, wire.METRICS: MetricRecord(numbers)})
+
     @staticmethod
-    def _reply(up: Flat, content: RecordDict, metrics: dict[str, float]) -> RecordDict:
-        """The vectors in records like those that came."""
-        records: dict[str, Flat] = {}
+    def _reply(up: Flat, content: RecordDict, metrics: dict[str, Any]) -> RecordDict:
+        """The vectors in the records in which they came; those that are new to it, in the first."""
+        records: dict[str, Flat] = {wire.ARRAYS: dict(up)}
         for name, record in content.items():
-            if isinstance(record, ArrayRecord) and name != wire.MEMORY:
-                records[name] = {key: up[key] for key in record if key in up}
+            if isinstance(record, ArrayRecord) and name not in (wire.ARRAYS, wire.MEMORY):
+                records[name] = {key: records[wire.ARRAYS].pop(key) for key in record if key in up}
         packed = {name: wire.pack(vectors) for name, vectors in records.items()}
         return RecordDict({**packed, wire.METRICS: MetricRecord(metrics)})
 
@@ -188,6 +244,9 @@ class Clients:
         shape = assembly.input_shape(config, self.data)
         self.net = assembly.new_model(config, len(self.data.classes), shape, self.device)
         self.layout = Layout.of(self.net)
+        self.groups = assembly.groups_of(config, self.net, shape)
+        if config.eval.grad_norm:
+            self.layers = assembly.layers_of(config, self.net, shape)
         self.tensors = {k: list(tensors.values()) for k, tensors in tensors_of(self.net).items()}
         self.optimizer = (
             Adam(weight_decay=train.weight_decay)
@@ -195,11 +254,15 @@ class Clients:
             else SGD(train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
         )
 
+    def _model(self, received: Flat) -> Flat:
+        """What was received, with the groups of layers in one vector."""
+        if self.net is None:
+            self._make_resident()
+        return self.groups.joined(received)
+
     @torch.no_grad()
     def _install(self, received: Flat) -> None:
         """Copy the received model into the resident one."""
-        if self.net is None:
-            self._make_resident()
         for kind, tensors in self.tensors.items():
             vector = received[kind].to(self.device)
             torch._foreach_copy_(tensors, self.layout.split(kind, vector))

@@ -44,6 +44,9 @@ class LocalResult:
     """K_i, optimizer steps taken."""
     loss: float
     """Mean training loss over the samples of the round, regularizers' data terms included."""
+    norms: torch.Tensor | None = None
+    """(K, P) on the CPU, float64: the norm of the loss's gradient on each parameter that was
+    trained, at each step; without closed-form terms, before clipping."""
 
 
 def local_round(
@@ -57,15 +60,19 @@ def local_round(
     seed: int,
     server_round: int,
     partition: int,
+    norms: bool = False,
 ) -> LocalResult:
     """Train `net` in place for `settings.epochs` epochs over `data`.
 
     Randomness: the order of an epoch comes from (seed, round, partition, epoch), all draws of a
     step, dropout included, from (seed, round, partition, step).  `methods`, of which at most one
     has a perturbation, have begun; `correction`: their closed-form terms.  A network with a `loss`
-    method, (output, y) -> scalar, is trained on that instead of the cross-entropy.
+    method, (output, y) -> scalar, is trained on that instead of the cross-entropy.  `norms`: record
+    the gradient's.
     """
     params = [p for p in net.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("no parameter of this round's groups requires a gradient")
     device = params[0].device.type
     criterion = getattr(net, "loss", cross_entropy)
     lr = settings.lr_of(server_round)
@@ -86,7 +93,8 @@ def local_round(
             loss = criterion(output, y)
             for data_term in data_terms:
                 loss = loss + data_term(x, output, y)
-        loss.backward()
+        if loss.requires_grad:  # not where nothing that is trained took part
+            loss.backward()
         for p in params:
             if p.grad is None:  # this step did not use it
                 p.grad = torch.zeros_like(p)
@@ -94,7 +102,7 @@ def local_round(
 
     if not net.training:
         net.train()
-    losses, sizes = [], []
+    losses, sizes, lengths = [], [], []
     key = (seed, server_round, partition)
     for step, (x, y) in enumerate(batches(data, settings, key)):
         seed_device(device, seed_of("step", *key, step))
@@ -120,6 +128,8 @@ def local_round(
                 perturbation.mix(grads)
 
         with torch.no_grad():
+            if norms:
+                lengths.append(torch.stack(torch._foreach_norm(grads)))
             correct(params, grads)
             if settings.clip_norm:
                 torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
@@ -131,7 +141,8 @@ def local_round(
 
     weights = torch.tensor(sizes, dtype=torch.float64)
     mean = torch.stack(losses).to("cpu", torch.float64) @ weights / weights.sum()
-    return LocalResult(steps=len(sizes), loss=float(mean))
+    recorded = torch.stack(lengths).to("cpu", torch.float64) if norms else None
+    return LocalResult(steps=len(sizes), loss=float(mean), norms=recorded)
 
 
 def batches(

@@ -14,6 +14,8 @@ from fl_common.data.partition import cached_partition
 from fl_common.data.sources import load
 from fl_common.data.transforms import pipeline
 from fl_common.determinism import seed_of
+from fl_common.groups import Groups
+from fl_common.layout import PARAMS
 from fl_common.models.catalogue import build
 
 if TYPE_CHECKING:
@@ -65,15 +67,19 @@ class Share:
 def share_of(config: CoreConfig, data: Dataset, partitions: Partition | None, i: int) -> Share:
     """Client i's samples.
 
-    With data.partition=local (no partitions) all data of this node, its own test split held out;
-    else its partition, of which `eval.holdout` is held out if clients evaluate at all: drawn
-    from the stream (seed, partition).  Raises DataError if nothing is left to train on.
+    With data.partition=local (no partitions) the data of this node, its own test split held out;
+    else its partition, of which `eval.holdout` is held out if clients evaluate at all.  Of more
+    than `data.max-samples` only so many.  Drawn from the stream (seed, partition).  Raises
+    DataError if nothing is left to train on.
     """
     evaluates = config.eval.on != "server"
+    indices = np.arange(len(data.train)) if partitions is None else np.asarray(partitions[i])
+    if 0 < (most := config.data.max_samples) < len(indices):
+        drawn = np.random.default_rng(seed_of("max-samples", config.run.seed, i))
+        indices = np.sort(drawn.permutation(indices)[:most])
     if partitions is None:
         held_out = np.arange(len(data.test) if evaluates else 0)
-        return Share(np.arange(len(data.train)), held_out, data.test)
-    indices = np.asarray(partitions[i])
+        return Share(indices, held_out, data.test)
     count = max(1, round(config.eval.holdout * len(indices))) if evaluates else 0
     if count >= len(indices):
         raise DataError(
@@ -99,6 +105,20 @@ def new_model(
     for name in config.regularizer_names:
         methods("regularizers")[name].prepare(net, config.params_of(name))
     return net.to(device, parameter_dtype(config))
+
+
+def groups_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) -> Groups:
+    """The groups of layers that have versions of their own.  Raises ValueError."""
+    if not methods("strategies")[config.strategy.name].partial:
+        return Groups.whole(net)
+    patterns = config.params_of(config.strategy.name).groups
+    return Groups.matching(net, patterns) if patterns else Groups.of(net, shape)
+
+
+def layers_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) -> Groups:
+    """The groups of layers that a run tells of one by one: its own, or each layer."""
+    groups = groups_of(config, net, shape)
+    return Groups.of(net, shape) if PARAMS in groups.members else groups
 
 
 def transform(config: CoreConfig) -> Transform:

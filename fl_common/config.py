@@ -58,6 +58,7 @@ class Run(Group):
         description="where results folders are made; empty: ./results for `flatfed run`, "
         "$FLATFED_RESULTS or ~/flatfed-results for `flwr run`",
     )
+    pictures: bool = Field(True, description="draw curves.png and clients.png at the end")
     resume: bool = Field(
         False, description="continue the run of this name from its newest checkpoint"
     )
@@ -103,6 +104,9 @@ class Data(Group):
     )
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller: less alike")
     min_size: int = Field(10, ge=1, description="smallest partition (dirichlet) [samples]")
+    max_samples: int = Field(
+        0, ge=0, description="samples that a client keeps of its partition, drawn; 0: all [samples]"
+    )
     classes_per_client: int = Field(2, ge=1, description="classes a client holds (pathological)")
     augment: str = Field(
         "default",
@@ -174,6 +178,14 @@ class StrategyChoice(Group):
     )
 
 
+class Sync(Group):
+    mode: Literal["versions", "full"] = Field(
+        "versions",
+        description="what goes down; versions: only what a client does not have already; full: "
+        "the whole model with every message",
+    )
+
+
 class Eval(Group):
     every: int = Field(1, ge=1, description="evaluate after every so many rounds, and the last")
     on: Literal["server", "clients", "both"] = Field(
@@ -193,9 +205,48 @@ class Eval(Group):
         "papers report different ones",
     )
 
+    grad_norm: bool = Field(
+        False,
+        description="record the norm of the loss's gradient at every local step, whole and per "
+        "group of layers, as the mean over the round's clients (`flatfed grad-norm` shows it)",
+    )
+
     @property
     def model_names(self) -> tuple[str, ...]:
         return tuple(filter(None, (name.strip() for name in self.models.split(","))))
+
+
+class Flatness(Group):
+    every: int = Field(
+        0,
+        ge=0,
+        description="measure the loss's curvature at the global model after every so many rounds, "
+        "and the last; 0: never [rounds]",
+    )
+    samples: int = Field(
+        1024,
+        ge=1,
+        description="test samples that it is measured on, and at most of its own that a client "
+        "takes for flatness.match; drawn once [samples]",
+    )
+    engine: Literal["own", "pyhessian"] = Field(
+        "own", description="pyhessian needs `pip install 'flatfed[pyhessian]'`"
+    )
+    tolerance: float = Field(
+        0.01, gt=0, lt=1, description="on ||H v - lambda v|| / lambda, which is in the history too"
+    )
+    probes: int = Field(
+        16, ge=2, description="random vectors for the trace; its standard error is in the history"
+    )
+    layers: bool = Field(False, description="lambda_max, trace and mean ||A||^2 of every layer too")
+    match: Literal["none", "paper", "fedalign-code"] = Field(
+        "none",
+        description="ask all clients for their Hessians' diagonals and give H_N and H_D; paper: "
+        "FedAlign's eqs 3 and 4; fedalign-code: per tensor, as its code has it",
+    )
+    match_probes: int = Field(
+        100, ge=2, multiple_of=2, description="random vectors of each client's diagonal"
+    )
 
 
 class Engine(Group):
@@ -239,7 +290,9 @@ class CoreConfig(Group):
     train: Train = Train()
     strategy: StrategyChoice = StrategyChoice()
     regularizers: str = Field("", description="client-side methods, comma-separated")
+    sync: Sync = Sync()
     eval: Eval = Eval()
+    flatness: Flatness = Flatness()
     engine: Engine = Engine()
     server: Server = Server()
     client: Client = Client()
@@ -493,6 +546,7 @@ def checks(config: CoreConfig) -> list[str]:
         )
     errors += _check_methods(config)
     errors += _check_eval_models(config)
+    errors += _check_flatness(config)
     if config.run.resume and not config.run.name:
         errors.append("run.resume = true: needs the run.name of the run to continue")
     errors += _check_not_built(config)
@@ -537,6 +591,28 @@ def _check_eval_models(config: CoreConfig) -> list[str]:
             f"eval.models = {_show(config.eval.models)}: all needs every client's last model; "
             "leave server.ledger at true"
         )
+    return errors
+
+
+def _check_flatness(config: CoreConfig) -> list[str]:
+    flatness, errors = config.flatness, []
+    if flatness.every and config.eval.on == "clients":
+        errors.append(
+            f"flatness.every = {flatness.every}: needs the server's test set; set eval.on=server "
+            "or both"
+        )
+    if flatness.engine == "pyhessian" and importlib.util.find_spec("pyhessian") is None:
+        errors.append(
+            'flatness.engine = "pyhessian": it is not installed; pip install "flatfed[pyhessian]", '
+            "or leave it at own"
+        )
+    if not flatness.every:
+        errors += [
+            f"flatness.{_dashed(key)} = {_show(value)}: has no effect without flatness.every; "
+            "leave it out or set that"
+            for key, value in flatness
+            if value != type(flatness).model_fields[key].default
+        ]
     return errors
 
 

@@ -54,6 +54,8 @@ class Expected:
     """The numbers that come with it, besides round and samples."""
     steps: int | None = None
     """K_i, optimizer steps of local training."""
+    series: frozenset[str] = frozenset()
+    """Those of the numbers of which there is one per step."""
 
 
 def objection(content: RecordDict, expected: Expected) -> str | None:
@@ -120,10 +122,16 @@ def _not_finite(tensor: torch.Tensor) -> str | None:
 
 
 def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
-    names = {"server-round", "num-examples", *expected.metrics}
+    names = {"server-round", "num-examples", *expected.metrics, *expected.series}
     if set(metrics) != names:
         return f"metrics {_names(metrics)} instead of {_names(names)}"
     for key, value in metrics.items():
+        if key in expected.series:
+            if not isinstance(value, list) or len(value) != expected.steps:
+                return f"{key} is not a list of {expected.steps} numbers"
+            if not all(math.isfinite(number) and number >= 0 for number in value):
+                return f"{key} has numbers that are no norm"
+            continue
         if isinstance(value, list) or not math.isfinite(value):
             return f"{key} = {value} is not a finite number"
         if key.startswith("accuracy") and not 0 <= value <= 1:

@@ -147,6 +147,15 @@ class LocalMethod:
         """What a client remembers before its first round; `sent`: what came down."""
         return {name: torch.zeros_like(sent[PARAMS]) for name in self.memory}
 
+    @property
+    def frozen_norms(self) -> bool:
+        """Whether norms outside the groups that train are in evaluation mode."""
+        return False
+
+    def start(self, sent: Flat, memory: Flat) -> Flat:
+        """The model that the local round starts from."""
+        return sent
+
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:
         """The closed-form terms of this round's gradients."""
 

@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """Record names; those of Flower's own strategies and mods."""
-SAMPLES, EXPERIMENT, MEMORY_ROUND, CHECKPOINTS = (
-    "samples", "experiment", "memory-round", "checkpoints"
+SAMPLES, EXPERIMENT, MEMORY_ROUND, CHECKPOINTS, ACTIVE = (
+    "samples", "experiment", "memory-round", "checkpoints", "active"
 )  # fmt: skip
 """Settings that come with a message to train: the samples of all clients; whose memory it is, of
-which round, and the rounds that the server may start again from."""
+which round, and the rounds that the server may start again from; the groups of layers to train,
+all if it is absent."""
 MEMORY, MEMORY_LOST = "memory", "memory-lost"
 """The record that gives a client its memory back, and the number in a reply that asks for it."""
+DIAGONAL = "diagonal"
+"""The array of a reply that tells how a client's loss is curved."""
+GRAD_NORM = "grad-norm"
+"""The list of numbers in a reply that are the gradient's norm at each step; with "." and a group's
+name, the norm of that part of it."""
+GROUPS_LOST = "groups-lost"
+"""The number in a reply that asks for a whole message: how many arrays the client lacks."""
 
 
 class TensorArray(Array):

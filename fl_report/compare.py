@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fl_report.plots import comparison
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 SERIES = {"cloud": "accuracy", "sel": "accuracy_sel", "all": "accuracy_all"}
 """Models that a run may evaluate, and the columns of its history."""
+TITLES = {
+    "cloud": "global model",
+    "sel": "mean of the cohort's models",
+    "all": "mean of all last models",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,12 @@ class Run:
         """Rounds and accuracies of one of the evaluated models."""
         rows = [row for row in self.rows if row.get(SERIES[model]) is not None]
         return [row["round"] for row in rows], [row[SERIES[model]] for row in rows]
+
+    def megabytes(self) -> dict[int, float]:
+        """10^6 bytes that went up and down until the end of each round."""
+        sizes = [row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in self.rows]
+        sums = accumulate(size / 1e6 for size in sizes)
+        return dict(zip((row["round"] for row in self.rows), sums, strict=True))
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
@@ -77,8 +89,17 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Accuracy over rounds, one line per run; a panel for every model that was evaluated."""
+    """Accuracy over rounds, one line per run; a panel for every model that was evaluated, and one
+    over bytes if some run sends less than another in a round."""
     if not any(run.series(m)[0] for run in runs for m in SERIES):
         raise ValueError("no run here was evaluated: there is nothing to draw")
-    panels = {m: {run.label: run.series(m) for run in runs} for m in SERIES}
-    comparison({m: s for m, s in panels.items() if any(x for x, _ in s.values())}, path)
+    panels = {(TITLES[m], "round"): {run.label: run.series(m) for run in runs} for m in SERIES}
+    sent = [run.megabytes() for run in runs]
+    per_round = [total[max(total)] / len(total) for total in sent if total]
+    if max(per_round) > 1.01 * min(per_round):
+        lines = {}
+        for run, total in zip(runs, sent, strict=True):
+            rounds, accuracies = run.series("cloud")
+            lines[run.label] = ([total[r] for r in rounds], accuracies)
+        panels[TITLES["cloud"], "MB sent, up and down"] = lines
+    comparison({p: s for p, s in panels.items() if any(x for x, _ in s.values())}, path)

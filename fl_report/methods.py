@@ -53,7 +53,11 @@ def _default(field: Any) -> str:
 
 
 def _kept(cls: type[Any]) -> str:
-    up_down = ["the model each way", *(f"{name} down" for name in cls.sends)]
+    model = "the active groups up, what a client lacks of the model down"
+    up_down = [
+        model if cls.partial else "the model each way",
+        *(f"{name} down" for name in cls.sends),
+    ]
     client = ", ".join(cls.Rule.memory) or "nothing"
     server = ", ".join(cls.keeps) or "nothing"
     return (

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns, sharex=rows > 1)
 
 
 def _plain(axes: Axes) -> None:
@@ -57,26 +57,38 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def comparison(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]], path: Path
-) -> None:
-    """Accuracy over rounds: a panel per evaluated model, in it a line per run."""
+Lines = dict[str, tuple[list[float], list[float]]]
+"""x and y by label."""
+
+
+def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
+    """Accuracies: a panel per title and x axis, in it a line per run."""
     figure, axes = _figure(4.6 * len(panels), 3.6, columns=len(panels))
-    for panel, (model, runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for label, (rounds, accuracies) in runs.items():
-            panel.plot(rounds, [100 * a for a in accuracies], label=label, marker="o", ms=2.5)
-        panel.set(xlabel="round", ylabel="test accuracy [%]", title=_MODELS[model])
+    for panel, ((title, over), runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for label, (x, accuracies) in runs.items():
+            panel.plot(x, [100 * a for a in accuracies], label=label, marker="o", ms=2.5)
+        panel.set(xlabel=over, ylabel="test accuracy [%]", title=title)
         _plain(panel)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.get_major_locator().set_params(integer=over == "round")
         panel.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
-_MODELS = {
-    "cloud": "global model",
-    "sel": "mean of the cohort's models",
-    "all": "mean of all last models",
-}
+def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+    """The norm at every local step, the mean over clients, a panel per run and a list per round;
+    dotted lines are aggregations."""
+    figure, axes = _figure(9, 2.4 * len(panels), rows=len(panels))
+    panes = np.atleast_1d(axes)
+    for panel, (label, rounds) in zip(panes, panels.items(), strict=True):
+        start = 0
+        for norms in rounds:
+            panel.plot(range(start, start + len(norms)), norms, color=BLUE, linewidth=0.8)
+            start += len(norms)
+            panel.axvline(start - 0.5, color=GREY, linewidth=0.5, linestyle=":")
+        panel.set(ylabel="gradient norm", title=label, yscale="log")
+        _plain(panel)
+    panes[-1].set(xlabel="local step")
+    figure.savefig(path, dpi=130)
 
 
 def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:

@@ -11,7 +11,7 @@ from uuid import uuid4
 from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
 import numpy as np
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import ServerApp
 
 from fl_common import assembly, wire
@@ -20,22 +20,25 @@ from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.guards import Expected
 from fl_common.layout import Layout, concatenate, tensors_of
+from fl_common.sync import Holdings
 from fl_server.checkpoint import Checkpoint
-from fl_server.exchange import Exchange, Outcome, RoundFailed, RunFailed
+from fl_server.exchange import Exchange, Outcome, RoundFailed, RunFailed, addressed
 from fl_server.ledger import Ledger
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
 from fl_server.roster import Cohort, Roster, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from flwr.app import ArrayRecord, Context, Message
+    from flwr.app import Context, MetricRecord
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
     from fl_common.data.sources import Dataset
+    from fl_common.guards import Spec
     from fl_common.layout import Flat
+    from fl_server.flatness import FlatnessOf
     from fl_server.roster import Member
 
 app = ServerApp()
@@ -155,15 +158,28 @@ class Rounds:
         self.layout = Layout.of(self.net)
         self.model: Flat = {k: concatenate(t.values()) for k, t in tensors_of(self.net).items()}
         self.strategy = methods("strategies")[config.strategy.name](config)
+        try:
+            groups = assembly.groups_of(config, self.net, first.shape)
+            if config.eval.grad_norm:
+                self.layers = assembly.layers_of(config, self.net, first.shape)
+            self.strategy.bind(groups)
+        except ValueError as error:
+            raise RunFailed(str(error)) from error
+        # Of a model that changes as a whole in every round, nothing is left to leave out, unless
+        # a round follows the evaluation of the same model.
+        useful = self.strategy.partial or config.eval.on != "server"
+        tracked = useful and self.strategy.tracked and config.sync.mode == "versions"
+        self.holdings = Holdings(groups, tracked)
         self.data = None if config.eval.on == "clients" else _server_data(config, first)
         self.samples = [roster.members[i].samples for i in sorted(roster.members)]
         """n_i of all clients at the roll call."""
+        self.flatness: FlatnessOf | None = None
         self.done = 0
         """The last round that was played."""
         self.failures = 0
         """Rounds in a row that changed nothing."""
         self.ledger = Ledger(
-            recorder.folder / "ledger", config, self.model, uuid4().hex, progress.note
+            recorder.folder / "ledger", config, self.model, groups, uuid4().hex, progress.note
         )
         recorder.summary["experiment"] = self.ledger.experiment
 
@@ -175,6 +191,8 @@ class Rounds:
                 row = self.train(server_round)
                 if self._evaluates(server_round):
                     self.evaluate(server_round, row)
+                if self._measures(server_round):
+                    self.measure(server_round, row)
                 row["seconds"] = round(time.perf_counter() - started, 4)
                 self.recorder.row(row)
                 self.done = server_round
@@ -204,6 +222,7 @@ class Rounds:
                 facts={
                     "experiment": self.ledger.experiment,
                     "clients": {str(name): r for name, r in sorted(self.ledger.rounds.items())},
+                    "held": self.holdings.state(),
                     "failures": self.failures,
                     "samples": self.samples,
                     "data": sorted({member.data for member in self.roster.known.values()}),
@@ -240,6 +259,7 @@ class Rounds:
         self.strategy.load_state(saved.tensors.get("strategy", {}))
         self.ledger.experiment = self.recorder.summary["experiment"] = facts["experiment"]
         self.ledger.rounds = {int(name): r for name, r in facts["clients"].items()}
+        self.holdings.load_state(facts.get("held", {}))
         self.ledger.sum = saved.tensors.get("ledger", {})
         self.recorder.rewind(saved.round, facts)
 
@@ -259,26 +279,23 @@ class Rounds:
         )
         samples = {member.partition: member.samples for member in cohort}
         steps = {name: config.train.steps(n) for name, n in samples.items()}
-        records = self.strategy.expected()
+        records, series = self.strategy.expected(), self._series(messages)
         receivers = _receivers(messages, cohort)
         asked = dict(zip(receivers, messages, strict=True))
         checkpoints = self.recorder.checkpoints.rounds
         for name, message in asked.items():
             own = self.ledger.settings(name, checkpoints)
             message.content[wire.CONFIG] = ConfigRecord({**message.content[wire.CONFIG], **own})
-        replies = self.exchange.replies(
-            messages,
-            receivers,
+        replies = self._replies(
+            asked,
+            server_round,
             f"round {server_round}",
             outcome,
             lambda name: Expected(
-                records, server_round, samples[name], metrics_of(settings), steps[name]
+                records, server_round, samples[name], metrics_of(settings), steps[name], series
             ),
             # A bernoulli cohort may be smaller than the replies that are asked for.
             at_least=min(config.clients.min_replies, len(names)),
-            give_back=lambda name, request: _packed(
-                self.ledger.give_back(name, request, server_round)
-            ),
         )
         loss = None
         try:
@@ -291,8 +308,6 @@ class Rounds:
             self.ledger.accept(server_round, list(outcome.accepted))
         except RoundFailed as shortage:
             self._round_failed(shortage, outcome, len(names))
-        if outcome.restored:
-            self.recorder.restored(server_round, outcome.restored)
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
@@ -303,11 +318,68 @@ class Rounds:
                 "learning rates (train.lr, or the strategy's)"
             )
         row = _row(server_round, names, outcome) | {"client_loss": loss}
+        if series and outcome.accepted:
+            row["grad_norm"] = {
+                key.removeprefix(wire.GRAD_NORM).lstrip(".") or "all": _mean_by_step(outcome, key)
+                for key in sorted(series)
+            }
         for moment in ("before", "after"):
             accuracies = _by_client(outcome, f"accuracy-{moment}")
             if accuracies:
                 row[f"client_accuracy_{moment}"] = accuracies
         return row
+
+    def _replies(
+        self,
+        asked: Mapping[int, Message],
+        server_round: int,
+        phase: str,
+        outcome: Outcome,
+        expected: Callable[[int], Expected],
+        at_least: int = 0,
+    ) -> Iterator[Message]:
+        """The good replies to what a strategy asks, by the names of the clients: each is sent what
+        it lacks, and more if it says that it lacks more."""
+        if not asked:
+            self.holdings.current = {}
+        else:
+            self.holdings.offer(wire.unpack(next(iter(asked.values())).content[wire.ARRAYS]))
+        slim = {name: self._slim(name, message) for name, message in asked.items()}
+
+        def give_back(name: int, request: MetricRecord) -> RecordDict | None:
+            content, lacks = slim[name].content, dict(request)
+            if lacks.pop("server-round", None) != server_round:
+                return None
+            if wire.GROUPS_LOST in lacks:
+                if not self.holdings.withholds(content):
+                    return None
+                del lacks[wire.GROUPS_LOST]
+                content = self.holdings.content(name, content, whole=True)
+            if lacks:
+                memory = self.ledger.give_back(name, lacks)
+                if memory is None:
+                    return None
+                content = RecordDict({**content, wire.MEMORY: wire.pack(memory)})
+            return content
+
+        replies = self.exchange.replies(
+            list(slim.values()), list(slim), phase, outcome, expected, at_least, give_back
+        )
+        try:
+            for reply in replies:
+                self.holdings.answered(next(reversed(outcome.accepted)))
+                yield reply
+        finally:
+            if outcome.restored:
+                self.recorder.restored(server_round, outcome.restored)
+
+    def _slim(self, name: int, message: Message) -> Message:
+        """The message with those arrays only that the client lacks."""
+        content = self.holdings.content(name, message.content)
+        if self.holdings.tracked:
+            own = {**content[wire.CONFIG], wire.EXPERIMENT: self.ledger.experiment}
+            content[wire.CONFIG] = ConfigRecord(own)
+        return addressed(message.metadata.dst_node_id, message, content)
 
     def _entered(
         self, replies: Iterable[Message], asked: Mapping[int, Message], outcome: Outcome
@@ -318,6 +390,13 @@ class Rounds:
             name = next(reversed(outcome.accepted))
             self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
             yield reply
+
+    def _series(self, messages: Sequence[Message]) -> frozenset[str]:
+        """The numbers of which a reply has one per step."""
+        if not (self.config.eval.grad_norm and messages):
+            return frozenset()
+        active = messages[0].content[wire.CONFIG].get(wire.ACTIVE, self.layers.names)
+        return frozenset({wire.GRAD_NORM, *(f"{wire.GRAD_NORM}.{name}" for name in active)})
 
     def _evaluates(self, server_round: int) -> bool:
         return server_round == self.config.run.rounds or not server_round % self.config.eval.every
@@ -334,6 +413,66 @@ class Rounds:
                 f"{shortage}; failed round {self.failures} in a row (clients.max-failed-rounds)"
             ) from shortage
 
+    def _measures(self, server_round: int) -> bool:
+        every = self.config.flatness.every
+        return every > 0 and (server_round == self.config.run.rounds or not server_round % every)
+
+    def measure(self, server_round: int, row: dict[str, Any]) -> None:
+        """How flat the loss is at the new global model, and how alike the clients find it."""
+        from fl_server.flatness import FlatnessOf, expected_diagonal, matched
+
+        config = self.config
+        if self.flatness is None:
+            transform = assembly.transform(config).eval
+            self.flatness = FlatnessOf.of(config, self.data.test, transform, self.device)
+        try:
+            self._install(self.model)
+            row |= self.flatness.row(self.net)
+            if config.flatness.match != "none":
+                expected = expected_diagonal(config, self.model, self.layout)
+                row |= matched(config, self._diagonals(server_round, row, expected))
+        except ValueError as error:  # not finite, zero, or lost in the noise: training goes on
+            row["flatness_error"] = str(error)
+            self.progress.note(f"round {server_round}: flatness: {error}")
+
+    def _diagonals(
+        self, server_round: int, row: dict[str, Any], expected: dict[str, dict[str, Spec]]
+    ) -> Iterator[Message]:
+        """Every client's answer; its bytes are not the algorithm's, and go to the summary."""
+        everyone = range(self.config.clients.number)
+        self.roster.wait_for(everyone)
+        members, absent = self.roster.drawn(everyone)
+        outcome, phase = Outcome(failed=absent), f"flatness of round {server_round}"
+        settings = ConfigRecord({"server-round": server_round})
+        asked = {
+            member.partition: Message(
+                RecordDict({wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}),
+                member.node_id,
+                MessageType.QUERY,
+                group_id=str(server_round),
+            )
+            for member in members
+        }
+        samples = {member.partition: member.samples for member in members}
+        yield from self._replies(
+            asked,
+            server_round,
+            phase,
+            outcome,
+            lambda name: Expected(expected, server_round, samples[name], frozenset()),
+        )
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            self.progress.note(f"{phase}, client {name}: {reason}")
+        row["flatness_failed"] = _reasons(outcome.failed | outcome.rejected)
+        self.recorder.measured(outcome.bytes_down, outcome.bytes_up)
+
+    def _install(self, model: Flat) -> None:
+        """Copy a model into the server's network."""
+        with torch.no_grad():
+            for kind, tensors in tensors_of(self.net).items():
+                views = self.layout.split(kind, model[kind].to(self.device))
+                torch._foreach_copy_(list(tensors.values()), views)
+
     def evaluate(self, server_round: int, row: dict[str, Any]) -> None:
         """The new global model: on the server's test set, on all clients' held-out samples, or
         both, into the round's row."""
@@ -346,10 +485,7 @@ class Rounds:
 
     def _on_server(self, model: Flat) -> tuple[float, float]:
         """Accuracy and loss of a model on the server's test set."""
-        with torch.no_grad():
-            for kind, tensors in tensors_of(self.net).items():
-                views = self.layout.split(kind, model[kind].to(self.device))
-                torch._foreach_copy_(list(tensors.values()), views)
+        self._install(model)
         return evaluate(
             self.net,
             self.data.test,
@@ -370,9 +506,9 @@ class Rounds:
             ConfigRecord(),
             Cohort(self.exchange.grid, members),
         )
-        replies = self.exchange.replies(
-            messages,
-            _receivers(messages, members),
+        replies = self._replies(
+            dict(zip(_receivers(messages, members), messages, strict=True)),
+            server_round,
             f"evaluation of round {server_round}",
             outcome,
             lambda name: Expected(
@@ -471,8 +607,12 @@ def metrics_of(settings: ConfigRecord) -> frozenset[str]:
     return frozenset({"steps", "loss", "cpu-s"} | held_out)
 
 
-def _packed(memory: Flat | None) -> ArrayRecord | None:
-    return None if memory is None else wire.pack(memory)
+def _mean_by_step(outcome: Outcome, key: str) -> list[float]:
+    """Over the clients that made this step."""
+    series = [outcome.accepted[name][key] for name in sorted(outcome.accepted)]
+    longest = max(map(len, series))
+    by_step = [[s[k] for s in series if k < len(s)] for k in range(longest)]
+    return [float(f"{sum(norms) / len(norms):.6g}") for norms in by_step]
 
 
 def _by_client(outcome: Outcome, key: str) -> dict[str, float]:

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import ModuleType
+
+    from rich.console import RenderableType
 
     from fl_common.config import CoreConfig, Scalar
+    from fl_report.cost import Plan
     from fl_server.flower_run import FlowerStatus
 
 OK, USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
@@ -33,6 +37,10 @@ examples:
       continue a run that was interrupted, from its newest checkpoint
   flatfed config
       every key with its default and meaning
+  flatfed flatness results/NAME results/OTHER
+      how flat the loss is at their final models
+  flatfed cost data.source=cifar10 model.name=resnet8 clients.number=40 run.rounds=25
+      what partial updates save; `flatfed groups resnet8` lists their groups
 """
 
 
@@ -68,10 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="continue a run that ended early, from its checkpoint",
     )
     again.set_defaults(function=_resume)
-    compare = commands.add_parser("compare", help="a table, and a picture, of several runs")
-    compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results folders")
+    of_runs = argparse.ArgumentParser(add_help=False)
+    of_runs.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results folders")
+    of_runs.set_defaults(values=[])
+    compare = commands.add_parser(
+        "compare", parents=[of_runs], help="a table, and a picture, of several runs"
+    )
     compare.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the accuracies")
-    compare.set_defaults(function=_compare, values=[])
+    compare.set_defaults(function=_compare)
+    norms = commands.add_parser(
+        "grad-norm",
+        parents=[of_runs],
+        help="how the gradient's norm jumps when models are averaged",
+        description="For runs with eval.grad-norm=true: the norm of the local gradient at the "
+        "first step after an aggregation over that at the last step before it.",
+    )
+    norms.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it, step by step")
+    norms.set_defaults(function=_grad_norm)
+    _add_flatness_command(commands, of_runs)
     config = commands.add_parser(
         "config", parents=[settings], help="print all settings with their meaning, as TOML"
     )
@@ -81,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write the defaults into ./pyproject.toml, where Flower looks for them",
     )
     config.set_defaults(function=_config)
+    _add_cost_commands(commands, settings)
     _add_federation_commands(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on settings that stand behind an option: they are settings all the same.
@@ -93,6 +116,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _add_flatness_command(
+    commands: argparse._SubParsersAction, of_runs: argparse.ArgumentParser
+) -> None:
+    flatness = commands.add_parser(
+        "flatness",
+        parents=[of_runs],
+        help="how flat the loss is where runs have ended, side by side",
+        description="Eigenvalues and trace of the Hessian of the test loss at the final models of "
+        "runs, into a table and each DIR/flatness.json. A run with flatness.every records the "
+        "same as it goes.",
+    )
+    add = flatness.add_argument
+    add("--samples", type=int, default=1024, metavar="N", help="test samples that it is measured "
+        "on, drawn once, and at most of its own that a client's diagonal is made from "
+        "(default: 1024)")  # fmt: skip
+    add("--top", type=int, default=5, metavar="K", help="largest eigenvalues (default: 5)")
+    add("--probes", type=int, default=32, metavar="N", help="random vectors for the trace: its "
+        "error falls as their root (default: 32)")  # fmt: skip
+    add("--density", action="store_true", help="the density of all eigenvalues, and its picture")
+    add("--layers", action="store_true", help="lambda_max, trace and activation norms of every "
+        "layer, as a table and bars; as much work again for each layer")  # fmt: skip
+    add("--landscape", action="store_true", help="the loss over a plane of two random directions, "
+        "as contours and surface; 441 passes over the samples")  # fmt: skip
+    add("--match", action="store_true", help="H_N and H_D, FedAlign's measures of how unlike the "
+        "clients' Hessians are, over the run's own partitions")  # fmt: skip
+    add("--match-probes", type=int, metavar="N", help="random vectors of each client's diagonal, "
+        "an even number (default: 200)")  # fmt: skip
+    add("--engine", choices=("own", "pyhessian"), default="own", help="whose eigenvalues, trace "
+        "and density; pyhessian: `pip install 'flatfed[pyhessian]'` (default: own)")  # fmt: skip
+    add("--data-path", type=Path, metavar="PATH", help="where the data are now, if no longer at "
+        "the runs' data.path")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the samples and random vectors, the "
+        "same for all runs; equal seeds give equal bits (default: 0)")  # fmt: skip
+    add("--pictures", type=Path, metavar="FOLDER", help="where pictures go, those of all runs in "
+        "one (default: each run's into its own folder)")  # fmt: skip
+    flatness.set_defaults(function=_flatness)
+
+
+def _add_cost_commands(
+    commands: argparse._SubParsersAction, settings: argparse.ArgumentParser
+) -> None:
+    of_data = argparse.ArgumentParser(add_help=False)
+    of_data.add_argument("--shape", metavar="C,H,W", help="a sample, (C, H, W) or (F,), where "
+        "data.source does not say (default: 3,32,32)")  # fmt: skip
+    of_data.add_argument("--classes", type=int, metavar="N", help="where data.source does not say "
+        "(default: 10)")  # fmt: skip
+    of_model = argparse.ArgumentParser(add_help=False)
+    of_model.add_argument("model", metavar="MODEL", help="its name, or package.module:Name")
+    groups = commands.add_parser(
+        "groups",
+        parents=[of_model, settings, of_data],
+        help="list the groups of layers that partial updates train by turns",
+        description="The groups of a model: what trains and travels together in a round of "
+        "strategy.name=fedpart. fedpart.groups sets others, model.norm and model.head count, "
+        "and data.source gives the shape of a sample and the classes.",
+    )
+    groups.set_defaults(function=_groups)
+    cost = commands.add_parser(
+        "cost",
+        parents=[settings, of_data],
+        help="bytes and multiply-adds of partial updates beside full ones",
+        description="What a run with strategy.name=fedpart and these settings costs, beside full "
+        "updates: as published (Wang et al., NeurIPS 2024) and as it is. Nothing is trained.",
+    )
+    cost.add_argument("--samples", type=float, metavar="N", help="training samples of a client "
+        "(default: those of data.source over clients.number)")  # fmt: skip
+    cost.add_argument("--json", action="store_true", help="print JSON: exact numbers")
+    cost.set_defaults(function=_cost)
 
 
 def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
@@ -191,18 +284,173 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rich.console import Console
+    from fl_report import compare
 
-    from fl_report.compare import draw, read, table
+    return _show_runs(args, compare)
+
+
+def _grad_norm(args: argparse.Namespace) -> int:
+    from fl_report import grad_norm
+
+    return _show_runs(args, grad_norm)
+
+
+def _show_runs(args: argparse.Namespace, report: ModuleType) -> int:
+    from fl_report.compare import read
 
     try:
-        runs = read(args.folders)
-        Console(width=None if sys.stdout.isatty() else 120).print(table(runs))
+        runs = read(_folders(args))
+        _print(report.table(runs))
         if args.picture:
-            draw(runs, args.picture)
+            report.draw(runs, args.picture)
     except (OSError, ValueError) as error:
         return _complain([str(error)])
     return OK
+
+
+def _folders(args: argparse.Namespace) -> list[Path]:
+    """The results folders, those that stand behind an option too."""
+    return [*args.folders, *map(Path, args.values)]
+
+
+def _flatness(args: argparse.Namespace) -> int:
+    from fl_flatness import finished, report
+    from fl_report.compare import read
+
+    probes = finished.MATCH_PROBES if args.match_probes is None else args.match_probes
+    options = finished.Options(
+        samples=args.samples, top=args.top, probes=args.probes, density=args.density,
+        layers=args.layers, landscape=args.landscape, match=args.match, match_probes=probes,
+        engine=args.engine, seed=args.seed,
+    )  # fmt: skip
+    errors = options.errors()
+    if args.match_probes is not None and not args.match:
+        errors.append(f"--match-probes {args.match_probes}: has no effect without --match")
+    if errors:
+        return _complain(errors)
+    try:
+        runs = read(_folders(args))
+        loaded = [finished.Finished.load(folder, args.data_path) for folder in _folders(args)]
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        return _complain([str(error)])
+    if args.match and (problems := list(filter(None, (one.unmatched() for one in loaded)))):
+        return _complain(problems)
+    labels = [run.label for run in runs]
+    measured: list[report.Measured] = []
+    try:
+        for run, one in zip(runs, loaded, strict=True):
+            label = run.label if labels.count(run.label) == 1 else str(one.folder)
+            try:
+                found = one.measure(options, lambda line, label=label: print(f"{label}: {line}"))
+            except ValueError as error:
+                print(f"error: {one.folder}: {error}", file=sys.stderr)
+                return FAILED
+            if "match_error" in found:
+                print(f"{label}: no H_N and H_D: {found['match_error']}")
+            print(f"{label}: {finished.write(one.folder, found)}")
+            measured.append(report.Measured(label, one.folder, run.rows, found))
+        _print(report.table(measured))
+        if args.layers:
+            for one in measured:
+                _print(report.layer_table(one))
+        alone = [([one], one.folder) for one in measured]
+        for those, folder in [(measured, args.pictures)] if args.pictures else alone:
+            for picture in report.draw(those, folder):
+                print(picture)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return OK
+
+
+def _groups(args: argparse.Namespace) -> int:
+    from fl_common.config import ConfigError
+
+    # A setting like any other: what is given twice is told.
+    args.values = [f"model.name={args.model}", *args.values]
+    try:
+        plan = _plan(args, {"data.source": "synthetic"})
+    except ConfigError as error:
+        return _complain(error.errors)
+    from fl_report.cost import groups_table
+
+    _print(groups_table(plan))
+    return OK
+
+
+def _cost(args: argparse.Namespace) -> int:
+    import json
+
+    from fl_common.config import ConfigError
+    from fl_common.data.catalogue import SOURCES
+
+    try:
+        plan = _plan(args, {})
+    except ConfigError as error:
+        return _complain(error.errors)
+    config, samples = plan.config, args.samples
+    if config.strategy.name != "fedpart":
+        return _complain([f"strategy.name = {config.strategy.name}: has no partial updates; "
+            "leave it out, full ones stand beside fedpart's anyway"])  # fmt: skip
+    if samples is None:
+        source = SOURCES.get(config.data.source)
+        if source is None or source.train_size is None or config.data.partition == "local":
+            return _complain(["--samples: not known without the data; give those of a client"])
+        samples = source.train_size / config.clients.number
+        samples = min(samples, config.data.max_samples or samples)
+    elif not 1 <= samples < float("inf"):
+        return _complain([f"--samples {samples:g}: must be at least 1"])
+    from fl_report.cost import cost_table, report
+    from fl_server.roster import draw
+
+    try:
+        told = report(plan, samples, lambda t: draw(config.clients, config.run.seed, t))
+    except ValueError as error:
+        return _complain([str(error)])
+    if args.json:
+        print(json.dumps(told.as_json(), indent=2))
+    else:
+        _print(cost_table(told))
+    return OK
+
+
+def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
+    """The model and groups that settings and options ask for; `defaults` go under the settings.
+    Raises ConfigError."""
+    from fl_common.config import ConfigError, resolve
+
+    given, errors = _settings(args)
+    shape, classes = None, args.classes
+    if args.shape is not None:
+        try:
+            shape = tuple(int(side) for side in args.shape.split(","))
+        except ValueError:
+            shape = ()
+        if len(shape) not in (1, 3) or min(shape) < 1:
+            errors.append(f"--shape {args.shape}: write an image as C,H,W, e.g. 3,32,32, or F")
+    if classes is not None and classes < 1:
+        errors.append(f"--classes {classes}: must be at least 1")
+    if shape is not None or classes is not None:
+        defaults = {"data.source": "folder"}  # one's own, of which nothing is known beforehand
+    # Nodes elsewhere have the data: none is read here, and a missing data.path is no mistake.
+    values = {"strategy.name": "fedpart"} | defaults | given | {"engine.name": "grpc"}
+    config = resolve(values, absolute_paths=False, also=errors)
+    from fl_common.determinism import prepare_process
+    from fl_report.cost import Plan
+
+    prepare_process()
+    try:
+        return Plan.of(config, shape, classes)
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from error
+
+
+def _print(table: RenderableType) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _run(args: argparse.Namespace) -> int:

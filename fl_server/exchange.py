@@ -73,14 +73,14 @@ class Exchange:
         outcome: Outcome,
         expected: Callable[[int], Expected] | None = None,
         at_least: int = 0,
-        give_back: Callable[[int, MetricRecord], ArrayRecord | None] | None = None,
+        give_back: Callable[[int, MetricRecord], RecordDict | None] | None = None,
     ) -> Iterator[Message]:
         """Push `messages` and yield every good reply, in the order of `names`.
 
         `names` says what each receiver is called, `expected` what its reply must be.  A reply
         that comes before its turn waits; who has not answered by the deadline is left out.
-        A client that has lost its memory is asked once more, with what `give_back` gives it; it
-        gives None for a request without a reason, which the guards then reject.
+        A client that lacks something is asked once more, with the content that `give_back` makes;
+        it makes None for a request without a reason, which the guards then reject.
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
@@ -105,7 +105,7 @@ class Exchange:
         names: Sequence[int],
         phase: str,
         outcome: Outcome,
-        give_back: Callable[[int, MetricRecord], ArrayRecord | None] | None,
+        give_back: Callable[[int, MetricRecord], RecordDict | None] | None,
     ) -> Iterator[tuple[int, Message]]:
         """Replies as they come, errors included, until all are there or time is up."""
         end = time.monotonic() + self.deadline_s
@@ -142,13 +142,18 @@ class Exchange:
                 elif (
                     give_back
                     and pending[to] not in outcome.restored
-                    and (request := _memory_request(reply)) is not None
-                    and (memory := give_back(pending[to], request)) is not None
+                    and (request := _request(reply)) is not None
+                    and (content := give_back(pending[to], request)) is not None
                 ):
                     name = pending.pop(to)
-                    again[name] = _with_memory(asked[name], memory)
+                    again[name] = addressed(asked[name].metadata.dst_node_id, asked[name], content)
                     outcome.restored[name] = payload_bytes(again[name])
-                    self.note(f"{phase}, client {name}: its memory was lost and is given back")
+                    what = (
+                        "its memory was lost and is given back"
+                        if wire.MEMORY_LOST in request
+                        else "it has not all of the model and is sent the whole"
+                    )
+                    self.note(f"{phase}, client {name}: {what}")
                 else:
                     if reply.has_content():
                         outcome.bytes_up += payload_bytes(reply)
@@ -187,25 +192,21 @@ class Exchange:
                 outcome.failed[name] = "its node is gone (clients.return-s)"
             else:
                 self.note(f"{phase}, client {name}: its node is back and is asked again")
-                messages[name] = _to(where, asked[name], asked[name].content)
+                messages[name] = addressed(where, asked[name], asked[name].content)
         return messages
 
 
-def _to(node_id: int, message: Message, content: RecordDict) -> Message:
+def addressed(node_id: int, message: Message, content: RecordDict) -> Message:
+    """A message like `message`, to this node and with this content."""
     metadata = message.metadata
     return Message(content, node_id, metadata.message_type, group_id=metadata.group_id)
 
 
-def _memory_request(reply: Message) -> MetricRecord | None:
-    """The numbers of a reply that asks for a memory."""
+def _request(reply: Message) -> MetricRecord | None:
+    """The numbers of a reply that asks for a memory, or for what a message left out."""
     metrics = reply.content.get(wire.METRICS) if reply.has_content() else None
-    asks = isinstance(metrics, MetricRecord) and wire.MEMORY_LOST in metrics
+    asks = isinstance(metrics, MetricRecord) and {wire.MEMORY_LOST, wire.GROUPS_LOST} & {*metrics}
     return metrics if asks else None
-
-
-def _with_memory(message: Message, memory: ArrayRecord) -> Message:
-    content = RecordDict({**message.content, wire.MEMORY: memory})
-    return _to(message.metadata.dst_node_id, message, content)
 
 
 def _settled(name: int, outcome: Outcome) -> bool:

@@ -9,19 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fl_common import wire
-from fl_common.layout import COUNTERS
+from fl_common.layout import COUNTERS, PARAMS
 from fl_common.local import blank_memory, local_methods, new_memory
 from fl_common.snapshots import OnDisk
 from fl_server.exchange import RunFailed
 from strategies.base import Reply, WeightedMean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
+    from typing import Any
 
-    from flwr.app import ConfigRecord, Message, MetricRecord
+    from flwr.app import ConfigRecord, Message
 
     from fl_common.config import CoreConfig
+    from fl_common.groups import Groups
     from fl_common.layout import Flat
 
 LAST = "last"
@@ -36,11 +38,13 @@ class Ledger:
         folder: Path,
         config: CoreConfig,
         model: Flat,
+        groups: Groups,
         experiment: str,
         note: Callable[[str], None],
     ) -> None:
         """`model`: the one that the run begins with, which counts as every client's last."""
-        self.folder, self.config, self.experiment, self.note = folder, config, experiment, note
+        self.folder, self.config, self.groups, self.note = folder, config, groups, note
+        self.experiment = experiment
         self.rounds: dict[int, int] = {}
         """The last round of each client whose reply was accepted."""
         methods = local_methods(config, {wire.SAMPLES: config.clients.number}, 1, 1)
@@ -74,9 +78,10 @@ class Ledger:
     def take(self, name: int, message: Message, reply: Message, checkpoints: list[int]) -> None:
         """One good reply to `message`: the client's memory after the round, which counts once the
         round is accepted.  Raises RunFailed, OSError."""
-        answer = Reply.of(reply)
+        answer, sent = Reply.of(reply), wire.vectors(message.content)
+        model = self.groups.joined(answer.model, sent[PARAMS])
         if "sel" in self.config.eval.model_names:
-            for kind, vector in _averaged(answer.model).items():
+            for kind, vector in _averaged(model).items():
                 self.cohort.setdefault(kind, WeightedMean()).add(vector)
         if not ((self.remembers and self.config.server.ledger) or self.sum):
             return
@@ -90,12 +95,11 @@ class Ledger:
             return
         new: Flat = {}
         if self.remembers:
-            sent = wire.vectors(message.content)
             methods = local_methods(self.config, settings, server_round, answer.samples)
             known = before or blank_memory(methods, sent)
-            new = new_memory(methods, known, sent, answer.model)
+            new = new_memory(methods, known, sent, model)
         if self.sum:
-            for kind, vector in _averaged(answer.model).items():
+            for kind, vector in _averaged(model).items():
                 last = before[f"{LAST}.{kind}"] if before else self.first[kind]
                 change = vector.double() - last.double()
                 self.change.setdefault(kind, WeightedMean()).add(change)
@@ -109,12 +113,11 @@ class Ledger:
         for kind, change in self.change.items():
             self.sum[kind] = self.sum[kind] + change.sum
 
-    def give_back(self, name: int, request: MetricRecord, server_round: int) -> Flat | None:
+    def give_back(self, name: int, request: Mapping[str, Any]) -> Flat | None:
         """What this client remembered after the last round that counted; None if it has no
         reason to ask.  Raises RunFailed if the server does not know it."""
         base = self.rounds.get(name, 0)
-        reason = {"server-round": server_round, wire.MEMORY_LOST: base}
-        if not self.needed or not base or dict(request) != reason:
+        if not self.needed or not base or request != {wire.MEMORY_LOST: base}:
             return None
         who = f"client {name} has lost its memory of round {base}"
         if self.config.train.keeps_state:

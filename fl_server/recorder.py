@@ -233,6 +233,11 @@ class Recorder:
             for name, size in sorted(sizes.items())
         ]
 
+    def measured(self, down: int, up: int) -> None:
+        """Bytes that went only to measure flatness."""
+        for key, size in (("flatness_bytes_down", down), ("flatness_bytes_up", up)):
+            self.summary[key] = self.summary.get(key, 0) + size
+
     def finish(self, model: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The final model, the pictures and the summary of a completed run."""
         from safetensors.torch import save
@@ -269,7 +274,8 @@ class Recorder:
             **self._times(),
         }
         write_atomically(self.folder / SUMMARY, _json(self.summary))
-        self._draw()
+        if self._config.get("run.pictures", True):
+            self._draw()
         return self.summary
 
     def _times(self) -> dict[str, float]:

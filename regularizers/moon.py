@@ -96,12 +96,15 @@ class MOON(Regularizer):
             return 0.0
         z = self.z
         del self.z
+        if not z.requires_grad:  # a partial round behind the projection: no gradient, no passes
+            return 0.0
         return self.params.mu * contrast(z, *self._refer(x), self.params.tau).mean()
 
     def _refer(self, x: torch.Tensor) -> list[torch.Tensor]:
         """z_g and z_p (B, width): the network itself, with other tensors in the place of its."""
         if x.dim() == 4:  # faster on the CPU: pooling above all
             x = x.contiguous(memory_format=torch.channels_last)
+        modes = [(module, module.training) for module in self.net.modules()]
         self.net.eval()
         try:
             with extra_pass(), torch.no_grad():
@@ -110,7 +113,8 @@ class MOON(Regularizer):
                     for tensors in self.references
                 ]
         finally:
-            self.net.train()
+            for module, training in modes:  # norms of frozen layers may be in evaluation mode
+                module.training = training
 
     def finish(self) -> None:
         for hook in self.hooks:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
+    from fl_common.groups import Groups
     from fl_common.layout import Flat
 
 METHODS: dict[str, type[FederatedStrategy]] = {}
@@ -49,7 +50,7 @@ class Reply:
     steps: int
     """K_i, optimizer steps of the round."""
     model: Flat
-    """theta_i by kind."""
+    """theta_i by kind; of a partial update, the parameters by group."""
 
     @classmethod
     def of(cls, message: Message) -> Reply:
@@ -130,6 +131,10 @@ class FederatedStrategy(Strategy):
     """Names of the vectors (d,) that the server keeps from round to round; zero at first."""
     sends: ClassVar[tuple[str, ...]] = ()
     """Those of them that go down with the model."""
+    partial: ClassVar[bool] = False
+    """Whether a round may train and send some groups of layers only."""
+    tracked: ClassVar[bool] = True
+    """Whether messages may leave out what their receivers have."""
 
     def __init_subclass__(cls) -> None:
         METHODS[cls.name] = cls
@@ -140,6 +145,11 @@ class FederatedStrategy(Strategy):
         self.params = config.params_of(self.name) if config else self.Params()
         self.w: Flat = {}
         self.kept: Flat = {}
+        self.groups: Groups | None = None
+
+    def bind(self, groups: Groups) -> None:
+        """The groups of the model's layers, before the first round.  Raises ValueError."""
+        self.groups = groups
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
@@ -204,6 +214,10 @@ class FederatedStrategy(Strategy):
         """Delta_i = theta_i - w (d,), in the model's dtype."""
         return reply.model[PARAMS] - self.w[PARAMS]
 
+    def buffers(self) -> BufferMean:
+        """What gathers a round's buffers."""
+        return BufferMean()
+
     def expected(self) -> dict[str, dict[str, Spec]]:
         """The array records of a good reply to `configure_train`."""
         return {wire.ARRAYS: self.specs(self.w)}
@@ -236,7 +250,7 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self.begin(self.w[PARAMS])
-        buffers, loss, samples = BufferMean(), 0.0, 0
+        buffers, loss, samples = self.buffers(), 0.0, 0
         for message in replies:
             if not message.has_content():
                 continue

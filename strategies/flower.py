@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
+    from fl_common.groups import Groups
     from fl_common.guards import Spec
     from fl_common.layout import Flat
     from fl_common.local import Work
@@ -116,6 +117,7 @@ class FlowerStrategy:
     name: ClassVar[str]
     Params = NoParams
     refuses = FederatedStrategy.refuses
+    partial, tracked = False, False
 
     regularizers = FederatedStrategy.regularizers
     warnings = FederatedStrategy.warnings
@@ -125,6 +127,9 @@ class FlowerStrategy:
         cls, given = parse(self.name, config.strategy.params if config else "")
         self.inner = cls(**given, **_ours(cls))
         self.w: Flat = {}
+
+    def bind(self, groups: Groups) -> None:
+        """Nothing of Flower's knows of layers."""
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:

@@ -52,12 +52,13 @@ class Runner:
 
     def __init__(self, base: Path) -> None:
         self.base, self.count = base, 0
+        self.always = ["run.pictures=false"]
 
     def __call__(self, *settings: str) -> Result:
         self.count += 1
         name = f"run{self.count}"
         place = [f"run.output-dir={self.base}", f"run.name={name}"]
-        return Result(main(["run", *place, *settings]), self.base / name)
+        return Result(main(["run", *place, *self.always, *settings]), self.base / name)
 
 
 @pytest.fixture

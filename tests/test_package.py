@@ -117,6 +117,7 @@ def test_config_explains_every_key(capsys):
         ("engine", "name connection workers cohort"),
         ("client", "state-dir"),
         ("eval", "every on"),
+        ("flatness", "every samples engine layers match"),
         ("fedprox", "mu"),
         ("proximal", "mu"),
     ],
@@ -180,7 +181,7 @@ MAY_IMPORT = {
     "fl_common": set(),
     "strategies": {"fl_common"},
     "regularizers": {"fl_common"},
-    "fl_client": {"fl_common", "strategies", "regularizers"},
+    "fl_client": {"fl_common", "fl_flatness", "strategies", "regularizers"},
     "fl_flatness": {"fl_common"},
     "fl_report": {"fl_common"},
 }
@@ -201,6 +202,7 @@ def test_rooms_of_the_plan_exist():
     assert {
         "fl_client",
         "fl_common",
+        "fl_flatness",
         "fl_report",
         "fl_server",
         "regularizers",

@@ -41,6 +41,13 @@ DIGITS_CNN_BYTES = DIGITS_CNN * 4 + 2 * (16 + 32) * 4 + 2 * 8
 SMALL = ["clients.number=4", "clients.per-round=2", "run.rounds=2"]
 
 
+@pytest.fixture
+def runner(runner):
+    """One that draws pictures too."""
+    runner.always = []
+    return runner
+
+
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out = {}
     for key, value in table.items():

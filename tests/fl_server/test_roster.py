@@ -233,7 +233,7 @@ def test_a_lost_client_is_named_and_the_rest_goes_on(runner, monkeypatch):
             return nodes if self.asked < 4 else nodes[1:]
 
     monkeypatch.setattr(fl_server.inprocess, "InProcessGrid", Losing)
-    result = runner("clients.number=3", "run.rounds=4", "train.device=cpu")
+    result = runner("clients.number=3", "run.rounds=4", "clients.return-s=0.5")
     assert result.code == 0
     assert result.history[0]["failed"] == {}
     assert result.history[-1]["failed"] == {"0": "not connected"}

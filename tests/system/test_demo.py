@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("fl_client", "fl_common", "fl_report", "fl_server", "regularizers", "strategies")
+ROOMS = (
+    "fl_client",
+    "fl_common",
+    "fl_flatness",
+    "fl_report",
+    "fl_server",
+    "regularizers",
+    "strategies",
+)
 PATH = "/usr/local/bin:/usr/bin:/bin"
 LIMIT = 1500  # s, for two installations at once on a busy machine with a cold package index
 MAY_BE_IN_HOME = {

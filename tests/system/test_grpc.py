@@ -238,17 +238,20 @@ def four(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("per_round", [0, 2])
-@pytest.mark.parametrize("strategy", ["fedavg", "fedprox"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedpart"])
 def test_three_engines_give_the_same_bits(four: Place, strategy: str, per_round: int):
     settings = [
         f"strategy.name={strategy}",
-        *(["fedprox.mu=0.1"] if strategy == "fedprox" else []),
+        *{
+            "fedavg": ["train.keep-optimizer=true"],
+            "fedprox": ["fedprox.mu=0.1", "train.keep-optimizer=true"],
+            "fedpart": ["fedpart.warm-up=1", "fedpart.rounds-per-group=1", "eval.grad-norm=true"],
+        }[strategy],
         "clients.number=4",
         f"clients.per-round={per_round}",
         "run.rounds=5",
         "train.device=cpu",
         "train.momentum=0.9",
-        "train.keep-optimizer=true",
     ]
     engines = ("inprocess", "ray", "grpc")
     folders = [four.run(f"{strategy}-{per_round}-{e}", e, *settings) for e in engines]

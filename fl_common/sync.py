@@ -1,0 +1,188 @@
+"""Who holds which version of what, so that only what is missing goes down.
+
+A client keeps the arrays it was last sent and names them by version; the server knows, from the
+replies it accepted, what each client keeps, and leaves out of a message what is there already.  A
+client that lacks something of a message says so and is asked once more, with all of it.
+
+A version is a digest of the contents.  Equal versions are therefore equal bytes, whatever was
+lost, repeated, late or rolled back: the server's picture of a client may be old, which costs bytes
+or one more message, but no client starts from another model than the server's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from safetensors.torch import load, save
+
+from fl_common import wire
+from fl_common.files import read_checked, remove_unfinished, write_checked
+from fl_common.layout import PARAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fl_common.deferred import torch
+    from fl_common.groups import Groups
+    from fl_common.layout import Flat
+
+VERSIONS = "versions"
+"""The record of a message that names the version of every array of the model it means."""
+CACHE = "cache"
+"""Where a client keeps them: a record of Flower's state, or a folder of the state directory."""
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The contents' name, 63 bits of their BLAKE2b digest; of a CPU tensor."""
+    array = tensor.contiguous().numpy()
+    digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=8)
+    digest.update(array.data if array.ndim else array.tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+@dataclass
+class Holdings:
+    """The server's side: what is current, and what each client has."""
+
+    groups: Groups
+    tracked: bool
+    """Without, every message is whole, and clients keep nothing."""
+    held: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Versions by array, by client: of the last message that it answered well."""
+    current: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """For the checkpoint, as JSON keeps it exactly."""
+        return {
+            str(name): {array: str(version) for array, version in arrays.items()}
+            for name, arrays in sorted(self.held.items())
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, str]]) -> None:
+        self.held = {
+            int(name): {array: int(version) for array, version in arrays.items()}
+            for name, arrays in state.items()
+        }
+
+    def offer(self, arrays: Flat) -> None:
+        """The vectors that the next messages mean.  A part that did not change stays the same
+        tensor, which all clients of this process share; a new one is copied out of its vector."""
+        parts = {**self.groups.split(arrays[PARAMS]), **arrays}
+        if PARAMS not in self.groups.members:
+            del parts[PARAMS]
+        known, self.current = self.current, {}
+        for name, tensor in parts.items():
+            if not self.tracked:
+                self.current[name] = (0, tensor)
+                continue
+            version = version_of(tensor)
+            unchanged = known.get(name, (None,))[0] == version
+            self.current[name] = known[name] if unchanged else (version, tensor.clone())
+
+    def content(self, name: int, content: RecordDict, *, whole: bool = False) -> RecordDict:
+        """A message's content with those arrays only that client `name` lacks, or all."""
+        held = {} if whole else self.held.get(name, {})
+        missing = {a: tensor for a, (v, tensor) in self.current.items() if held.get(a) != v}
+        made = RecordDict({**content, wire.ARRAYS: wire.pack(missing)})
+        if self.tracked:
+            made[VERSIONS] = MetricRecord({a: v for a, (v, _) in self.current.items()})
+        return made
+
+    def withholds(self, content: RecordDict) -> bool:
+        """Whether a message has less than it means."""
+        return VERSIONS in content and set(content[wire.ARRAYS]) != set(content[VERSIONS])
+
+    def answered(self, name: int) -> None:
+        """The client's reply was good: it has what the message meant."""
+        if self.tracked:
+            self.held[name] = {array: version for array, (version, _) in self.current.items()}
+
+
+class Incomplete(Exception):
+    """Arrays that a message leaves out are not here."""
+
+    def __init__(self, arrays: int) -> None:
+        self.arrays = arrays
+        super().__init__(f"{arrays} arrays of the model are not here")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A client's side: the arrays of the last message, by version."""
+
+    load: Callable[[int], torch.Tensor | None]
+    store: Callable[[dict[int, torch.Tensor]], None]
+    """Keep these, all else goes."""
+
+    @classmethod
+    def of(cls, state_dir: str, partition: int, content: RecordDict, state: RecordDict) -> Cache:
+        """On the disk of the node if it has a state directory, else in Flower's state of it."""
+        if VERSIONS not in content:
+            return cls(lambda v: None, lambda arrays: None)
+        if state_dir:
+            experiment = str(content[wire.CONFIG][wire.EXPERIMENT])
+            folder = Path(state_dir) / experiment / f"{partition:06d}" / CACHE
+            return cls(lambda v: _read(folder, v), lambda arrays: _write(folder, arrays))
+        return cls(lambda v: _recall(state, v), lambda arrays: _remember(state, arrays))
+
+    def complete(self, content: RecordDict) -> Flat:
+        """All arrays that the message means, to be read only.  Raises Incomplete."""
+        arrays = wire.vectors(content)
+        versions = content.get(VERSIONS, {})
+        found = {name: arrays.get(name) for name in versions}
+        for name, version in versions.items():
+            if found[name] is None:
+                found[name] = self.load(version)
+        if lacking := sum(tensor is None for tensor in found.values()):
+            raise Incomplete(lacking)
+        return {**arrays, **found}
+
+    def keep(self, content: RecordDict, arrays: Flat) -> None:
+        """Before the message is worked on: a repeated one finds all it needs."""
+        versions = content.get(VERSIONS, {})
+        self.store({version: arrays[name] for name, version in versions.items()})
+
+
+def _stem(version: int) -> str:
+    return f"{version:016x}"
+
+
+def _read(folder: Path, version: int) -> torch.Tensor | None:
+    for path in folder.glob(f"{_stem(version)}-*.safetensors"):
+        data = read_checked(path)
+        if data is not None:
+            return load(data)[CACHE]
+        path.unlink(missing_ok=True)  # damaged; it will be written anew
+    return None
+
+
+def _write(folder: Path, arrays: dict[int, torch.Tensor]) -> None:
+    """A file per array, so that only those that are new are written."""
+    if folder.exists():
+        remove_unfinished(folder)
+    kept = {_stem(version) for version in arrays}
+    here = set()
+    for path in folder.glob("*.safetensors"):
+        stem = path.stem.partition("-")[0]
+        if stem in kept and stem not in here:
+            here.add(stem)
+        else:
+            path.unlink(missing_ok=True)
+    for version, tensor in arrays.items():
+        if _stem(version) not in here:
+            write_checked(folder, _stem(version), save({CACHE: tensor.contiguous()}))
+
+
+def _recall(state: RecordDict, version: int) -> torch.Tensor | None:
+    record = state.get(CACHE)
+    if not isinstance(record, ArrayRecord) or _stem(version) not in record:
+        return None
+    return wire.unpack(ArrayRecord({CACHE: record[_stem(version)]}))[CACHE]
+
+
+def _remember(state: RecordDict, arrays: dict[int, torch.Tensor]) -> None:
+    state[CACHE] = wire.pack({_stem(version): tensor for version, tensor in arrays.items()})

@@ -1,0 +1,128 @@
+"""Trace and diagonal of a Hessian from products with random signs v: E v v^T = 1.
+
+Hutchinson 1990: tr H = E v^T H v, and diag H = E v * (H v) (Bekas, Kokiopoulou and Saad 2007).
+The variance of v^T H v is twice the sum of the squares off the diagonal, most of which a few large
+eigenvalues make.  Hutch++ (Meyer, Musco, Musco and Woodruff, SOSA 2021) therefore takes the trace
+within a subspace Q exactly, and estimates the rest:
+
+    tr H = tr Q H Q^T + tr (1 - Q^T Q) H (1 - Q^T Q).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fl_common.deferred import torch
+from fl_common.determinism import seed_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fl_flatness.products import Curvature
+    from fl_flatness.spectrum import Lanczos
+
+BLOCK = 8
+"""Vectors multiplied at once: they share the graphs of the batches, and cost 16 d bytes each."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    error: float
+    """Standard error, by the spread of the probes."""
+
+
+def hutchinson(
+    curvature: Curvature, *, probes: int, seed: int = 0, within: Lanczos | None = None
+) -> Estimate:
+    """tr H from `probes` products, 2 or more.
+
+    within: a basis whose share of the trace is known, the sum of its alpha.  Once the largest
+        eigenvalues were computed this makes a Hutch++ of the probes, for no further product.
+    """
+    known, basis = (sum(within.alpha), within.basis) if within else (0.0, [])
+    return _rest(curvature, probes, seed, known, basis)
+
+
+def hutch_pp(curvature: Curvature, *, products: int, seed: int = 0) -> Estimate:
+    """tr H from `products` products, at least 4: a third for Q, a third for tr Q H Q^T.
+
+    It beats as many probes of `hutchinson` where the largest eigenvalues make most of the sum of
+    squares, and loses where the spectrum is flat: there a third of the probes is left.
+    """
+    if products < 4:
+        raise ValueError(f"{products} products: hutch++ needs 4 or more")
+    rank = min(products // 3, curvature.d)
+    drawn = list(signs(curvature, rank, seed_of("flatness-sketch", seed)))
+    sketch = torch.cat([curvature.products(v) for v in drawn])
+    basis = torch.linalg.qr(sketch.T).Q.T.contiguous()
+    known = sum(float((q * curvature.products(q)).sum()) for q in basis.split(BLOCK))
+    return _rest(curvature, products - 2 * rank, seed, known, list(basis))
+
+
+def _rest(
+    curvature: Curvature, probes: int, seed: int, known: float, basis: Sequence[torch.Tensor]
+) -> Estimate:
+    """`known`, and the trace of what is orthogonal to `basis`."""
+    if probes < 2:
+        raise ValueError(f"{probes} probes: a trace with its standard error needs 2 or more")
+    values = []
+    for vectors in signs(curvature, probes, seed):
+        for q in basis:
+            wide = q.double()
+            vectors.addr_(vectors @ wide, wide, alpha=-1)
+        values.append((vectors * curvature.products(vectors)).sum(1))
+    found = torch.cat(values)
+    return Estimate(known + float(found.mean()), float(found.std()) / len(found) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    halves: torch.Tensor
+    """(2, d) float64: two estimates from independent halves of the probes.  The product of the
+    two is ||diag H||^2 without the bias that the square of one estimate has."""
+    error: torch.Tensor
+    """(d,) float64, standard error of `mean`."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(d,) float64."""
+        return self.halves.mean(0)
+
+
+def diagonal(curvature: Curvature, *, probes: int, seed: int = 0) -> Diagonal:
+    """diag H from an even number of products, 2 or more."""
+    if probes < 2 or probes % 2:
+        raise ValueError(f"{probes} probes: a diagonal needs an even number, 2 or more")
+    shape = (2, curvature.d)
+    sums = torch.zeros(shape, dtype=torch.float64, device=curvature.device)
+    squares = torch.zeros_like(sums[0])
+    for vectors in signs(curvature, probes, seed):
+        terms = vectors.mul_(curvature.products(vectors))
+        sums[0] += terms[::2].sum(0)
+        sums[1] += terms[1::2].sum(0)
+        squares += terms.square_().sum(0)
+    mean = sums.sum(0) / probes
+    variance = (squares / probes - mean**2).clamp_min(0) * probes / (probes - 1)
+    return Diagonal(sums * 2 / probes, (variance / probes).sqrt())
+
+
+def exact_diagonal(curvature: Curvature) -> torch.Tensor:
+    """diag H (d,) from d products; for small networks, or a few of the parameters."""
+    found = torch.zeros(curvature.d, dtype=torch.float64, device=curvature.device)
+    for rows in torch.arange(curvature.d, device=curvature.device).split(BLOCK):
+        units = torch.nn.functional.one_hot(rows, curvature.d).double()
+        found[rows] = (units * curvature.products(units)).sum(1)
+    return found
+
+
+def signs(curvature: Curvature, count: int, seed: int) -> Iterator[torch.Tensor]:
+    """`count` vectors of random signs, up to (BLOCK, d) float64 at a time."""
+    device = curvature.device
+    for start in range(0, count, BLOCK):
+        rows = []
+        for probe in range(start, min(start + BLOCK, count)):
+            generator = torch.Generator(device).manual_seed(seed_of("flatness-probe", seed, probe))
+            rows.append(torch.randint(2, (curvature.d,), generator=generator, device=device))
+        yield torch.stack(rows).double().mul_(2).sub_(1)

@@ -1,0 +1,93 @@
+"""The norm of the local gradient over iterations: does it jump when models are averaged?
+
+With full updates it does, which FedPart (NeurIPS 2024, first figure) takes as a sign that layers
+which were averaged one by one do not fit each other; with partial updates the jump is smaller.
+Needs runs with `eval.grad-norm=true`.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from fl_report.plots import gradient_norms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from fl_report.compare import Run
+
+WHOLE = "all"
+"""The name of the whole gradient, of all that a round trains."""
+
+
+def jumps(run: Run, group: str) -> list[float]:
+    """For every aggregation, the norm at the first step after it over that at the last step before
+    it; only where both rounds train the same groups, of which this is one."""
+    found = []
+    for one, other in pairwise(row for row in run.rows if "grad_norm" in row):
+        before, after = one["grad_norm"], other["grad_norm"]
+        neighbours = one["round"] + 1 == other["round"] and before.keys() == after.keys()
+        if neighbours and group in before and before[group][-1] > 0:
+            found.append(after[group][0] / before[group][-1])
+    return found
+
+
+def split(run: Run) -> list[Run]:
+    """The rounds that train all groups and those that train some, as runs of their own.
+
+    Raises ValueError if the run recorded nothing.
+    """
+    rows = [row for row in run.rows if "grad_norm" in row]
+    if not rows:
+        raise ValueError(f"{run.label}: no gradient norms; run it with eval.grad-norm=true")
+    most = max(len(row["grad_norm"]) for row in rows)
+    full = [row for row in rows if len(row["grad_norm"]) == most]
+    partial = [row for row in rows if len(row["grad_norm"]) < most]
+    if not partial:
+        return [type(run)(run.label, run.summary, full)]
+    parts = (("full rounds", full), ("partial rounds", partial))
+    return [type(run)(f"{run.label}, {what}", run.summary, part) for what, part in parts if part]
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """The mean jump (geometric) of the whole gradient and of each group, with the number of
+    aggregations that it is taken over.  Raises ValueError."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    parts = [part for run in runs for part in split(run)]
+    names = [WHOLE, *sorted({g for part in parts for row in part.rows for g in row["grad_norm"]})]
+    made = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        caption="gradient norm, first step after an aggregation / last step before: geometric mean "
+        "(aggregations)",
+    )
+    made.add_column("group", no_wrap=True)
+    for part in parts:
+        made.add_column(part.label, justify="right")
+    for name in dict.fromkeys(names):
+        made.add_row(name, *(_mean(jumps(part, name)) for part in parts))
+    return made
+
+
+def _mean(ratios: Sequence[float]) -> str:
+    positive = [ratio for ratio in ratios if ratio > 0]
+    if not positive:
+        return ""
+    return f"{math.exp(sum(map(math.log, positive)) / len(positive)):.3f} ({len(positive)})"
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """One panel per run, below each other: the whole gradient's norm over local steps, with a line
+    at every aggregation.  Raises ValueError."""
+    panels = {}
+    for run in runs:
+        split(run)
+        panels[run.label] = [row["grad_norm"][WHOLE] for row in run.rows if "grad_norm" in row]
+    gradient_norms(panels, path)
