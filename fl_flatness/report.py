@@ -56,8 +56,8 @@ def layer_table(run: Measured) -> Table:
     made = _table(
         "layer", "kind", "lambda_max", "trace", "input ||a||^2", "output a^2",
         title=run.label,
-        caption="input ||a||^2: of a sample, mean; output a^2: of an element of the next "
-        "activation, mean",
+        caption="input ||a||^2: mean over samples; output a^2: mean over the elements of what the\n"
+        "next activation function gives",
     )  # fmt: skip
     for row in run.found["layers"]:
         norms = (row["input_per_sample"], row["output_per_element"])

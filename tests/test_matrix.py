@@ -61,6 +61,8 @@ class Cell:
             "train.device": "cpu",
             "run.rounds": 2,
         }
+        if self.strategy == "fedpart":  # a full round, and one that trains some group
+            chosen |= {"fedpart.warm-up": 1, "fedpart.order": "random"}
         return chosen | ({"model.head": "moon"} if "moon" in self.regularizers else {})
 
     @property
