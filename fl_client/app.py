@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from fl_common import determinism  # noqa: F401  (sets MKL's environment before torch loads)
 
 if TYPE_CHECKING:
-    from flwr.app import Context
+    from flwr.app import Context, RecordDict
 
     from fl_client.client import Clients
 
@@ -62,29 +62,41 @@ def partition_of(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
+def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """What the clients of this process say to a message."""
+    clients, partition, state = resident(context), partition_of(context), context.state
+    if kind == "train":
+        return clients.train(partition, content, state)
+    if kind == "evaluate":
+        return clients.evaluate(partition, content, state)
+    if "arrays" in content:
+        return clients.curvature(partition, content)
+    return clients.describe(partition)
+
+
+def _reply(kind: str, message: Message, context: Context) -> Message:
+    """From this process, or from the node's resident trainer."""
+    if path := context.node_config.get("worker-socket"):
+        from fl_client.worker import ask
+
+        return Message(ask(str(path), kind, message.content, context), reply_to=message)
+    return Message(answer(kind, message.content, context), reply_to=message)
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """The roll call: who is here, with how many samples of which labels; with a model, how its
     loss is curved on them."""
-    clients, partition = resident(context), partition_of(context)
-    if "arrays" in message.content:
-        reply = clients.curvature(partition, message.content, context.state)
-    else:
-        reply = clients.describe(partition)
-    return Message(reply, reply_to=message)
+    return _reply("query", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One local round."""
-    reply = resident(context).train(partition_of(context), message.content, context.state)
-    return Message(reply, reply_to=message)
+    return _reply("train", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """The model on this client's held-out samples."""
-    return Message(
-        resident(context).evaluate(partition_of(context), message.content, context.state),
-        reply_to=message,
-    )
+    return _reply("evaluate", message, context)

@@ -181,19 +181,13 @@ class Clients:
         }
         return RecordDict({wire.METRICS: MetricRecord(metrics)})
 
-    def curvature(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
+    def curvature(self, partition: int, content: RecordDict) -> RecordDict:
         """The diagonal of this client's Hessian at the received model, never its data: two
         estimates from different probes, per parameter or per tensor."""
         from fl_flatness.diagonals import estimate
 
         server_round = int(content[wire.CONFIG]["server-round"])
-        cache = Cache.of(self.config.client.state_dir, partition, content, state)
-        try:
-            received = cache.complete(content)
-        except Incomplete as lacking:
-            return _asking(server_round, {wire.GROUPS_LOST: lacking.arrays})
-        cache.keep(content, received)
-        self._install(self._model(received))
+        self._install(self._model(wire.vectors(content)))
         data = self.local_data(partition)
         halves = estimate(self.net, data.x, data.y, self.transform.eval, self.config, server_round)
         numbers = {"server-round": server_round, "num-examples": len(data.y)}

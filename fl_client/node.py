@@ -15,9 +15,10 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ ANSWER_S = 1.5
 """How long one connection to the server may take [s]."""
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 SUPERNODE = "flwr.supernode.start_client_internal"
+RESTART_S = 0.5
+"""Pause before a trainer that died is started anew [s]."""
 IDLE_S, REPLY_S = 3, 0.5
 """Flower's literal pauses: between two questions for a message, and for the ClientApp's reply."""
 
@@ -63,6 +66,8 @@ class Node:
     """how long the server may take to come up [s]"""
     preload: bool = True
     """start ClientApps from a process that has imported torch already"""
+    worker: bool = False
+    """keep a resident trainer (`fl_client.worker`), and start it anew when it dies"""
 
 
 def check(node: Node) -> None:
@@ -87,6 +92,8 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _check_options(node: Node) -> None:
+    if node.worker and "worker-socket" in node.config:
+        raise NodeError("--worker with worker-socket: leave one of them out")
     if node.insecure and node.root_certificates:
         raise NodeError("--insecure with --root-certificates: leave one of them out")
     if node.insecure and node.auth_key:
@@ -121,6 +128,11 @@ def _check_config(config: Mapping[str, Scalar]) -> None:
     if path is not None and not os.access(str(path), os.R_OK):
         what = "cannot be read" if Path(str(path)).exists() else "does not exist"
         raise NodeError(f"data-path {path}: {what}; give this node's folder or file of data")
+    if (worker := config.get("worker-socket")) and not Path(str(worker)).is_socket():
+        raise NodeError(
+            f"worker-socket {worker}: no trainer is there; start it with `flatfed worker --socket "
+            f"{worker}`, or give --worker instead"
+        )
     if state := config.get("state-dir"):
         check_state_dir(Path(str(state)))
     if device := config.get("device"):
@@ -322,8 +334,11 @@ def serve(node: Node) -> int:
     from flwr.supernode.cli import flower_supernode
 
     with tempfile.TemporaryDirectory(prefix="flatfed-node-") as folder:
+        if node.worker:
+            node = replace(node, config=_with_worker(node.config, Path(folder) / "trainer"))
+            sys.argv = ["flower-supernode", *_arguments(node)]
         if node.preload:
-            _preload(Path(folder))
+            _preload(Path(folder), light=node.worker)
         # First registered, last called.
         add_exit_handler(lambda: processes.end_descendants(grace=1.5))
         try:
@@ -352,7 +367,21 @@ def _why_refused(node: Node) -> str:
     )
 
 
-def _preload(folder: Path) -> None:
+def _with_worker(config: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
+    """The node's configuration with a resident trainer, which this process keeps alive."""
+    command = [sys.executable, "-P", "-m", "fl_client.worker", str(path)]
+
+    def keep() -> None:
+        while True:
+            code = subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
+            print(f"the trainer ended (code {code}); it is started anew", flush=True)
+            time.sleep(RESTART_S)
+
+    threading.Thread(target=keep, daemon=True).start()
+    return {**config, "worker-socket": str(path)}
+
+
+def _preload(folder: Path, *, light: bool = False) -> None:
     """Have ClientApps forked: see fl_client/preload.py."""
     name, address = preload.COMMAND, str(folder / "socket")
     command = shutil.which(name)
@@ -365,7 +394,8 @@ def _preload(folder: Path) -> None:
     launcher.chmod(0o700)
     os.environ["PATH"] = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
     # -P: this file's folder is not a place to import from.
-    subprocess.Popen([sys.executable, "-P", preload.__file__, address], stdin=subprocess.DEVNULL)
+    options = [address, *(["--light"] if light else [])]
+    subprocess.Popen([sys.executable, "-P", preload.__file__, *options], stdin=subprocess.DEVNULL)
 
 
 def _arguments(node: Node) -> Iterator[str]:

@@ -5,7 +5,7 @@ imports, most of them torch's.  A node puts another command of this name first o
 hands its arguments to the process here; that forks, and the child goes on as Flower's own command
 does.  It loads the app's code itself, so none of ours may be imported here: this file runs as a
 script and needs only the standard library.  No tensor is made before the fork, and no thread or
-CUDA context exists.
+CUDA context exists.  With `--light`, for a node with a resident trainer, torch stays out.
 """
 
 import contextlib
@@ -46,10 +46,10 @@ WATCH_S = 1.0
 """Pause between two looks at whether the node still lives [s]."""
 
 
-def serve(address: str) -> None:
+def serve(address: str, modules: tuple[str, ...] = MODULES) -> None:
     """Fork for everyone who connects, as long as the parent lives."""
     parent = os.getppid()
-    for name in MODULES:
+    for name in modules:
         with contextlib.suppress(ImportError):  # the app that needs it will say so
             importlib.import_module(name)
     gc.collect()
@@ -100,4 +100,4 @@ def _become_clientapp(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        serve(sys.argv[1])
+        serve(sys.argv[1], MODULES[:2] if "--light" in sys.argv[2:] else MODULES)

@@ -245,7 +245,7 @@ class Flatness(Group):
         "FedAlign's eqs 3 and 4; fedalign-code: per tensor, as its code has it",
     )
     match_probes: int = Field(
-        100, ge=2, multiple_of=2, description="random vectors of each client's diagonal"
+        400, ge=2, multiple_of=2, description="random vectors of each client's diagonal"
     )
 
 
@@ -489,6 +489,7 @@ _TYPES = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "finite_number": "must be finite",
+    "multiple_of": "must be an even number",
 }
 
 
@@ -606,6 +607,11 @@ def _check_flatness(config: CoreConfig) -> list[str]:
             'flatness.engine = "pyhessian": it is not installed; pip install "flatfed[pyhessian]", '
             "or leave it at own"
         )
+    if flatness.match != "none" and config.clients.number < 2:
+        errors.append(
+            f'flatness.match = "{flatness.match}": compares clients, and clients.number = 1; '
+            "leave it at none"
+        )
     if not flatness.every:
         errors += [
             f"flatness.{_dashed(key)} = {_show(value)}: has no effect without flatness.every; "
@@ -641,8 +647,6 @@ NODE_KEYS = {
 }
 """What belongs to a node: keys of its `--node-config`, and the settings that they override."""
 OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
-LATER_NODE_KEYS = ("worker-socket",)
-"""Keys that have no effect yet; refused, never ignored."""
 
 
 def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -655,11 +659,6 @@ def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> d
         f"--node-config {key}: unknown key; {_nearest(key, known)}known: {', '.join(known)}"
         for key in node
         if key not in known
-    ]
-    errors += [
-        f"--node-config {key}: not available in this version; leave it out"
-        for key in node
-        if key in LATER_NODE_KEYS
     ]
     if errors:
         raise ConfigError(errors)

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-ROOMS = ("fl_common", "fl_client", "strategies", "regularizers")
+ROOMS = ("fl_common", "fl_client", "fl_flatness", "strategies", "regularizers")
 """The packages whose code decides what a client answers."""
 
 

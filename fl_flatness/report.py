@@ -24,7 +24,7 @@ class Measured:
     rows: list[dict[str, Any]]
     """Its history."""
     found: dict[str, Any]
-    """What `finished.Finished.measure` gives."""
+    """What `finished.examine` gives."""
 
 
 def table(runs: Sequence[Measured]) -> Table:

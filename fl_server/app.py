@@ -429,7 +429,7 @@ class Rounds:
             self._install(self.model)
             row |= self.flatness.row(self.net)
             if config.flatness.match != "none":
-                expected = expected_diagonal(config, self.model, self.layout)
+                expected = expected_diagonal(config, self.net)
                 row |= matched(config, self._diagonals(server_round, row, expected))
         except ValueError as error:  # not finite, zero, or lost in the noise: training goes on
             row["flatness_error"] = str(error)
@@ -444,19 +444,16 @@ class Rounds:
         members, absent = self.roster.drawn(everyone)
         outcome, phase = Outcome(failed=absent), f"flatness of round {server_round}"
         settings = ConfigRecord({"server-round": server_round})
-        asked = {
-            member.partition: Message(
-                RecordDict({wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}),
-                member.node_id,
-                MessageType.QUERY,
-                group_id=str(server_round),
-            )
-            for member in members
-        }
+        content = {wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}
+        # Whole, and unknown to `holdings`: to measure changes nothing of what training sends.
+        messages = [
+            Message(RecordDict(content), m.node_id, MessageType.QUERY, group_id=str(server_round))
+            for m in members
+        ]
         samples = {member.partition: member.samples for member in members}
-        yield from self._replies(
-            asked,
-            server_round,
+        yield from self.exchange.replies(
+            messages,
+            [member.partition for member in members],
             phase,
             outcome,
             lambda name: Expected(expected, server_round, samples[name], frozenset()),

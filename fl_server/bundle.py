@@ -15,7 +15,15 @@ from fl_common.pyproject import flower_section
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PACKAGES = ("fl_common", "fl_client", "fl_server", "fl_report", "strategies", "regularizers")
+PACKAGES = (
+    "fl_common",
+    "fl_client",
+    "fl_flatness",
+    "fl_server",
+    "fl_report",
+    "strategies",
+    "regularizers",
+)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake in the call (nothing was started), 3 the run fai
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -197,8 +198,9 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add("--threads", type=int, metavar="N", help="torch threads")
     add("--poll-interval", type=float, default=0.2, metavar="S", help="pause between two questions "
         "for work [s] (default: 0.2)")  # fmt: skip
-
     add("--no-preload", action="store_true", help="import torch anew for every message")
+    add("--worker", action="store_true", help="keep a resident trainer, with model, data and "
+        "device, between messages; of use with a GPU above all")  # fmt: skip
 
     up = commands.add_parser("up", parents=[of_node], help="start a federation on this machine")
     up.add_argument("--clients", type=int, required=True, metavar="N", help="how many nodes")
@@ -222,6 +224,13 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add("--wait", type=float, default=3.0, metavar="S",
         help="how long the server may take to come up [s] (default: 3)")  # fmt: skip
     node.set_defaults(function=_node)
+
+    worker = commands.add_parser("worker", help="be a node's resident trainer",
+        description="Holds model, data and device for a node that is started with --node-config "
+        "worker-socket=PATH; `flatfed node --worker` starts one by itself.")  # fmt: skip
+    worker.add_argument("--socket", type=Path, required=True, metavar="PATH", help="where the "
+        "node's messages come in; for this user alone")  # fmt: skip
+    worker.set_defaults(function=_worker, values=[])
 
 
 def entry_point() -> None:
@@ -315,6 +324,7 @@ def _folders(args: argparse.Namespace) -> list[Path]:
 
 def _flatness(args: argparse.Namespace) -> int:
     from fl_flatness import finished, report
+    from fl_flatness.stored import Stored
     from fl_report.compare import read
 
     probes = finished.MATCH_PROBES if args.match_probes is None else args.match_probes
@@ -330,27 +340,26 @@ def _flatness(args: argparse.Namespace) -> int:
         return _complain(errors)
     try:
         runs = read(_folders(args))
-        loaded = [finished.Finished.load(folder, args.data_path) for folder in _folders(args)]
+        loaded = [Stored.load(folder, args.data_path) for folder in _folders(args)]
         if args.pictures:
             args.pictures.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         return _complain([str(error)])
-    if args.match and (problems := list(filter(None, (one.unmatched() for one in loaded)))):
+    if args.match and (problems := list(filter(None, map(finished.unmatched, loaded)))):
         return _complain(problems)
-    labels = [run.label for run in runs]
     measured: list[report.Measured] = []
     try:
         for run, one in zip(runs, loaded, strict=True):
-            label = run.label if labels.count(run.label) == 1 else str(one.folder)
+            say = functools.partial(print, f"{run.label}:")
             try:
-                found = one.measure(options, lambda line, label=label: print(f"{label}: {line}"))
+                found = finished.examine(one, options, say)
             except ValueError as error:
                 print(f"error: {one.folder}: {error}", file=sys.stderr)
                 return FAILED
             if "match_error" in found:
-                print(f"{label}: no H_N and H_D: {found['match_error']}")
-            print(f"{label}: {finished.write(one.folder, found)}")
-            measured.append(report.Measured(label, one.folder, run.rows, found))
+                say(f"no H_N and H_D: {found['match_error']}")
+            say(finished.write(one.folder, found))
+            measured.append(report.Measured(run.label, one.folder, run.rows, found))
         _print(report.table(measured))
         if args.layers:
             for one in measured:
@@ -607,6 +616,7 @@ def _node(args: argparse.Namespace) -> int:
             poll_interval=args.poll_interval,
             wait=args.wait,
             preload=not args.no_preload,
+            worker=args.worker,
         )
         check(node)
         return serve(node)
@@ -637,10 +647,20 @@ def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
         if value is not None:
             config[key] = value if isinstance(value, int) else str(value)
     config.setdefault("state-dir", str(default_state_dir()))
-    for key in ("data-path", "state-dir"):
+    for key in ("data-path", "state-dir", "worker-socket"):
         if key in config:
             config[key] = str(Path(str(config[key])).expanduser().absolute())
     return config
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from fl_client.worker import run
+
+    try:
+        run(str(args.socket.expanduser().absolute()))
+    except OSError as error:
+        return _complain([f"--socket {args.socket}: {error.strerror or error}"])
+    return OK
 
 
 def _up(args: argparse.Namespace) -> int:
@@ -650,8 +670,7 @@ def _up(args: argparse.Namespace) -> int:
     for name in ("device", "threads", "poll_interval"):
         if (value := getattr(args, name)) is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
-    if args.no_preload:
-        options.append("--no-preload")
+    options += ["--no-preload"] * args.no_preload + ["--worker"] * args.worker
     try:
         up(
             args.clients,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from fl_common import wire
 from fl_common.deferred import torch
 from fl_common.guards import Spec
-from fl_common.layout import PARAMS
 from fl_flatness.diagonals import subsample
 from fl_flatness.match import match
 from fl_flatness.measure import Settings, measure
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from fl_common.config import CoreConfig
     from fl_common.data.sources import Split
-    from fl_common.layout import Flat, Layout
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,10 @@ class FlatnessOf:
         return {key: found[key] for key in named if key in found}
 
 
-def expected_diagonal(
-    config: CoreConfig, model: Flat, layout: Layout
-) -> dict[str, dict[str, Spec]]:
+def expected_diagonal(config: CoreConfig, net: torch.nn.Module) -> dict[str, dict[str, Spec]]:
     """The array records of a client's answer."""
-    code = config.flatness.match == "fedalign-code"
-    entries = len(layout.slots[PARAMS]) if code else model[PARAMS].numel()
+    sizes = [p.numel() for p in net.parameters() if p.requires_grad]
+    entries = len(sizes) if config.flatness.match == "fedalign-code" else sum(sizes)
     return {wire.ARRAYS: {wire.DIAGONAL: Spec((2, entries), "float32")}}
 
 

@@ -202,7 +202,7 @@ def test_root_certificates(keys, tmp_path: Path, capsys):
         (["--superlink", "h:1", "partition-id=0", "data-path=/nowhere"], "does not exist"),
         (["--superlink", "h:1", "partition-id=0", "device=tpu"], "must be auto, cpu, cuda"),
         (["--superlink", "h:1", "partition-id=0", "device=cuda:99"], "this machine has"),
-        (["--superlink", "h:1", "partition-id=0", "worker-socket=/nowhere"], "not available"),
+        (["--superlink", "h:1", "partition-id=0", "worker-socket=/nowhere"], "no trainer is there"),
         (["--superlink", "h:1", "partition-id=0", "state-dir=/dev/null/x"], "Not a directory"),
         (["--superlink", "h:1", "partition-id=0", "--poll-interval", "0"], "greater than 0"),
         (["--superlink", "h:1", "partition-id=0", "--insecure", "--auth-key", "k"], "needs TLS"),

@@ -15,7 +15,8 @@ from small_nets import exact_hessian
 from torch import nn
 
 from fl_flatness.diagonals import subsample
-from fl_flatness.finished import Finished, Options
+from fl_flatness.finished import Options
+from fl_flatness.stored import Stored
 from fl_server.cli import main
 
 HERE = "tests.fl_flatness.test_finished"
@@ -124,7 +125,10 @@ def test_the_code_variant_comes_from_the_same_diagonals(runs: Path, runner):
 
 def test_equal_seeds_give_equal_files(runs: Path):
     """The runs beside it make no difference either."""
-    file, options = runs / "plain" / "flatness.json", ("--match", "--density", "--samples=9")
+    file, options = (
+        runs / "plain" / "flatness.json",
+        ("--match", "--match-probes=60", "--samples=9"),
+    )
     flatness(runs / "plain", *options)
     first = file.read_bytes()
     file.unlink()
@@ -164,7 +168,7 @@ def test_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]):
         cells = line.split()
         assert cells[1:4] == [f"{found['accuracy']:.3f}", f"{found['lambda_max']:.4g}", "±"]
         assert f"{found['trace']:.4g} ± {found['trace_error']:.1g}" in line
-        assert " ".join(f"{a:.3g}" for a in found["eigenvalues"][1:]) in line
+        assert "  " + " ".join(f"{a:.3g}" for a in found["eigenvalues"][1:]) + "  " in line
         pair = found["match"]["paper"]
         assert cells[-4:-2] == [f"{pair['h_n']:.4g}", f"{pair['h_d']:.4f}"]
         assert f"{run}: diagonal of client 2, 20 samples" in said
@@ -262,7 +266,9 @@ SPOILT = {
         lambda f: configured(f, **{"run.seed": 1}),
         "the data here are not those of the run",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no run"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json, which"),
+    "no clients": (lambda f: (f / "clients.json").unlink(), "holds no clients.json, which"),
+    "no summary": (lambda f: (f / "summary.json").unlink(), "holds no run"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "holds no run"),
 }
 
@@ -349,7 +355,7 @@ def test_curvature_that_is_not_finite(runs: Path, capsys: pytest.CaptureFixture[
 
 def test_the_run_is_put_together_bit_for_bit(runs: Path):
     for run in ("watched", "tied"):
-        net = Finished.load(runs / run).net
+        net = Stored.load(runs / run).net
         saved = load_file(runs / run / "model.safetensors")
         own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
         assert set(own) == set(saved)

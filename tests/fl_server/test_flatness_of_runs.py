@@ -203,7 +203,6 @@ def test_like_clients_give_exactly_0_and_1(runner, mode):
     assert [(row["h_n"], row["h_d"]) for row in done.history] == [(0, 1), (0, 1)]
 
 
-@pytest.mark.xfail(strict=True, reason="the server expects entries for frozen parameters too")
 def test_a_frozen_layer_has_no_part_in_it(runner):
     done = runner(*over(f"model.name={HERE}:partly", ALWAYS, "flatness.match=paper"))
     assert done.code == 0

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from living import living, mark, wait_for
+from living import MARK, living, mark, wait_for
 
+from fl_common import processes
 from fl_server.certificates import make_node_key
 
 FLATFED = Path(sys.executable).with_name("flatfed")
@@ -288,3 +289,21 @@ def test_a_superlink_that_dies(tmp_path: Path):
         _, error = run.communicate(timeout=240)
         assert run.returncode == 3
         assert error.startswith("error: the run failed: the SuperLink does not answer")
+
+
+def test_resident_trainers_give_the_same_bits(tmp_path: Path):
+    """One of them dies between two runs and is started anew."""
+    settings = ["clients.number=2", "run.rounds=3", "train.device=cpu", "strategy.name=scaffold"]
+    for place in federation(tmp_path, "--clients", "2", "--insecure", "--worker"):
+        one = place.run("one", "inprocess", *settings)
+        two = place.run("two", "grpc", *settings)
+        trainers = [
+            pid
+            for pid in processes.marked(MARK, place.env[MARK])
+            if b"fl_client.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(trainers) == 2
+        os.kill(trainers[0], signal.SIGKILL)
+        three = place.run("three", "grpc", *settings)
+        assert len({summary(folder)["model_sha256"] for folder in (one, two, three)}) == 1
+        assert less_times(two) == less_times(three) == less_times(one)

@@ -1,0 +1,194 @@
+"""A resident trainer: one process of a node that keeps model, data and device between messages.
+
+Flower starts a process for every message.  With the node's `worker-socket` that process imports no
+torch: it hands the message to the worker over a Unix socket and passes the answer on.  This half of
+the module is the standard library's and Flower's alone; the worker's own half imports the rest.
+
+On the socket, each way: lengths, a JSON header, the content, the node's state (Flower's own
+serialisation).  One message is worked on at a time; others wait in the socket's queue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from fl_common.fingerprint import code_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+LENGTHS = struct.Struct("!QQQ")
+CONNECT_S = 30.0
+"""How long a starting worker is waited for [s]."""
+WATCH_S = 1.0
+"""Pause between two looks at whether the worker is still wanted [s]."""
+ANSWERS = ("query", "train", "evaluate")
+
+
+class WorkerError(RuntimeError):
+    """Why this message has no answer; one line, which becomes the client's failure."""
+
+
+def run(path: str, wanted: Callable[[], bool] = lambda: True) -> None:
+    """Be a worker until a signal ends it.  Raises OSError."""
+    import torch  # noqa: F401  (now, not while a message waits)
+
+    from fl_client.app import answer
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print(f"trainer ready at {path}", flush=True)
+    serve(path, answer, wanted)
+
+
+def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """The worker's answer to a message; `context.state` is brought up to date.
+
+    Raises WorkerError if there is no worker, if it dies on the way, if its code is another than
+    ours, and for whatever the answer itself failed with.
+    """
+    header = {
+        "kind": kind,
+        "code": code_sha256(),
+        "run": dict(context.run_config),
+        "node": dict(context.node_config),
+    }
+    with _connected(path) as connection:
+        # No timeout: training takes its time, and a death closes the connection.
+        try:
+            _send(connection, header, content, context.state)
+            answer, reply, state = _receive(connection)
+        except (OSError, EOFError):
+            raise WorkerError(f"the trainer at {path} died while it had the message") from None
+    if "error" in answer:
+        raise WorkerError(answer["error"])
+    context.state = state
+    return reply
+
+
+def _connected(path: str) -> socket.socket:
+    """A connection to the worker, which may be starting.  Raises WorkerError."""
+    end = time.monotonic() + CONNECT_S
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+            return connection
+        except OSError as error:
+            connection.close()
+            if time.monotonic() > end:
+                raise WorkerError(
+                    f"no trainer at {path} ({error.strerror or error}): start it with `flatfed "
+                    "worker --socket PATH`, or leave worker-socket out"
+                ) from None
+        time.sleep(0.1)
+
+
+def serve(
+    path: str,
+    answer: Callable[[str, RecordDict, Context], RecordDict],
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Answer whoever connects, while `wanted`.  The socket is for this user alone.
+
+    Raises OSError if it cannot be made; one that a dead worker left is replaced.
+    """
+    with socket.socket(socket.AF_UNIX) as server:
+        _bind(server, path)
+        try:
+            server.listen(64)
+            server.settimeout(WATCH_S)
+            while wanted():
+                with suppress(TimeoutError):
+                    caller, _ = server.accept()
+                    caller.settimeout(None)
+                    with caller, suppress(OSError, EOFError):  # it went away: nobody waits
+                        _serve(caller, answer)
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _bind(server: socket.socket, path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            pass
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(f"{path}: another trainer is there; end it, or give another --socket")
+    before = os.umask(0o177)
+    try:
+        server.bind(path)
+    finally:
+        os.umask(before)
+
+
+def _serve(caller: socket.socket, answer: Callable[..., RecordDict]) -> None:
+    header, content, state = _receive(caller)
+    context = Context(
+        run_id=0, node_id=0, node_config=header["node"], state=state, run_config=header["run"]
+    )
+    if header["code"] != code_sha256():
+        error = (
+            "the trainer runs other code than the app that was sent; restart it with that version"
+        )
+    elif header["kind"] not in ANSWERS:
+        error = f"{header['kind']}: the trainer answers {', '.join(ANSWERS)}"
+    else:
+        try:
+            reply = answer(header["kind"], content, context)
+        except Exception as failure:  # as Flower has it: a failed client is a reply
+            error = f"{type(failure).__name__}: {failure}"
+        else:
+            return _send(caller, {}, reply, context.state)
+    return _send(caller, {"error": error}, RecordDict(), RecordDict())
+
+
+def _send(
+    connection: socket.socket, header: Mapping[str, Any], content: RecordDict, state: RecordDict
+) -> None:
+    parts = [json.dumps(header).encode()]
+    parts += [recorddict_to_proto(records).SerializeToString() for records in (content, state)]
+    connection.sendall(LENGTHS.pack(*map(len, parts)))
+    for part in parts:
+        connection.sendall(part)
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict, RecordDict]:
+    lengths = LENGTHS.unpack(_read(connection, LENGTHS.size))
+    header, *records = (_read(connection, length) for length in lengths)
+    content, state = (
+        recorddict_from_proto(ProtoRecordDict.FromString(bytes(data))) for data in records
+    )
+    return json.loads(header), content, state
+
+
+def _read(connection: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view, start = memoryview(data), 0
+    while start < length:
+        count = connection.recv_into(view[start:])
+        if not count:
+            raise EOFError
+        start += count
+    return data
+
+
+if __name__ == "__main__":  # of a node, which it does not outlive
+    node = os.getppid()
+    with suppress(KeyboardInterrupt):
+        run(sys.argv[1], wanted=lambda: os.getppid() == node)

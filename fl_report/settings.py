@@ -1,0 +1,85 @@
+"""The settings behind runs: what differs from the defaults, what differs between runs, and the
+command that repeats one."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fl_common.config import Scalar
+    from fl_report.compare import Run
+
+PLACE = ("run.name", "run.output-dir", "run.resume")
+"""Where results went: no part of what was run, and a folder that exists is not written again."""
+DATA = ("data.source", "data.partition", "eval.on")
+"""Settings that runs must share for their accuracies to be of the same data."""
+
+
+def shown(value: Scalar) -> str:
+    """As on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def meanings() -> dict[str, str]:
+    """Every key's help text."""
+    from fl_common.config import fields, meaning
+
+    return {key: meaning(field) for key, field in fields()}
+
+
+def changed(config: Mapping[str, Scalar]) -> dict[str, tuple[Scalar, Scalar | None]]:
+    """Settings that are not this version's defaults, with the default; None where this version
+    has no such key."""
+    from fl_common.config import resolve
+
+    known = resolve({}).flat()
+    return {
+        key: (value, known.get(key))
+        for key, value in config.items()
+        if key not in PLACE and (key not in known or known[key] != value)
+    }
+
+
+def command(config: Mapping[str, Scalar]) -> str:
+    """One line for a shell, with results in a new folder."""
+    words = [f"{key}={shown(value)}" for key, (value, _) in changed(config).items()]
+    return shlex.join(["flatfed", "run", *words])
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Scalar | None]]:
+    """Settings that are not the same in all runs: a value per run, None where it has none."""
+    known = [run for run in runs if run.config]
+    keys = dict.fromkeys(key for run in known for key in run.config if key not in PLACE)
+    return {
+        key: [run.config.get(key) for run in runs]
+        for key in keys
+        if len({run.config.get(key) for run in known}) > 1
+    }
+
+
+def different_data(runs: Sequence[Run]) -> str | None:
+    """Why these runs cannot be compared, as one line; None if they can."""
+    first: dict[str, tuple[Any, str]] = {}
+    for run in runs:
+        for what, value in _data(run).items():
+            before, label = first.setdefault(what, (value, run.label))
+            if value != before:
+                return (
+                    f"runs of different data: {what} is {before} in {label} and {value} in "
+                    f"{run.label}; give runs of the same data"
+                )
+    return None
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """What tells data sets apart."""
+    keys = (*DATA, *(["eval.holdout"] if run.config.get("eval.on") != "server" else []))
+    found = {key: run.config[key] for key in keys if key in run.config}
+    if run.clients:
+        found["the list of classes"] = ", ".join(map(str, run.clients["classes"]))
+        if run.config.get("eval.on") == "server":  # else some of each client's are held out
+            found["the number of training samples"] = sum(run.clients["samples"])
+    return found

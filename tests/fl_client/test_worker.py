@@ -1,0 +1,174 @@
+"""The resident trainer: real processes that talk over its socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, RecordDict
+from living import living, mark, wait_for
+
+from fl_client import app, worker
+from fl_common import assembly, wire
+from fl_common.config import resolve
+from fl_common.layout import concatenate, tensors_of
+
+SETTINGS = {"clients.number": 3, "train.device": "cpu"}
+COMMAND = [sys.executable, "-P", "-m", "fl_client.worker"]
+
+
+def context(path: Path, partition: int = 0, **settings) -> Context:
+    node = {"partition-id": partition, "num-partitions": 3, "worker-socket": str(path)}
+    return Context(1, 1, node, RecordDict(), {**SETTINGS, **settings})
+
+
+def to_train(**settings) -> RecordDict:
+    config = resolve({**SETTINGS, **settings})
+    data = assembly.load_data(config)
+    net = assembly.new_model(config, 10, data.shape, torch.device("cpu"))
+    model = {kind: concatenate(t.values()) for kind, t in tensors_of(net).items()}
+    asked = ConfigRecord({"server-round": 1, wire.SAMPLES: 1000})
+    return RecordDict({wire.ARRAYS: wire.pack(model), wire.CONFIG: asked})
+
+
+@pytest.fixture
+def trainer(tmp_path: Path):
+    """A worker's process and its socket."""
+    path = tmp_path / "trainer"
+    process = subprocess.Popen([*COMMAND, path])
+    assert wait_for(path.exists, 60)
+    yield process, path
+    process.kill()
+    process.wait()
+
+
+def test_it_answers_as_the_process_itself_would(trainer):
+    _, path = trainer
+    content = to_train()
+    mine, its = context(path), context(path)
+    for kind in ("query", "train", "train"):
+        asked = content if kind == "train" else RecordDict({wire.CONFIG: ConfigRecord({})})
+        here, there = app.answer(kind, asked, mine), worker.ask(str(path), kind, asked, its)
+        assert here.keys() == there.keys()
+        if kind == "train":
+            ours, theirs = wire.vectors(here), wire.vectors(there)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        else:
+            assert dict(here[wire.METRICS]) == dict(there[wire.METRICS])
+    app.release()
+
+
+def test_what_the_node_remembers_goes_there_and_back(trainer):
+    _, path = trainer
+    settings = {"strategy.name": "scaffold"}
+    content = to_train(**settings)
+    content[wire.ARRAYS]["c"] = content[wire.ARRAYS]["params"]
+    content[wire.CONFIG] = ConfigRecord(
+        {
+            **content[wire.CONFIG],
+            wire.EXPERIMENT: "e",
+            wire.MEMORY_ROUND: 0,
+            wire.CHECKPOINTS: [0],
+        }
+    )
+    its = context(path, **settings)
+    worker.ask(str(path), "train", content, its)
+    (record,) = its.state.values()
+    assert record["strategy.c"].numpy().any()
+
+
+def test_its_socket_is_its_users_alone(trainer):
+    mode = trainer[1].stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) == 0o600
+
+
+def test_a_failure_is_an_answer_and_the_trainer_goes_on(trainer):
+    process, path = trainer
+    with pytest.raises(worker.WorkerError, match="partition-id 7"):
+        worker.ask(str(path), "query", RecordDict(), context(path, partition=7))
+    with pytest.raises(worker.WorkerError, match="answers query, train, evaluate"):
+        worker.ask(str(path), "sing", RecordDict(), context(path))
+    worker.ask(str(path), "query", RecordDict(), context(path))
+    assert process.poll() is None
+
+
+def test_its_death_is_told_at_once(trainer):
+    process, path = trainer
+    content = to_train(**{"train.epochs": 10_000})
+    asked = context(path, **{"train.epochs": 10_000})
+    threading.Timer(1.0, process.kill).start()
+    started = time.monotonic()
+    with pytest.raises(worker.WorkerError, match="died while it had the message"):
+        worker.ask(str(path), "train", content, asked)
+    assert time.monotonic() - started < 20
+
+
+def test_other_code_is_refused(trainer, monkeypatch: pytest.MonkeyPatch):
+    _, path = trainer
+    monkeypatch.setattr(worker, "code_sha256", lambda: "0" * 64)
+    with pytest.raises(worker.WorkerError, match="other code"):
+        worker.ask(str(path), "query", RecordDict(), context(path))
+
+
+def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "nothing"
+    monkeypatch.setattr(worker, "CONNECT_S", 0.3)
+    with pytest.raises(worker.WorkerError, match=r"no trainer at .*flatfed worker"):
+        worker.ask(str(path), "query", RecordDict(), context(path))
+
+
+def test_a_dead_ones_socket_is_replaced_and_a_living_ones_is_not(trainer):
+    process, path = trainer
+    second = subprocess.run([*COMMAND, path], capture_output=True, text=True, timeout=60)
+    assert second.returncode != 0
+    assert "another trainer is there" in second.stderr
+    process.kill()
+    process.wait()
+    assert path.exists()
+    third = subprocess.Popen([*COMMAND, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert "trainer ready" in third.stdout.readline()
+        worker.ask(str(path), "query", RecordDict(), context(path))
+        third.send_signal(signal.SIGTERM)
+        assert third.wait(20) == 0
+        assert not path.exists()
+    finally:
+        third.kill()
+        third.wait()
+
+
+def test_the_process_that_asks_imports_no_torch(trainer, tmp_path: Path):
+    code = (
+        "import sys; from flwr.app import Context, RecordDict\n"
+        "from fl_client import app, worker\n"
+        "node = {'partition-id': 0, 'num-partitions': 3, 'worker-socket': sys.argv[1]}\n"
+        "asked = Context(1, 1, node, RecordDict(), {'clients.number': 3})\n"
+        "reply = worker.ask(sys.argv[1], 'query', RecordDict(), asked)\n"
+        "assert reply['metrics']['partition-id'] == 0\n"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, trainer[1]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_it_ends_with_its_node(tmp_path: Path):
+    env, path = mark(), tmp_path / "trainer"
+    code = (
+        "import pathlib, subprocess, sys, time; subprocess.Popen(sys.argv[1:])\n"
+        "while not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.1)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, *COMMAND, path], env={**os.environ, **env}, timeout=60
+    )
+    assert wait_for(lambda: not living(env), 20)
