@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fl_report.plots import comparison
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from rich.table import Table
@@ -31,6 +31,11 @@ class Run:
     label: str
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    """Every setting; empty where the run failed because of them."""
+    clients: dict[str, Any] = field(default_factory=dict)
+    """classes (C,), samples (N,) and label_counts (N, C); empty before the roll call."""
+    folder: Path | None = None
 
     def series(self, model: str) -> tuple[list[int], list[float]]:
         """Rounds and accuracies of one of the evaluated models."""
@@ -53,21 +58,40 @@ def read(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         try:
             summary = json.loads((folder / "summary.json").read_text())
-            config = json.loads((folder / "config.json").read_text())
-            rows = [json.loads(line) for line in (folder / "history.jsonl").open()]
-            label = "+".join(filter(None, (config["strategy.name"], config["regularizers"])))
-        except (OSError, ValueError, KeyError) as error:
+            config = _optional(folder / "config.json")
+            clients = _optional(folder / "clients.json")
+            rows = _rows(folder / "history.jsonl")
+        except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: holds no run ({error})") from None
-        runs.append(Run(label, summary, rows))
-    labels = [run.label for run in runs]
-    return [
-        Run(folder.name, run.summary, run.rows) if labels.count(run.label) > 1 else run
-        for folder, run in zip(folders, runs, strict=True)
-    ]
+        label = method_of(config) or folder.resolve().name
+        runs.append(Run(label, summary, rows, config, clients, folder))
+    for other_name in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):
+        labels = [run.label for run in runs]
+        runs = [
+            replace(run, label=other_name(run)) if labels.count(run.label) > 1 else run
+            for run in runs
+        ]
+    return runs
 
 
-def table(runs: Sequence[Run]) -> Table:
-    """Accuracy, last and best, of every model that was evaluated; rounds, bytes and time."""
+def method_of(config: Mapping[str, Any]) -> str:
+    """Strategy and regularizers."""
+    return "+".join(filter(None, (config.get("strategy.name"), config.get("regularizers"))))
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """None before the first round; a last line that a crash cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> Table:
+    """Accuracy, last and best, of every model that was evaluated; rounds, bytes and time; and
+    `more` columns, a cell per run."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -75,16 +99,24 @@ def table(runs: Sequence[Run]) -> Table:
         box=SIMPLE, pad_edge=False, caption="accuracy: last (best); MB: 10^6 bytes up / down"
     )
     models = [m for m in SERIES if any(run.series(m)[0] for run in runs)]
-    for column in ("run", "rounds", *models, "MB", "CPU s"):
+    more = more or {}
+    for column in ("run", "rounds", *models, "MB", "CPU s", *more):
         made.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
-    for run in runs:
+    for i, run in enumerate(runs):
         accuracies = [run.series(m)[1] for m in models]
         cells = [f"{found[-1]:.3f} ({max(found):.3f})" if found else "" for found in accuracies]
         up, down = (
             sum(row.get(key, 0) for row in run.rows) / 1e6 for key in ("bytes_up", "bytes_down")
         )
         cpu = f"{run.summary['cpu_s']:.0f}" if "cpu_s" in run.summary else ""
-        made.add_row(run.label, str(len(run.rows)), *cells, f"{up:.1f} / {down:.1f}", cpu)
+        made.add_row(
+            run.label,
+            str(len(run.rows)),
+            *cells,
+            f"{up:.1f} / {down:.1f}",
+            cpu,
+            *(cells_of[i] for cells_of in more.values()),
+        )
     return made
 
 

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from fl_report.series import Axis
 
 UNITS = {"rounds": "round", "bytes": "MB sent, up and down", "seconds": "seconds"}
-LISTED = 200
-"""Refusals that are listed; the history has all."""
+SHOWN, LISTED = 20, 200
+"""Refusals that are in sight, and that are listed at all; the history has all."""
 MEASURED = {
     "lambda_max": "largest eigenvalue",
     "trace": "trace of the Hessian",
@@ -94,7 +94,7 @@ def _drawn(
     axis: Axis = "rounds",
     percent: bool = True,
 ) -> list[Markup]:
-    """One picture of those lines that have points; none if no line has.
+    """One picture of those lines that have points; none if no line has two.
 
     axis: of x, in rounds, bytes or seconds.  percent: y are shares.
     """
@@ -106,7 +106,7 @@ def _drawn(
         for label, (x, y) in lines.items()
         if x
     }
-    if not lines:
+    if not any(len(x) > 1 for x, _ in lines.values()):
         return []
     told = "; ".join(
         f"{label}: {y[0]:.4g} at {x[0]:.4g} to {y[-1]:.4g} at {x[-1]:.4g}, lowest {min(y):.4g}, "
@@ -260,12 +260,13 @@ def participation(runs: Sequence[Run], pictures: Pictures) -> Markup:
     kinds = ", ".join(f"{count} {what}" for what, count in counts.items())
     parts.append(element("h3", f"Failures and rejected updates: {kinds}"))
     rows = [
-        [label, number(r.round), number(r.client), r.what, r.reason] for label, r in listed[:LISTED]
+        [number(r.round), *[label] * (len(runs) > 1), number(r.client), r.what, r.reason]
+        for label, r in listed[:LISTED]
     ]
-    parts.append(table(["run", "round", "client", "what", "reason"], rows))
-    if len(listed) > LISTED:
-        told = f"The first {LISTED} of {len(listed)}; history.jsonl has all."
-        parts.append(element("p", told))
+    head = ["round", *["run"] * (len(runs) > 1), "client", "what", "reason"]
+    whole = table(head, rows)
+    more = f"The first {LISTED}; history.jsonl has all" if len(listed) > LISTED else "All"
+    parts.append(folded(f"{more} {len(listed)}", whole) if len(listed) > SHOWN else whole)
     return section("Participation", *parts)
 
 

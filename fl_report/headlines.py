@@ -149,9 +149,9 @@ def _named(i: int, run: Run) -> Markup:
 
 
 def _other_name(run: Run) -> str:
-    """Its folder's name, or its method where it is called by its folder already."""
-    folder = run.folder.resolve().name
-    return folder if run.label != folder else method_of(run.config)
+    """Its method where it is called by its folder, else its folder's name; empty if the same."""
+    folder, method = run.folder.resolve().name, method_of(run.config)
+    return "" if folder == method else folder if run.label == method else method
 
 
 def target(runs: Sequence[Run], aim: float | None, given: bool) -> Markup:

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
+BLUE, ORANGE, GREY, RED = "#1f6feb", "#d9730d", "#8c959f", "#b31d28"
+COLOURS = (BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#0a7f86", "#9a6700", "#57606a")
+"""Of runs, in their order; from the ninth on they come again, dashed."""
+LONGEST = 40
+"""Characters of a name in a picture."""
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
@@ -29,6 +33,13 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def name_of(label: str) -> str:
+    """A label as it is: not as a formula ($), not hidden (a leading underscore), not endless."""
+    tail = LONGEST // 2  # names and paths that begin alike differ at their ends
+    short = label if len(label) <= LONGEST else f"{label[: LONGEST - tail - 1]}…{label[-tail:]}"
+    return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -66,11 +77,75 @@ def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
     figure, axes = _figure(4.6 * len(panels), 3.6, columns=len(panels))
     for panel, ((title, over), runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for label, (x, accuracies) in runs.items():
-            panel.plot(x, [100 * a for a in accuracies], label=label, marker="o", ms=2.5)
+            panel.plot(x, [100 * a for a in accuracies], label=name_of(label), marker="o", ms=2.5)
         panel.set(xlabel=over, ylabel="test accuracy [%]", title=title)
         _plain(panel)
         panel.xaxis.get_major_locator().set_params(integer=over == "round")
         panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def lines(series: Lines, over: str, what: str, path: Path) -> None:
+    """One panel, small enough for a phone: a line per label."""
+    figure, axes = _figure(4.4, 3.1)
+    for i, (label, (x, y)) in enumerate(series.items()):
+        again, place = divmod(i, len(COLOURS))
+        axes.plot(
+            x, y, label=name_of(label), color=COLOURS[place], linestyle="--" if again else "-",
+            linewidth=1.4, marker="o" if len(x) < 25 else None, ms=3,
+        )  # fmt: skip
+    axes.set(xlabel=over, ylabel=what)
+    _plain(axes)
+    axes.xaxis.get_major_locator().set_params(integer=over == "round")
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def sorted_bars(values: Mapping[str, float], marked: int, what: str, path: Path) -> None:
+    """A bar per client, lowest first; the first `marked` in another colour."""
+    figure, axes = _figure(4.4, 3.1)
+    names = sorted(values, key=lambda name: (values[name], int(name)))
+    few = len(names) <= 25
+    heights, width = [values[name] for name in names], 0.85 if few else 1
+    colours = [ORANGE if i < marked else BLUE for i in range(len(names))]
+    axes.bar(range(len(names)), heights, color=colours, width=width)
+    axes.set_xticks(range(len(names)) if few else [], names if few else [], fontsize=8)
+    axes.set(xlabel="client, lowest first", ylabel=what)
+    _plain(axes)
+    figure.savefig(path, dpi=150)
+
+
+def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None:
+    """Who took part when: a row per client, a column per round.
+
+    states: (clients, rounds) of 0 not drawn, 1 answered, 2 no answer, 3 rejected.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    clients = len(states)
+    figure, axes = _figure(9, min(1.3 + 0.14 * clients, 6))
+    edges = (rounds[0] - 0.5, rounds[-1] + 0.5, clients - 0.5, -0.5)
+    pale = ListedColormap(["#eaeef2", "#7fb0f5"])
+    axes.imshow(
+        states > 0, cmap=pale, vmin=0, vmax=1, aspect="auto", extent=edges, interpolation="nearest"
+    )
+    # Points, so that one among thousands is seen.
+    for state, colour, marker, label in ((2, ORANGE, "x", "no answer"), (3, RED, "s", "rejected")):
+        who, when = np.nonzero(states == state)
+        if len(who):
+            places = [rounds[t] for t in when]
+            axes.scatter(places, who, color=colour, marker=marker, s=16, label=label, zorder=2)
+    if (states > 1).any():
+        axes.legend(
+            frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
+            borderaxespad=0.2,
+        )  # fmt: skip
+    axes.set(xlabel="round", ylabel="client", xlim=edges[:2], ylim=edges[2:])
+    axes.spines[:].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=130)
 
 
@@ -85,7 +160,7 @@ def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) 
             panel.plot(range(start, start + len(norms)), norms, color=BLUE, linewidth=0.8)
             start += len(norms)
             panel.axvline(start - 0.5, color=GREY, linewidth=0.5, linestyle=":")
-        panel.set(ylabel="gradient norm", title=label, yscale="log")
+        panel.set(ylabel="gradient norm", title=name_of(label), yscale="log")
         _plain(panel)
     panes[-1].set(xlabel="local step")
     figure.savefig(path, dpi=130)
@@ -99,21 +174,21 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
     table = np.asarray(counts[:100])
     figure, axes = _figure(min(4 + 0.22 * len(table), 14), 3.6)
     from matplotlib import colormaps
+    from matplotlib.collections import PolyCollection
 
-    colours = colormaps["tab10" if table.shape[1] <= 10 else "viridis"]
-    positions, bottom = np.arange(len(table)), np.zeros(len(table))
     few = table.shape[1] <= 10
+    colours = colormaps["tab10" if few else "viridis"]
+    left, bottom = np.arange(len(table)) - 0.425, np.zeros(len(table))
     for label in range(table.shape[1]):
+        top = bottom + table[:, label]
+        # One collection a class: with 100 classes, a patch a bar takes seconds.
+        corners = [(left, bottom), (left + 0.85, bottom), (left + 0.85, top), (left, top)]
+        bars = np.moveaxis(np.array(corners), 2, 0)  # (clients, corners, x and y)
         colour = colours(label if few else label / (table.shape[1] - 1))
-        axes.bar(
-            positions,
-            table[:, label],
-            bottom=bottom,
-            color=colour,
-            width=0.85,
-            label=classes[label] if few else None,
-        )
-        bottom += table[:, label]
+        name = name_of(str(classes[label])) if few else None
+        axes.add_collection(PolyCollection(bars, facecolors=[colour], label=name))
+        bottom = top
+    axes.set(xlim=(-0.7, len(table) - 0.3), ylim=(0, max(1.05 * bottom.max(), 1)))
     shown = f", the first {len(table)} of {len(counts)}" if len(counts) > len(table) else ""
     axes.set(xlabel=f"client{shown}", ylabel="training samples", title="Labels over clients")
     axes.xaxis.get_major_locator().set_params(integer=True)

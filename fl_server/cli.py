@@ -94,6 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     norms.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it, step by step")
     norms.set_defaults(function=_grad_norm)
+    report = commands.add_parser(
+        "report", parents=[of_runs], help="one HTML page of a run, or of several side by side"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="where (default: report.html "
+        "in the run's folder, or here for several)")  # fmt: skip
+    report.add_argument("--target", type=float, metavar="ACCURACY", help="tell the rounds, bytes "
+        "and seconds to it, 0-1 (default: 90 %% of the best)")  # fmt: skip
+    report.add_argument("--anyway", action="store_true", help="runs of different data too")
+    report.set_defaults(function=_report)
     _add_flatness_command(commands, of_runs)
     config = commands.add_parser(
         "config", parents=[settings], help="print all settings with their meaning, as TOML"
@@ -296,6 +305,20 @@ def _compare(args: argparse.Namespace) -> int:
     from fl_report import compare
 
     return _show_runs(args, compare)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fl_report import compare, page
+
+    folders = _folders(args)
+    out = args.out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    try:
+        page.write(folders, out, args.target, anyway=args.anyway)
+        _print(page.summary_table(compare.read(folders), args.target))
+    except (OSError, ValueError) as error:
+        return _complain([str(error)])
+    print(f"report: {out}")
+    return OK
 
 
 def _grad_norm(args: argparse.Namespace) -> int:

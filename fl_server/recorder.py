@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fl_server.roster import Member
 
 CONFIG, CLIENTS, HISTORY = "config.json", "clients.json", "history.jsonl"
+REPORT = "report.html"
 SUMMARY, MODEL = "summary.json", "model.safetensors"
 
 
@@ -290,6 +291,7 @@ class Recorder:
 
     def _draw(self) -> None:
         """The pictures, last: matplotlib is not in memory while rounds run."""
+        from fl_report import page
         from fl_report.plots import curves, label_distribution
 
         if self.rows:
@@ -297,6 +299,10 @@ class Recorder:
         if self.labels:
             counts, classes = self.labels["label_counts"], self.labels["classes"]
             label_distribution(counts, classes, self.folder / "clients.png")
+        try:
+            page.write([self.folder], self.folder / REPORT)
+        except (OSError, ValueError) as error:  # a run is no worse for its page
+            print(f"{REPORT}: {error}", flush=True)
 
 
 def _versions() -> dict[str, str]:

@@ -781,3 +781,9 @@ assert "matplotlib" in sys.modules
 sys.exit(code)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_every_run_leaves_its_page(plain):
+    text = (plain / "report.html").read_text()
+    assert sha(plain) in text
+    assert list((plain / "report").glob("*.png"))

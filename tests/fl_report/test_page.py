@@ -1,0 +1,452 @@
+"""The report: its numbers are those of the results folders, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fl_client.app import release
+from fl_common.config import from_text, resolve
+from fl_report import figures, headlines
+from fl_report.compare import Run, read
+from fl_report.markup import Pictures
+from fl_report.page import summary_table, write
+from fl_report.series import curve, local_gain, reached, states_of
+from fl_report.settings import command
+from fl_server.cli import main
+
+CONFIG = {**resolve({}).flat(), "run.name": "one", "run.output-dir": "/there", "run.rounds": 3}
+CLIENTS = {"classes": ["a", "b"], "samples": [5, 3], "label_counts": [[5, 0], [1, 2]]}
+EVIL = "<script>alert('$x_{$')</script>"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Headings' tables as text, and every exact number; all tags must close."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.title, self.words = "", []
+        self.tables: dict[str, list[list[str]]] = {}
+        """Rows of cells below each heading."""
+        self.values: dict[str, list[list[float | None]]] = {}
+        """The same cells as numbers, where they are."""
+        self.boxes: dict[str, str] = {}
+        self.exact: dict[str, float] = {}
+        """Headline numbers by name: as shown, and with all digits."""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("h2", "dt"):
+            self.title = ""
+        elif tag == "tr":
+            self.tables.setdefault(self.title, []).append([])
+            self.values.setdefault(self.title, []).append([])
+        elif tag in ("th", "td"):
+            self.tables[self.title][-1].append("")
+            self.values[self.title][-1].append(None)
+        elif tag == "data":
+            value = float(dict(attrs)["value"])
+            if "td" in self.open or "th" in self.open:
+                self.values[self.title][-1][-1] = value
+            else:
+                self.exact[self.title] = value
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+        if {"h2", "dt"} & {*self.open}:
+            self.title += data
+        elif "dd" in self.open:
+            self.boxes[self.title] = self.boxes.get(self.title, "") + data
+        elif {"th", "td"} & {*self.open}:
+            self.tables[self.title][-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def row(server_round: int, accuracy: float | None = None, **more: Any) -> dict[str, Any]:
+    """10 bytes up, 20 down, `server_round` seconds; client 0 answers of 0 and 1."""
+    found = {
+        "round": server_round, "cohort": [0], "replies": [0], "failed": {}, "rejected": {},
+        "bytes_up": 10, "bytes_down": 20, "client_cpu_s": 0.1, "client_loss": 0.5,
+        "seconds": float(server_round),
+    }  # fmt: skip
+    return found | ({} if accuracy is None else {"accuracy": accuracy, "loss": 1.0}) | more
+
+
+def folder_of(
+    folder: Path, rows: list[dict[str, Any]], config: Any = CONFIG, clients: Any = CLIENTS,
+    **summary: Any,
+) -> Path:  # fmt: skip
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"status": "completed", **summary}))
+    for name, content in (("config.json", config), ("clients.json", clients)):
+        if content:
+            (folder / name).write_text(json.dumps(content))
+    if rows:
+        (folder / "history.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def run_of(*rows: dict[str, Any], label: str = "x") -> Run:
+    return Run(label, {"status": "completed"}, list(rows), CONFIG, CLIENTS, Path("nowhere"))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run that records most of what there is."""
+    base = tmp_path_factory.mktemp("real")
+    settings = (
+        "run.name=real", f"run.output-dir={base}", "run.pictures=false", "run.rounds=3",
+        "clients.number=4", "clients.per-round=2", "train.device=cpu", "strategy.name=scaffold",
+        "regularizers=man", "eval.every=2", "eval.on=both", "eval.models=cloud,sel",
+        "eval.grad-norm=true", "flatness.every=2", "flatness.samples=32", "flatness.tolerance=0.1",
+    )  # fmt: skip
+    assert main(["run", *settings]) == 0
+    release()
+    return base / "real"
+
+
+@pytest.fixture(scope="module")
+def report(real: Path) -> Path:
+    return write([real], real.parent / "report.html")
+
+
+def test_the_numbers_are_those_of_the_run(real: Path, report: Path):
+    page, summary = Page(report.read_text()), json.loads((real / "summary.json").read_text())
+    history = [json.loads(line) for line in (real / "history.jsonl").open()]
+    named = {
+        "accuracy": "accuracy", "best accuracy": "best_accuracy", "loss": "loss",
+        "rounds": "rounds", "up": "bytes_up", "down": "bytes_down", "time": "wall_s",
+        "processor time": "cpu_s", "clients": "clients",
+    }  # fmt: skip
+    assert {name: page.exact[name] for name in named} == {
+        name: summary[key] for name, key in named.items()
+    }
+    assert page.boxes["accuracy"] == f"{summary['accuracy']:.4f}round 3"
+    assert page.boxes["model_sha256"] == summary["model_sha256"]
+    assert "scaffold+man on digits completed" in page.text.replace(f"{real} ", "")
+    keys = ("round", "accuracy", "loss", "client_loss", None, "bytes_up", "bytes_down", "seconds")
+    head, *shown = page.values["Accuracy and loss"]
+    assert len(head) == len(keys)
+    for line, told in zip(shown, history, strict=True):
+        for value, key in zip(line, keys, strict=True):
+            assert key is None or value == told.get(key)
+    assert [line[4] for line in page.tables["Accuracy and loss"][1:]] == ["2 of 2"] * 3
+    last = history[-1]
+    assert [line[1] for line in page.values["Accuracy on the clients"][1:]] == [
+        last["client_accuracy_mean"], last["client_accuracy_worst_decile"],
+        min(last["client_accuracy"].values()), max(last["client_accuracy"].values()),
+    ]  # fmt: skip
+    assert page.values["Flatness"][-1][1:] == [3, abs(last["lambda_max"]) * (
+        last["lambda_max_residual"]), last["trace_error"]]  # fmt: skip
+    assert page.tables["Gradient norms"][1][0] == "all"
+    assert page.tables["Gradient norms"][1][1].endswith(" (2)")  # aggregations between 3 rounds
+    drawn = [sum(k in told["cohort"] for told in history) for k in range(4)]
+    assert [line[2] for line in page.values["Participation"][1:]] == drawn
+
+
+def test_the_page_needs_nothing_but_itself(report: Path):
+    page = Page(report.read_text())
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert not {"href", "srcset"} & names and not [n for n in names if n.startswith("on")]
+    assert not re.search(r"url\(|@import", report.read_text())
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    beside = {path.read_bytes() for path in (report.parent / "report").iterdir()}
+    inside = [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for a in images]
+    assert {*inside} == beside
+    # accuracy and loss over three axes, labels, clients (2), drift, strip, norms, flatness (2)
+    assert len(inside) == 14
+    assert all(len(attributes["alt"]) > 40 for attributes in images)
+    for png in inside:
+        assert np.asarray(Image.open(BytesIO(png)).convert("L")).std() > 5
+
+
+def test_the_command_makes_the_same_settings(tmp_path: Path):
+    place = tmp_path / "it's $HOME"
+    place.mkdir()
+    values = CONFIG | {
+        "train.lr": 1e-7, "train.nesterov": True, "train.momentum": 0.9, 
+        "data.cache-dir": str(place), "server.ledger": False, "strategy.name": "feddyn",
+    }  # fmt: skip
+    program, what, *words = shlex.split(command(values))
+    assert (program, what) == ("flatfed", "run")
+    again = resolve(from_text(dict(word.split("=", 1) for word in words))).flat()
+    assert again == values | {"run.name": "", "run.output-dir": ""}
+    page = Page(headlines.commands([Run("x", {}, [], values, {}, tmp_path)]))
+    assert page.text.endswith(command(values))
+
+
+def test_the_target_by_hand():
+    run = run_of(row(1), row(2, 0.5), row(3) | {"accuracy": None}, row(4, 0.8), row(5, 0.7))
+    assert reached(run, 0.5).round == 2
+    found = reached(run, 0.6)  # 4 rounds of 30 bytes; 1 + 2 + 3 + 4 seconds
+    assert (found.round, found.bytes, found.seconds) == (4, 120, 10.0)
+    assert reached(run, 0.81) is None
+    assert curve(run, "accuracy", "bytes") == ([60, 120, 150], [0.5, 0.8, 0.7])
+    assert curve(run, "accuracy", "seconds")[0] == [3, 10, 15]
+    low = run_of(row(1, 0.3), label="low")
+    page = Page(headlines.target([run, low], 0.6, given=True))
+    assert page.values["To a target accuracy"][1][1:] == [4, 120, 10.0]
+    assert page.tables["To a target accuracy"][2][1] == "not reached; best 0.3000"
+
+
+def test_without_a_target_it_is_a_share_of_the_best(tmp_path: Path):
+    one = folder_of(tmp_path / "one", [row(1, 0.71), row(2, 0.73), row(3, 0.8)])
+    printed = [str(column.header) for column in summary_table(read([one])).columns]
+    assert printed[-2:] == ["rounds to 0.720", "MB to it"]  # 0.9 * 0.8
+    cells = [list(column.cells) for column in summary_table(read([one])).columns]
+    assert cells[-2:] == [["2"], ["0.0"]]
+    assert list(summary_table(read([one]), 0.9).columns[-2].cells) == ["never"]
+
+
+def test_who_took_part_by_hand(tmp_path: Path):
+    run = run_of(
+        row(1, cohort=[0, 1], failed={"1": f"gone {EVIL}"}),
+        row(2, cohort=[1], replies=[], rejected={"1": "NaN"}, client_loss=None),
+        row(3, 0.5, evaluation_failed={"0": "late"}),
+    )
+    assert states_of(run).tolist() == [[1, 0, 1], [2, 3, 0]]
+    page = Page(figures.participation([run], Pictures(tmp_path / "pictures")))
+    each, listed = page.tables["Participation"][:3], page.tables["Participation"][4:]
+    assert each[1:] == [["0", "5", "2", "2", "0", "0"], ["1", "3", "2", "0", "1", "1"]]
+    assert listed == [
+        ["1", "1", "no answer", f"gone {EVIL}"],
+        ["2", "1", "rejected", "NaN"],
+        ["3", "0", "evaluation", "late"],
+    ]
+    strip = np.asarray(Image.open(tmp_path / "pictures" / "participation.png").convert("RGB"))
+    for colour in ((0xD9, 0x73, 0x0D), (0xB3, 0x1D, 0x28)):  # no answer, rejected
+        assert (strip == colour).all(-1).any()
+
+
+def test_drift_by_hand(tmp_path: Path):
+    own = {"client_accuracy_before": {"0": 0.2, "1": 0.4}, "client_accuracy_after": {"0": 0.9}}
+    run = run_of(row(1, 0.5, **own), row(2, client_loss=0.1))
+    assert local_gain(run) == [(1, pytest.approx(0.3), 0.9)]
+    page = Page(figures.drift([run], Pictures(tmp_path / "pictures")))
+    assert page.tables["Client drift"][1][1:] == [
+        "0.5000", "1.0000", "+0.5000", "0.3000", "0.9000", "+0.6000"
+    ]  # fmt: skip
+
+
+def test_what_comes_from_outside_is_text(tmp_path: Path):
+    classes = {"classes": [EVIL, "_hidden"], "samples": [3], "label_counts": [[1, 2]]}
+    config = CONFIG | {"data.source": EVIL, "old.key": EVIL, "strategy.name": EVIL}
+    rows = [row(1, 0.5, rejected={"0": "<img src=x onerror=alert(1)>"}, replies=[])]
+    folder = folder_of(
+        tmp_path / "<b>one", rows, config, classes, error=EVIL, status="failed", model_sha256=EVIL
+    )
+    page = Page(write([folder], tmp_path / "out" / "page.html").read_text())
+    assert "script" not in {tag for tag, _ in page.tags} and "b" not in {
+        tag for tag, _ in page.tags
+    }
+    assert not [a for tag, a in page.tags if tag == "img" and "onerror" in a]
+    assert page.text.count(EVIL) >= 6
+    assert page.tables["Participation"][-1][-1:] == ["<img src=x onerror=alert(1)>"]
+    assert (tmp_path / "out" / "page" / "labels.png").exists()
+
+
+@pytest.mark.parametrize("end", ["refused", "before round 1", "killed", "one failed round"])
+def test_runs_that_ended_early(end: str, tmp_path: Path):
+    folder = tmp_path / "one"
+    if end == "refused":  # before the settings were written
+        folder_of(folder, [], None, None, status="failed", error="no <such> key", rounds=0)
+        told = "one /F failed: no <such> key accuracy—never evaluated"
+    elif end == "before round 1":
+        folder_of(folder, [], status="failed", error="roll call: nobody")
+        told = "fedavg on digits /F failed: roll call: nobody accuracy—never evaluated"
+    elif end == "killed":  # in the middle of the second row
+        folder_of(folder, [row(1, 0.5)], status="running")
+        with (folder / "history.jsonl").open("a") as file:
+            file.write('{"round": 2, "coh')
+        told = "/F running: it goes on, or was killed without a word accuracy0.5000round 1"
+    else:
+        failed = row(1, replies=[], client_loss=None) | {"accuracy": None, "loss": None}
+        folder_of(folder, [failed], status="failed", error="interrupted")
+        told = "/F failed: interrupted accuracy—never evaluated"
+    (folder / "checkpoints").mkdir()
+    page = Page(write([folder], tmp_path / "page.html", 0.5).read_text())
+    assert told.replace("/F", str(folder)) in page.text
+    assert page.exact["rounds"] == (end not in ("refused", "before round 1"))
+    assert (f"flatfed resume {folder}" in page.text) == (end != "refused")
+    assert len(list(summary_table(read([folder])).columns[-1].cells)) == 1
+
+
+def test_many_runs(tmp_path: Path):
+    other = CONFIG | {"train.lr": 0.5, "strategy.name": "feddyn", "run.name": "two"}
+    flat = {"lambda_max": 4.0, "lambda_max_residual": 0.01, "trace": None}
+    one = folder_of(tmp_path / "one", [row(1, 0.5), row(2, 0.9, **flat)], model_sha256="ab" * 32)
+    two = folder_of(tmp_path / "two", [row(1, 0.6), row(2, 0.7)], other, wall_s=7.5)
+    afterwards = {"samples": 64, "lambda_max": 2.0, "match": {"paper": {"h_n": 3.5, "h_d": 0.1}}}
+    (two / "flatness.json").write_text(json.dumps(afterwards))
+    none = folder_of(tmp_path / "none", [], status="failed", error="broken")
+    page = Page(write([one, two, none], tmp_path / "page.html").read_text())
+    lines = page.values["Runs"][1:]
+    assert [line[1:7] for line in lines] == [
+        [0.9, 0.9, 1.0, 2, 20, 40], [0.7, 0.7, 1.0, 2, 20, 40], [None, None, None, 0, 0, 0]
+    ]  # fmt: skip
+    named = [line[0] for line in page.tables["Runs"]]
+    assert named == ["run", "\xa0onefedavg", "\xa0feddyntwo", "\xa0nonefedavg"]
+    assert page.tables["Runs"][3][-2] == "failed: broken"
+    assert [line[7] for line in lines] == [None, 7.5, None]
+    # 0.9 of 0.9 is 0.81
+    reach = [line[1] for line in page.tables["To a target accuracy"]]
+    assert reach == ["round", "2", "not reached; best 0.7000", "not reached; best —"]
+    differ = [[re.split("[a-z]* ", line[0])[0][:13], *line[1:]] for line in
+              page.tables["Settings that differ"]]  # fmt: skip
+    assert [line[1:] for line in differ] == [
+        ["one", "feddyn", "none"], ["0.1", "0.5", "0.1"], ["fedavg", "feddyn", "fedavg"]
+    ]  # fmt: skip
+    assert sum(tag == "mark" for tag, _ in page.tags) == 2
+    assert page.text.count("2 clients hold 8 training samples of 2 classes: 3 to 5") == 1
+    assert page.tables["Flatness"][1:] == [
+        ["one", "2", "4 ± 0.04", "—", "—"],
+        ["feddyn", "final model, 64 samples", "2", "3.5", "0.1"],
+    ]
+
+
+def test_runs_of_different_data(tmp_path: Path):
+    out = tmp_path / "page.html"
+    one = folder_of(tmp_path / "one", [row(1, 0.5)])
+    two = folder_of(tmp_path / "two", [row(1, 0.5)], CONFIG | {"data.source": "cifar10"})
+    more = folder_of(tmp_path / "more", [row(1, 0.5)], clients=CLIENTS | {"samples": [5, 4]})
+    said = "runs of different data: data.source is digits in one and cifar10 in two; give runs of"
+    with pytest.raises(ValueError, match=said):
+        write([one, two], out)
+    with pytest.raises(ValueError, match="training samples is 8 in one and 9 in more"):
+        write([one, more], out)
+    assert not out.exists()
+    assert "2 runs on digits and cifar10" in write([one, two], out, anyway=True).read_text()
+
+
+def test_wrong_arguments(tmp_path: Path):
+    one = folder_of(tmp_path / "one", [row(1, 0.5)])
+    with pytest.raises(ValueError, match="target = 90: an accuracy is above 0 and at most 1"):
+        write([one], tmp_path / "page.html", 90)
+    with pytest.raises(ValueError, match=r"give a name that ends in \.html"):
+        write([one], tmp_path / "page")
+    with pytest.raises(ValueError, match="given twice"):
+        write([one, tmp_path / "x" / ".." / "one"], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="holds no run"):
+        write([tmp_path], tmp_path / "page.html")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+class Browser:
+    """Headless Chromium, asked over a pipe; keeps what it tells beside its answers."""
+
+    def __init__(self, profile: Path) -> None:
+        listen, self.ask = os.pipe()
+        self.answers, speak = os.pipe()
+
+        def pipes() -> None:  # Chromium reads from 3 and writes to 4
+            for source, place in ((os.dup(listen), 3), (os.dup(speak), 4)):
+                os.dup2(source, place)
+
+        self.process = subprocess.Popen(
+            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+            preexec_fn=pipes, pass_fds=(3, 4), stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(listen), os.close(speak)
+        self.sent, self.rest, self.session = 0, b"", {}
+        self.events: list[dict[str, Any]] = []
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        attached = self("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self.rest:
+            read = os.read(self.answers, 1 << 20)
+            assert read, "Chromium has gone"
+            self.rest += read
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
+        self.sent += 1
+        message = {"id": self.sent, "method": method, "params": params, **self.session}
+        os.write(self.ask, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self.sent:
+            self.events.append(answer)
+        return answer["result"]
+
+    def show(self, path: Path, width: int) -> tuple[int, np.ndarray]:
+        """How wide the page is at this width of the screen, and its screenshot."""
+        metrics = {"deviceScaleFactor": 1, "mobile": width < 600}
+        self("Emulation.setDeviceMetricsOverride", width=width, height=800, **metrics)
+        self("Page.navigate", url=path.resolve().as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+        wide = self("Runtime.evaluate", expression="document.documentElement.scrollWidth")
+        png = base64.b64decode(self("Page.captureScreenshot")["data"])
+        return wide["result"]["value"], np.asarray(Image.open(BytesIO(png)).convert("L"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1200, 360])
+def test_in_a_browser(width: int, report: Path, tmp_path: Path):
+    browser = Browser(tmp_path / "profile")
+    try:
+        wide, screenshot = browser.show(report, width)
+        loaded = browser("Runtime.evaluate", returnByValue=True, expression=(
+            "[...document.images].filter(i => i.complete && i.naturalWidth > 400).length"
+        ))  # fmt: skip
+    finally:
+        browser.process.kill()
+        browser.process.wait()
+    told = [event["method"] for event in browser.events]
+    errors = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert not [method for method in told if method in errors]
+    asked = [e["params"]["request"]["url"] for e in browser.events
+             if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
+    assert [url for url in asked if not url.startswith("data:")] == [report.resolve().as_uri()]
+    assert wide <= width and screenshot.shape == (800, width)
+    assert screenshot.std() > 10 and (screenshot < 100).mean() > 0.005  # ink on it
+    assert loaded["result"]["value"] == 14
+
+
+def test_the_command(runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from fl_server.cli import main
+
+    one = runner("clients.number=2", "run.rounds=2").folder
+    two = runner("clients.number=2", "run.rounds=2", "train.lr=0.01").folder
+    out = tmp_path / "both.html"
+    assert main(["report", str(one), str(two), "--out", str(out), "--target", "0.2"]) == 0
+    assert "train.lr" in out.read_text()
+    assert str(out) in capsys.readouterr().out
+    assert main(["report", str(one)]) == 0
+    assert (one / "report.html").exists()
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "holds no run" in capsys.readouterr().err
