@@ -26,14 +26,18 @@ WHOLE = "all"
 
 
 def jumps(run: Run, group: str) -> list[float]:
-    """For every aggregation, the norm at the first step after it over that at the last step before
-    it; only where both rounds train the same groups, of which this is one."""
+    """For every aggregation, the mean norm in the first quarter of the local steps after it over
+    that in the last quarter before it (single steps are noisy, and an epoch's last batch is smaller);
+    only where both rounds train the same groups, of which this is one."""
     found = []
     for one, other in pairwise(row for row in run.rows if "grad_norm" in row):
         before, after = one["grad_norm"], other["grad_norm"]
         neighbours = one["round"] + 1 == other["round"] and before.keys() == after.keys()
-        if neighbours and group in before and before[group][-1] > 0:
-            found.append(after[group][0] / before[group][-1])
+        if neighbours and group in before:
+            steps = max(1, len(after[group]) // 4)
+            late, early = before[group][-steps:], after[group][:steps]
+            if sum(late) > 0:
+                found.append(sum(early) / len(early) / (sum(late) / len(late)))
     return found
 
 
@@ -65,8 +69,8 @@ def table(runs: Sequence[Run]) -> Table:
     made = Table(
         box=SIMPLE,
         pad_edge=False,
-        caption="gradient norm, first step after an aggregation / last step before: geometric mean "
-        "(aggregations)",
+        caption="gradient norm, first quarter of a round / last quarter of the one before: geometric "
+        "mean (aggregations)",
     )
     made.add_column("group", no_wrap=True)
     for part in parts:

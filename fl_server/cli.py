@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "grad-norm",
         parents=[of_runs],
         help="how the gradient's norm jumps when models are averaged",
-        description="For runs with eval.grad-norm=true: the norm of the local gradient at the "
-        "first step after an aggregation over that at the last step before it.",
+        description="For runs with eval.grad-norm=true: the norm of the local gradient in "
+        "the first quarter of a round over that in the last quarter of the one before.",
     )
     norms.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it, step by step")
     norms.set_defaults(function=_grad_norm)

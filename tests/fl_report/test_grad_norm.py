@@ -28,6 +28,9 @@ def test_jumps_by_hand():
     assert jumps(run, "b") == [2 / 3]
     full, some = split(run)
     assert (jumps(full, "all"), jumps(some, "all")) == ([2.0], [0.5])
+    # Of nine steps the first and last two, of which there are two in a quarter.
+    nine = [[1.0] * 7 + [2.0, 4.0], [6.0, 9.0] + [1.0] * 7]
+    assert jumps(rows(*({"all": norms} for norms in nine)), "all") == [7.5 / 3.0]
     # Full rounds of two cycles do not follow each other.
     assert jumps(split(rows(both, partial, both))[0], "all") == []
 
