@@ -27,8 +27,8 @@ WHOLE = "all"
 
 def jumps(run: Run, group: str) -> list[float]:
     """For every aggregation, the mean norm in the first quarter of the local steps after it over
-    that in the last quarter before it (single steps are noisy, and an epoch's last batch is smaller);
-    only where both rounds train the same groups, of which this is one."""
+    that in the last quarter before it; only where both rounds train the same groups, of which this is
+    one.  Not of single steps: they are noisy, and an epoch's last batch is smaller."""
     found = []
     for one, other in pairwise(row for row in run.rows if "grad_norm" in row):
         before, after = one["grad_norm"], other["grad_norm"]
@@ -69,8 +69,8 @@ def table(runs: Sequence[Run]) -> Table:
     made = Table(
         box=SIMPLE,
         pad_edge=False,
-        caption="gradient norm, first quarter of a round / last quarter of the one before: geometric "
-        "mean (aggregations)",
+        caption="gradient norm, first quarter of a round / last quarter of the one before: "
+        "geometric mean (aggregations)",
     )
     made.add_column("group", no_wrap=True)
     for part in parts:
