@@ -27,8 +27,8 @@ WHOLE = "all"
 
 def jumps(run: Run, group: str) -> list[float]:
     """For every aggregation, the mean norm in the first quarter of the local steps after it over
-    that in the last quarter before it; only where both rounds train the same groups, of which this is
-    one.  Not of single steps: they are noisy, and an epoch's last batch is smaller."""
+    that in the last quarter before it; only where both rounds train the same groups, of which this
+    is one.  Not of single steps: they are noisy, and an epoch's last batch is smaller."""
     found = []
     for one, other in pairwise(row for row in run.rows if "grad_norm" in row):
         before, after = one["grad_norm"], other["grad_norm"]
