@@ -79,8 +79,9 @@ def loss_plane(
     losses: ArrayLike,
     path: Path,
     names: tuple[str, str] = ("first direction", "second direction"),
+    label: str = "the model",
 ) -> None:
-    """Contours and surface of losses (m, n) at steps (n,) and second_steps (m,).
+    """Contours and surface of losses (m, n) at steps (n,) and second_steps (m,) around `label`.
 
     The highest losses, beyond eight times the range of the lower half, are cut off.
     """
@@ -96,7 +97,7 @@ def loss_plane(
         steps, second_steps, values, levels=levels, colors="white", linewidths=0.4, alpha=0.6
     )
     left.plot(0, 0, marker="o", ms=5, color=ORANGE, markeredgecolor="white")
-    left.set(xlabel=names[0], ylabel=names[1], title="Loss around the model")
+    left.set(xlabel=names[0], ylabel=names[1], title=f"Loss around {label}")
     figure.colorbar(filled, ax=left, label="loss")
     right.remove()
     surface = figure.add_subplot(1, 2, 2, projection="3d")
@@ -132,7 +133,8 @@ def over_rounds(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         _plain(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
     if len(runs) > 1:
-        left.legend(frameon=False, fontsize=8)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -115,7 +115,8 @@ def draw(runs: Sequence[Measured], folder: Path) -> list[Path]:
             steps, losses = (run.found["landscape"][key] for key in ("steps", "losses"))
             # What was not finite is None.
             values = [[float("inf") if a is None else a for a in row] for row in losses]
-            plots.loss_plane(steps, steps, values, place("landscape", run))
+            path = place("landscape", run)
+            plots.loss_plane(steps, steps, values, path, label=run.label)
         if "layers" in run.found:
             plots.layer_bars(run.found["layers"], place("layers", run))
     return made
