@@ -41,13 +41,6 @@ DIGITS_CNN_BYTES = DIGITS_CNN * 4 + 2 * (16 + 32) * 4 + 2 * 8
 SMALL = ["clients.number=4", "clients.per-round=2", "run.rounds=2"]
 
 
-@pytest.fixture
-def runner(runner):
-    """One that draws pictures too."""
-    runner.always = []
-    return runner
-
-
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out = {}
     for key, value in table.items():
@@ -116,6 +109,7 @@ def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
 
 def test_every_file_and_every_key(runner, capsys):
+    runner.always = []
     began, cpu = time.perf_counter(), time.process_time()
     done = runner("run.rounds=3", "clients.per-round=4", "regularizers=proximal", "run.seed=3")
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -169,6 +163,7 @@ def test_best_accuracy_is_the_maximum(runner):
 
 
 def test_config_holds_every_key_resolved(runner, capsys):
+    runner.always = []
     assert main(["config"]) == 0
     defaults = flat(tomllib.loads(capsys.readouterr().out))
     done = runner(*SMALL, "train.lr=0.05", "train.nesterov=true", "train.momentum=0.5")
@@ -191,6 +186,7 @@ def test_config_holds_every_key_resolved(runner, capsys):
 
 
 def test_a_run_repeats_from_its_config(runner):
+    runner.always = []
     first = runner(*SMALL, "train.momentum=0.5", "run.seed=11", "data.alpha=0.1")
     kept = flat(json.loads((first.folder / "config.json").read_text()))
     settings = [
@@ -259,6 +255,7 @@ def test_bytes_are_numel_times_itemsize_of_what_travels(runner, own_model, dtype
 
 
 def test_pictures_show_their_run(plain, runner):
+    runner.always = []
     other = runner(*SMALL, "train.epochs=3", "data.partition=iid").folder
     curves = [png(folder / "curves.png") for folder in (plain, other)]
     labels = [label_picture(folder) for folder in (plain, other)]
@@ -362,6 +359,7 @@ def test_a_cohort_of_all(runner, sampling: str, per_round: int):
 
 
 def test_evaluation_every_third_round_and_the_last(runner):
+    runner.always = []
     often = runner("clients.per-round=2", "run.rounds=7")
     rarely = runner("clients.per-round=2", "run.rounds=7", "eval.every=3")
     rows = rarely.history

@@ -182,7 +182,7 @@ def test_an_interrupted_run_is_stopped(two: Place, number: int, code: int):
     try:
         assert wait_for((two.folder / name / "history.jsonl").exists, 90)
         run.send_signal(number)
-        output, _ = run.communicate(timeout=60)
+        output, _ = run.communicate(timeout=180)
     finally:
         run.kill()
     assert run.returncode == code
@@ -291,6 +291,7 @@ def test_a_superlink_that_dies(tmp_path: Path):
         assert error.startswith("error: the run failed: the SuperLink does not answer")
 
 
+@pytest.mark.long
 def test_resident_trainers_give_the_same_bits(tmp_path: Path):
     """One of them dies between two runs and is started anew."""
     settings = ["clients.number=2", "run.rounds=3", "train.device=cpu", "strategy.name=scaffold"]

@@ -1,9 +1,24 @@
-"""Methods together, on Flower's simulation: the same bits as in one process."""
+"""Methods together, on Flower's simulation: the same bits as in one process.
+
+A run has a Ray session of its own; here all of them join one that the test starts.
+"""
 
 from __future__ import annotations
 
-import pytest
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
+import pytest
+from living import living, mark, wait_for
+
+from fl_common import processes
+from fl_server import flower_run
+
+RAY = Path(sys.executable).with_name("ray")
 CELLS = {
     "scaffold, man": ["strategy.name=scaffold", "regularizers=man"],
     "feddyn, fedalign": ["strategy.name=feddyn", "regularizers=fedalign", "model.name=cnn"],
@@ -20,9 +35,47 @@ CELLS = {
 }
 
 
+def listens(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+@pytest.fixture(scope="module")
+def session():
+    """The address of a Ray session that outlives the runs."""
+    env, port = mark(), processes.free_port()
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # for short socket paths
+        command = [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--node-ip-address=127.0.0.1",
+        ]
+        options = ["--num-cpus=2", "--include-dashboard=false", f"--temp-dir={folder}"]
+        with (Path(folder) / "log").open("w") as log:
+            head = subprocess.Popen(
+                [*command, *options, "--disable-usage-stats"],
+                env={**os.environ, **env},
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            assert wait_for(lambda: listens(address), 120)
+            yield address
+        finally:
+            head.terminate()
+            head.wait(60)
+            assert wait_for(lambda: not living(env), 60)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", CELLS)
-def test_a_cell_is_the_same_on_ray(name: str, runner):
+def test_a_cell_is_the_same_on_ray(name: str, runner, session, monkeypatch):
+    monkeypatch.setitem(flower_run.ENVIRONMENT, "RAY_ADDRESS", session)
     settings = [
         "clients.number=4", "clients.per-round=2", "run.rounds=3", "train.device=cpu",
         "train.lr=0.02", *CELLS[name],
