@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from living import living, mark, wait_for
+from living import MARK, mark, wait_for
 
 from fl_common import processes
 from fl_server import flower_run
@@ -59,7 +59,7 @@ def session():
         with (Path(folder) / "log").open("w") as log:
             head = subprocess.Popen(
                 [*command, *options, "--disable-usage-stats"],
-                env={**os.environ, **env},
+                env={**os.environ, **env, "RAY_worker_niceness": "0"},
                 stdout=log,
                 stderr=log,
             )
@@ -67,9 +67,8 @@ def session():
             assert wait_for(lambda: listens(address), 120)
             yield address
         finally:
-            head.terminate()
+            assert not processes.end(processes.marked(MARK, env[MARK]), 5.0)
             head.wait(60)
-            assert wait_for(lambda: not living(env), 60)
 
 
 @pytest.mark.long
