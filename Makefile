@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install dev demo test test-system test-crash test-matrix lint bench clean
+.PHONY: help install dev demo compose-demo test test-system test-crash test-matrix lint bench clean
 
 help:
 	@echo "make demo         train ten clients on Flower's simulation; prints where the results are"
+	@echo "make compose-demo a server and three clients in containers (Docker), with TLS and keys"
 	@echo "make test         the test suite"
 	@echo "make test-system  the long tests: fresh clones, real processes"
 	@echo "make test-crash   servers and nodes that are killed at random moments, full disks"
@@ -31,6 +32,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/flatfed run engine.name=ray run.output-dir="$(CURDIR)/results"
 
+compose-demo:
+	@docker/demo.sh
+
 test: dev
 	$(BIN)/python -m pytest -m "not long and not crash and not matrix"
 
@@ -54,6 +58,8 @@ bench: install
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.roundtrip
+	$(BIN)/python -m benchmarks.workers
+	$(BIN)/python -m benchmarks.cohort
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks import bare
 from fl_client import app as client
 from fl_client.trainer import batches
-from fl_common.config import resolve
+from fl_common.config import from_text, resolve
 from fl_server import app as server
 from fl_server.inprocess import InProcessGrid
 from fl_server.recorder import Recorder
@@ -47,12 +47,23 @@ SETTINGS = {
     "train.lr": 0.1,
     "train.device": "cpu",
     "eval.every": 1000,
+    "engine.workers": "1",
 }
 BARS = {"lenet": 1.10, "cnn": 1.05}
 DATA_MIB = 60_000 * 3 * 32 * 32 / 2**20  # train and test
 
 
-class Pairs:
+class Silent:
+    """A progress display that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+    def asked(self, phase: str, number: int) -> None: ...
+    def reply(self) -> None: ...
+    def row(self, row: dict[str, Any]) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Pairs(Silent):
     """Stands in for the progress display: the engine tells of a round, the bare loop follows.
 
     The time of a step depends on the weights, so the bare steps of a client start from the same
@@ -88,17 +99,15 @@ class Pairs:
         self.bare_s.append(seconds)
         self.started = time.process_time()
 
-    def stop(self) -> None: ...
-
     def _batches(self, partition: int, server_round: int) -> list[tuple[torch.Tensor, Any]]:
         data = client._resident[0][1].local_data(partition)
         key = (self.config.run.seed, server_round, partition)
         return [(data.transform(x), y) for x, y in batches(data, self.config.train, key)]
 
 
-def pairs(model: str, rounds: int, folder: Path) -> Pairs:
+def pairs(model: str, rounds: int, folder: Path, own: dict[str, Any]) -> Pairs:
     """Engine and bare loop in turn; the first pair warms both up and does not count."""
-    values = {**SETTINGS, "model.name": model, "run.rounds": rounds + 1}
+    values = {**SETTINGS, **own, "model.name": model, "run.rounds": rounds + 1}
     config = resolve(values)
     measured = Pairs(config, model)
     recorder = Recorder(folder)
@@ -142,7 +151,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=9, help="measured pairs (at least 5)")
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out")
+    parser.add_argument("values", nargs="*", metavar="key=value", help="settings of the pairs' "
+        "engine, e.g. train.channels-last=true")  # fmt: skip
     args = parser.parse_args()
+    settings = from_text(dict(value.split("=", 1) for value in args.values))
     determinism.prepare_process()
     table = Table(title="CPU seconds per round: engine over the bare loop")
     for column in ("model", "engine", "bare", "ratio", "bar", "wall s", "peak MiB", "bound MiB"):
@@ -150,7 +162,7 @@ def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         for model, bar in BARS.items():
-            result = pairs(model, max(args.pairs, 5), Path(folder) / model)
+            result = pairs(model, max(args.pairs, 5), Path(folder) / model, settings)
             ratio = median(e / b for e, b in zip(result.engine_s, result.bare_s, strict=True))
             own, peak = separate_run(model, 3, "inprocess", Path(folder))
             bound = DATA_MIB + 450 + 6 * _model_mib(model)

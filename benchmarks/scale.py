@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.overhead import separate_peak
+from benchmarks.overhead import Silent, separate_peak
 from fl_client import app as client
 from fl_common.config import resolve
 from fl_server import app as server
@@ -63,7 +63,7 @@ def settings(clients: int, rounds: int) -> dict[str, Any]:
     }
 
 
-class Stopwatch:
+class Stopwatch(Silent):
     """Stands in for the progress display: processor seconds of every round."""
 
     def __init__(self) -> None:
@@ -77,8 +77,6 @@ class Stopwatch:
         now = time.process_time()
         self.seconds.append(now - self.started)
         self.started = now
-
-    def stop(self) -> None: ...
 
 
 def turn(clients: int, rounds: int, folder: Path) -> float:

@@ -14,6 +14,7 @@ from fl_common import determinism  # noqa: F401  (sets MKL's environment before 
 
 if TYPE_CHECKING:
     from flwr.app import Context, RecordDict
+    from flwr.clientapp.typing import ClientAppCallable
 
     from fl_client.client import Clients
 
@@ -83,6 +84,36 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
     return Message(answer(kind, message.content, context), reply_to=message)
 
 
+def private(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """With `dp-clip`, the node's own or the run's, clip what was learned in a round and add noise
+    before it leaves: Flower's LocalDpMod.
+
+    The numbers of a reply (loss, samples) stay as they are.
+    """
+    clip, epsilon, delta = (
+        float(context.node_config.get(key, context.run_config.get(f"client.{key}", 0.0)))
+        for key in ("dp-clip", "dp-epsilon", "dp-delta")
+    )
+    reply = call_next(message, context)
+    if not clip or reply.has_error():
+        return reply
+    for content in (message.content, reply.content):
+        arrays = [(n, *r) for n, r in content.items() if n not in ("config", "metrics")]
+        if arrays != [("arrays", "params")]:
+            raise ValueError(
+                f"dp-clip: {arrays} would leave this client without noise; use a model without "
+                "BatchNorm (model.norm=group), and train.keep-optimizer=false"
+            )
+    import numpy
+    from flwr.clientapp.mod import LocalDpMod
+
+    # Flower draws from NumPy's global generator.  ClientApps that were forked from one process
+    # would all draw the same noise, which the difference of two replies is then free of.
+    numpy.random.seed()  # noqa: NPY002
+    # Two updates of norm C at most are 2 C apart.
+    return LocalDpMod(clip, 2 * clip, epsilon, delta)(message, context, lambda *_: reply)
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """The roll call: who is here, with how many samples of which labels; with a model, how its
@@ -90,7 +121,7 @@ def query(message: Message, context: Context) -> Message:
     return _reply("query", message, context)
 
 
-@app.train()
+@app.train(mods=[private])
 def train(message: Message, context: Context) -> Message:
     """One local round."""
     return _reply("train", message, context)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fl_client.optimizers import SGD, Adam
 from fl_client.state import Memory, MemoryLost
+from fl_client.together import Together
 from fl_client.trainer import LocalData, local_round
 from fl_common import assembly, wire
 from fl_common.data.errors import DataError
@@ -30,13 +33,45 @@ from fl_common.sync import Cache, Incomplete
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fl_client.optimizers import Tensors
+    from fl_client.trainer import LocalResult
     from fl_common.assembly import Share
-    from fl_common.config import CoreConfig
+    from fl_common.config import CoreConfig, Train
     from fl_common.layout import Flat
     from fl_common.local import LocalMethod
 
 OPTIMIZER = "optimizer"
 """Prefix of the momentum in a client's memory."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A message to train, from its arrival to its reply."""
+
+    partition: int
+    content: RecordDict
+    server_round: int
+    data: LocalData
+    methods: list[LocalMethod]
+    memory: Memory | None
+    remembered: Flat
+    sent: Flat
+    start: Flat
+    """The model that the local round starts from: that of `sent`, or as the rule has it."""
+    active: tuple[str, ...]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    cpu_s: float = 0.0
+    """Processor time so far [s]."""
+
+    @property
+    def settings(self) -> ConfigRecord:
+        return self.content[wire.CONFIG]
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.settings.get("evaluate"))
 
 
 def _asking(server_round: int, lost: dict[str, int]) -> RecordDict:
@@ -57,6 +92,8 @@ class Clients:
         self.shares: dict[int, Share] = {}
         self.on_device: dict[int, LocalData] = {}
         self.net: torch.nn.Module | None = None
+        self.uploaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.together = Together(self)
 
     def describe(self, partition: int) -> RecordDict:
         """The roll call's answer: who this is, with how many samples of which classes."""
@@ -82,6 +119,23 @@ class Clients:
         """One local round from the model in `content`; `state` is what Flower keeps for the
         client.  Without the memory that the round starts from, or without what the message leaves
         out, the reply asks for it."""
+        job = self.begin(partition, content, state)
+        return job if isinstance(job, RecordDict) else self.train_alone(job)
+
+    def train_together(
+        self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], at_once: int
+    ) -> list[RecordDict | Exception]:
+        """What `train` would say to each of these messages, or what it would raise; at most
+        `at_once` clients are trained at a time, in one pass for all of them."""
+        return self.together.train(jobs, at_once)
+
+    def choose_cohort(self, jobs: Sequence[tuple[int, RecordDict, RecordDict]]) -> tuple[int, str]:
+        """`at_once` where `engine.cohort` is auto, by measurement on these messages of the first
+        round, which remain to be trained; with the reason in words."""
+        return self.together.choose(jobs)
+
+    def begin(self, partition: int, content: RecordDict, state: RecordDict) -> Job | RecordDict:
+        """All that precedes the first step; or the reply that asks for what is lacking."""
         started = time.process_time()
         config, data, settings = self.config, self.local_data(partition), content[wire.CONFIG]
         server_round = int(settings["server-round"])
@@ -103,52 +157,93 @@ class Clients:
         sent = self._model(received)
         if remembered is None:
             remembered = blank_memory(methods, sent)
-        self._install(methods[0].start(sent, owned(remembered, OWNER)))
-        self._load_optimizer(remembered)
-        active = tuple(settings.get(wire.ACTIVE, self.groups.names))
-        metrics = self._held_out(partition, "-before") if settings.get("evaluate") else {}
+        return Job(
+            partition,
+            content,
+            server_round,
+            data,
+            methods,
+            memory,
+            remembered,
+            sent,
+            start=methods[0].start(sent, owned(remembered, OWNER)),
+            active=tuple(settings.get(wire.ACTIVE, self.groups.names)),
+            cpu_s=time.process_time() - started,
+        )
 
-        regularizers = [method for method in methods if isinstance(method, Regularizer)]
-        if not self.net.training:
-            self.net.train()
-        with self.groups.only(self.net, active, frozen_norms=methods[0].frozen_norms):
+    def train_alone(self, job: Job) -> RecordDict:
+        """The job's local round and its reply."""
+        started = time.process_time()
+        self.evaluate_job(job, job.start, "-before")
+        result = self.local_round(job, self.config.train)
+        trained = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
+        self.evaluate_job(job, None, "-after")
+        job.cpu_s += time.process_time() - started
+        return self.finish(job, trained, result, self.optimizer.state())
+
+    def local_round(self, job: Job, settings: Train) -> LocalResult:
+        """Train the resident network as the job says, with the optimizer that its client kept."""
+        self._install(job.start)
+        self.optimizer.load(self.kept(job.remembered))
+        regularizers = [method for method in job.methods if isinstance(method, Regularizer)]
+        with self.training(job):
             try:
                 for regularizer in regularizers:
-                    regularizer.begin(self.net, sent, owned(remembered, regularizer.name))
-                result = local_round(
+                    remembered = owned(job.remembered, regularizer.name)
+                    regularizer.begin(self.net, job.sent, remembered)
+                return local_round(
                     self.net,
-                    data,
-                    methods,
-                    correction_of(methods, sent, remembered),
+                    job.data,
+                    job.methods,
+                    correction_of(job.methods, job.sent, job.remembered),
                     self.optimizer,
-                    config.train,
-                    seed=config.run.seed,
-                    server_round=server_round,
-                    partition=partition,
-                    norms=config.eval.grad_norm,
+                    settings,
+                    seed=self.config.run.seed,
+                    server_round=job.server_round,
+                    partition=job.partition,
+                    norms=self.config.eval.grad_norm,
                 )
             finally:
                 for regularizer in regularizers:
                     regularizer.finish()
 
-        trained = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
-        if memory is not None:
-            new = new_memory(methods, remembered, sent, trained) | self._optimizer_state()
-            memory.save(server_round, new)
-        parts = {name: self.groups.part(name, trained[PARAMS]) for name in active}
+    @contextmanager
+    def training(self, job: Job) -> Iterator[None]:
+        """The network in training mode, where the job's groups alone train."""
+        if not self.net.training:
+            self.net.train()
+        frozen_norms = job.methods[0].frozen_norms
+        with self.groups.only(self.net, job.active, frozen_norms=frozen_norms):
+            yield
+
+    def evaluate_job(self, job: Job, model: Flat | None, suffix: str) -> None:
+        """If the message asks for it, the client's held-out samples on `model`, or on the resident
+        network as it is."""
+        if job.evaluates:
+            if model is not None:
+                self._install(model)
+            job.metrics |= self._held_out(job.partition, suffix)
+
+    def finish(
+        self, job: Job, trained: Flat, result: LocalResult, optimizer: dict[str, Tensors] | None
+    ) -> RecordDict:
+        """All that follows the last step: the new memory, and the reply."""
+        started = time.process_time()
+        if job.memory is not None:
+            new = new_memory(job.methods, job.remembered, job.sent, trained)
+            job.memory.save(job.server_round, new | self._optimizer_state(optimizer))
+        parts = {name: self.groups.part(name, trained[PARAMS]) for name in job.active}
         up = parts | {kind: vector for kind, vector in trained.items() if kind != PARAMS}
-        if settings.get("evaluate"):
-            metrics |= self._held_out(partition, "-after")
-        metrics |= {
-            "server-round": server_round,
-            "num-examples": len(data.y),
+        metrics = job.metrics | {
+            "server-round": job.server_round,
+            "num-examples": len(job.data.y),
             "steps": result.steps,
             "loss": result.loss,
-            "cpu-s": time.process_time() - started,
+            "cpu-s": job.cpu_s + time.process_time() - started,
         }
         if result.norms is not None:
-            metrics |= self._norms(result.norms, settings)
-        return self._reply(up, content, metrics)
+            metrics |= self._norms(result.norms, job.settings)
+        return self._reply(up, job.content, metrics)
 
     def _norms(self, norms: torch.Tensor, settings: ConfigRecord) -> dict[str, list[float]]:
         active = tuple(settings.get(wire.ACTIVE, self.layers.names))
@@ -227,7 +322,8 @@ class Clients:
         if partition not in self.on_device:
             indices, train = torch.from_numpy(self.share(partition).train), self.data.train
             x, y = (torch.from_numpy(a).index_select(0, indices) for a in (train.x, train.y))
-            data = LocalData(x.to(self.device), y.to(self.device), self.transform.train)
+            x, y = x.to(self.device), y.to(self.device)
+            data = LocalData(x, y, self.transform.train, self.transform.random)
             if self.device.type == "cpu":
                 return data
             self.on_device[partition] = data
@@ -258,25 +354,39 @@ class Clients:
     def _install(self, received: Flat) -> None:
         """Copy the received model into the resident one."""
         for kind, tensors in self.tensors.items():
-            vector = received[kind].to(self.device)
+            vector = self._uploaded(kind, received[kind])
             torch._foreach_copy_(tensors, self.layout.split(kind, vector))
 
-    def _load_optimizer(self, remembered: Flat) -> None:
-        """A fresh optimizer, unless the client keeps its own from round to round."""
+    def _uploaded(self, kind: str, vector: torch.Tensor) -> torch.Tensor:
+        """On the training device; a model that many clients get goes to a GPU once."""
+        if self.device.type == "cpu":
+            return vector
+        if kind not in self.uploaded or self.uploaded[kind][0] is not vector:
+            self.uploaded[kind] = (vector, vector.to(self.device))
+        return self.uploaded[kind][1]
+
+    def kept(self, remembered: Flat) -> dict[str, Tensors] | None:
+        """The optimizer's state that the client kept from its last round; None: it begins anew."""
         kept: dict[str, list[torch.Tensor]] = {}
         for key in sorted(remembered):
             tensor = remembered[key]
             owner, name = key.split(".")[:2]
             if owner == OPTIMIZER:
                 kept.setdefault(name, []).append(tensor.to(self.device, copy=True))
-        self.optimizer.load(kept or None)
+        return kept or None
 
-    def _optimizer_state(self) -> Flat:
+    @staticmethod
+    def steps_taken(remembered: Flat) -> tuple[float, ...]:
+        """The step numbers among what an optimizer kept; Adam has them."""
+        prefix = f"{OPTIMIZER}.steps."
+        return tuple(float(remembered[k]) for k in sorted(remembered) if k.startswith(prefix))
+
+    def _optimizer_state(self, state: dict[str, Tensors] | None) -> Flat:
         """By "optimizer.name.i", i with leading zeros, so that the order of names is theirs."""
         if not self.config.train.keeps_state:
             return {}
         return {
             f"{OPTIMIZER}.{name}.{i:05d}": tensor.to("cpu", copy=True)
-            for name, tensors in (self.optimizer.state() or {}).items()
+            for name, tensors in (state or {}).items()
             for i, tensor in enumerate(tensors)
         }

@@ -68,6 +68,8 @@ class Node:
     """start ClientApps from a process that has imported torch already"""
     worker: bool = False
     """keep a resident trainer (`fl_client.worker`), and start it anew when it dies"""
+    trusted_entities: Path | None = None
+    """whose signature an app needs (Flower's YAML file: key ids and ed25519 public keys)"""
 
 
 def check(node: Node) -> None:
@@ -79,6 +81,8 @@ def check(node: Node) -> None:
         _check_certificates(node.root_certificates)
     if node.auth_key:
         _check_key(node.auth_key)
+    if node.trusted_entities:
+        _check_trusted(node.trusted_entities)
     if node.port:
         _check_port_is_free(node.port)
     _check_server(node, host, port)
@@ -122,6 +126,10 @@ def _check_config(config: Mapping[str, Scalar]) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and (not whole or value < least):
             raise NodeError(f"{key} = {value}: must be a whole number, at least {least}")
+    for key in ("dp-clip", "dp-epsilon", "dp-delta"):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+            raise NodeError(f"{key} = {value}: must be a number greater than 0")
     if of is not None and partition >= of:
         raise NodeError(f"partition-id = {partition}: must be less than num-partitions = {of}")
     path = config.get("data-path")
@@ -211,6 +219,24 @@ def _check_key(path: Path) -> None:
         raise NodeError(f"--auth-key {path}: not an OpenSSH private key; {make}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise NodeError(f"--auth-key {path}: not an EC key on a NIST curve; {make}")
+
+
+def _check_trusted(path: Path) -> None:
+    import yaml
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    data = _read("--trusted-entities", path)
+    try:
+        keys = [load_ssh_public_key(text.encode()) for text in yaml.safe_load(data).values()]
+    except (yaml.YAMLError, AttributeError, ValueError, UnsupportedAlgorithm):
+        keys = []
+    if not keys or not all(isinstance(key, ed25519.Ed25519PublicKey) for key in keys):
+        raise NodeError(
+            f"--trusted-entities {path}: not a YAML table of key ids and public keys, each "
+            "ssh-ed25519 AAAA..."
+        )
 
 
 def _check_port_is_free(port: int) -> None:
@@ -407,6 +433,8 @@ def _arguments(node: Node) -> Iterator[str]:
         yield from ("--root-certificates", str(node.root_certificates))
     if node.auth_key:
         yield from ("--auth-supernode-private-key", str(node.auth_key))
+    if node.trusted_entities:
+        yield from ("--trusted-entities", str(node.trusted_entities))
 
 
 def _literal(key: str, value: Scalar) -> str:

@@ -6,7 +6,7 @@ Ray, gRPC and the in-process engine are ways to call it; it knows none of them.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fl_common.determinism import generator_state, seed_device, seed_of, set_generator_state
 from fl_common.layout import PARAMS, Layout
+from fl_common.local import norm_of, norms_of, per_tensor
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from fl_client.optimizers import Optimizer
     from fl_common.config import Train
-    from fl_common.local import Affine, LocalMethod
+    from fl_common.local import Affine, LocalMethod, Perturbation
+
+    Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class LocalData:
     """A partition on the training device."""
 
     x: torch.Tensor
-    """(n, C, H, W) uint8 images or (n, F) features."""
+    """(n, C, H, W) uint8 images, (n, F) features, or (n, L) token ids."""
     y: torch.Tensor
     """(n,) int64 labels."""
     transform: Callable[[torch.Tensor], torch.Tensor]
     """Normalises and augments a batch; draws from the device's default generator."""
+    random: bool = True
+    """Whether it draws; if not, a sample becomes the same in any batch."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +81,19 @@ def local_round(
         raise ValueError("no parameter of this round's groups requires a gradient")
     device = params[0].device.type
     criterion = getattr(net, "loss", cross_entropy)
-    lr = settings.lr_of(server_round)
-    precision = (
-        partial(torch.autocast, device, torch.bfloat16)
-        if settings.dtype == "bfloat16"
-        else nullcontext
+    precision = precision_of(settings, device)
+    transforms = overriding("transform", methods)
+    data_terms = overriding("data_term", methods)
+    step = Step(
+        perturbation=perturbation_of(methods),
+        correct=Correction(correction, net, clips=bool(settings.clip_norm)),
+        clip_norm=settings.clip_norm,
+        optimizer=optimizer,
+        lr=settings.lr_of(server_round),
+        norms=norms,
     )
-    transforms = _overriding("transform", methods)
-    data_terms = _overriding("data_term", methods)
-    perturbation = next(filter(None, (method.perturbation() for method in methods)), None)
-    correct = Correction(correction, net, clips=bool(settings.clip_norm))
 
-    def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss and its gradient, which is in `.grad` too."""
+    def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         with precision():
             output = net(x)
             loss = criterion(output, y)
@@ -95,53 +101,24 @@ def local_round(
                 loss = loss + data_term(x, output, y)
         if loss.requires_grad:  # not where nothing that is trained took part
             loss.backward()
-        for p in params:
-            if p.grad is None:  # this step did not use it
-                p.grad = torch.zeros_like(p)
-        return loss.detach(), [p.grad for p in params]
+        return loss.detach(), taken_gradients(params)
 
     if not net.training:
         net.train()
-    losses, sizes, lengths = [], [], []
+    losses, sizes = [], []
     key = (seed, server_round, partition)
-    for step, (x, y) in enumerate(batches(data, settings, key)):
-        seed_device(device, seed_of("step", *key, step))
+    for number, (x, y) in enumerate(batches(data, settings, key)):
+        seed_device(device, seed_of("step", *key, number))
         x = data.transform(x)
         for transform in transforms:
             x, y = transform(x, y)
-
-        if perturbation is None:
-            loss, grads = gradient(x, y)
-        else:
-            draws = generator_state(device)
-            loss, grads = gradient(x, y)
-            for p in params:
-                p.grad = None
-            with torch.no_grad():
-                perturbation.apply(params, grads)
-            del grads
-            set_generator_state(device, draws)
-            with frozen_statistics(net):
-                _, grads = gradient(x, y)
-            with torch.no_grad():
-                perturbation.undo(params)
-                perturbation.mix(grads)
-
-        with torch.no_grad():
-            if norms:
-                lengths.append(torch.stack(torch._foreach_norm(grads)))
-            correct(params, grads)
-            if settings.clip_norm:
-                torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
-            optimizer.step(params, grads, lr, correct.decay)
-        for p in params:
-            p.grad = None
-        losses.append(loss)
+        repeated = partial(_repeated, net, device, step.perturbation and generator_state(device))
+        losses.append(step(params, partial(gradient, x, y), repeated))
         sizes.append(len(x))
 
     weights = torch.tensor(sizes, dtype=torch.float64)
     mean = torch.stack(losses).to("cpu", torch.float64) @ weights / weights.sum()
-    recorded = torch.stack(lengths).to("cpu", torch.float64) if norms else None
+    recorded = torch.stack(step.lengths).to("cpu", torch.float64) if norms else None
     return LocalResult(steps=len(sizes), loss=float(mean), norms=recorded)
 
 
@@ -150,10 +127,84 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of every epoch in its own order; the last one of an epoch may be smaller."""
     for epoch in range(settings.epochs):
-        generator = torch.Generator().manual_seed(seed_of("order", *key, epoch))
-        order = torch.randperm(len(data.y), generator=generator).to(data.y.device)
+        order = epoch_order(len(data.y), key, epoch).to(data.y.device)
         x, y = data.x.index_select(0, order), data.y.index_select(0, order)
         yield from zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
+
+
+def epoch_order(samples: int, key: tuple[int, int, int], epoch: int) -> torch.Tensor:
+    """The order (n,) in which an epoch goes through a partition, on the CPU."""
+    generator = torch.Generator().manual_seed(seed_of("order", *key, epoch))
+    return torch.randperm(samples, generator=generator)
+
+
+@dataclass
+class Step:
+    """From a batch to new parameters, in place: of one client, or with `stacked` of A clients whose
+    parameters and gradients are (A, ...)."""
+
+    perturbation: Perturbation | None
+    correct: Callable[[Tensors, Tensors], float | torch.Tensor]
+    """Adds the closed-form terms to gradients; gives the decay that follows clipping, one for all
+    or each client's (A,)."""
+    clip_norm: float
+    optimizer: Optimizer
+    lr: float
+    norms: bool
+    stacked: bool = False
+    lengths: Tensors = field(default_factory=list)
+    """With `norms`, the gradient's at each step: (P,), or (P, A)."""
+
+    def __call__(
+        self,
+        params: Tensors,
+        gradient: Callable[[], tuple[torch.Tensor, Tensors]],
+        repeated: Callable[[], AbstractContextManager[None]],
+    ) -> torch.Tensor:
+        """The loss, or each client's; `gradient` gives it with gradients that may be overwritten;
+        under `repeated` it draws the same again and leaves running statistics alone."""
+        loss, grads = gradient()
+        if self.perturbation is not None:
+            with torch.no_grad():
+                self.perturbation.apply(params, grads)
+            del grads
+            with repeated():
+                _, grads = gradient()
+            with torch.no_grad():
+                self.perturbation.undo(params)
+                self.perturbation.mix(grads)
+        with torch.no_grad():
+            if self.norms:
+                self.lengths.append(norms_of(grads, self.stacked))
+            decay = self.correct(params, grads)
+            if self.clip_norm:
+                # As torch.nn.utils.clip_grad_norm_ has it.
+                factor = self.clip_norm / (norm_of(grads, self.stacked) + 1e-6)
+                torch._foreach_mul_(grads, per_tensor(factor.clamp_(max=1.0), grads))
+            if isinstance(decay, torch.Tensor):
+                pull = torch._foreach_mul(params, per_tensor(decay, params))
+                torch._foreach_add_(grads, pull)
+                decay = 0.0
+            self.optimizer.step(params, grads, self.lr, decay)
+        return loss
+
+
+def taken_gradients(params: Tensors) -> Tensors:
+    """The gradients out of `.grad`, zero where the step did not use a parameter."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    for p in params:
+        p.grad = None
+    return grads
+
+
+def precision_of(settings: Train, device: str) -> Callable[[], AbstractContextManager[None]]:
+    if settings.dtype == "bfloat16":
+        return partial(torch.autocast, device, torch.bfloat16)
+    return nullcontext
+
+
+def perturbation_of(methods: Sequence[LocalMethod]) -> Perturbation | None:
+    return next(filter(None, (method.perturbation() for method in methods)), None)
 
 
 class Correction:
@@ -171,13 +222,22 @@ class Correction:
             trained = zip(net.parameters(), views, strict=True)
             self.constant = [view for p, view in trained if p.requires_grad]
 
-    def __call__(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+    def __call__(self, params: Tensors, grads: Tensors) -> float:
+        """The decay that is left to the optimizer."""
         if self.scale != 1.0:
             torch._foreach_mul_(grads, self.scale)
         if self.slope:
             torch._foreach_add_(grads, params, alpha=self.slope)
         if self.constant:
             torch._foreach_add_(grads, self.constant)
+        return self.decay
+
+
+@contextmanager
+def _repeated(net: torch.nn.Module, device: str, draws: torch.Tensor) -> Iterator[None]:
+    set_generator_state(device, draws)
+    with frozen_statistics(net):
+        yield
 
 
 @contextmanager
@@ -197,7 +257,7 @@ def frozen_statistics(net: torch.nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _overriding(hook: str, methods: Sequence[Any]) -> list[Callable[..., Any]]:
+def overriding(hook: str, methods: Sequence[Any]) -> list[Callable[..., Any]]:
     """The bound hooks of those methods whose class does more than its base."""
     base = getattr(Regularizer, hook)
     return [

@@ -5,7 +5,8 @@ torch: it hands the message to the worker over a Unix socket and passes the answ
 the module is the standard library's and Flower's alone; the worker's own half imports the rest.
 
 On the socket, each way: lengths, a JSON header, the content, the node's state (Flower's own
-serialisation).  One message is worked on at a time; others wait in the socket's queue.
+serialisation).  One message is worked on at a time; others wait in the socket's queue.  What is
+resident is of the last message's settings: runs that take turns are right, and slow.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import json
 import os
 import signal
 import socket
+import stat
 import struct
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -28,12 +31,15 @@ from fl_common.fingerprint import code_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import NoReturn
 
 LENGTHS = struct.Struct("!QQQ")
 CONNECT_S = 30.0
 """How long a starting worker is waited for [s]."""
+ANSWER_S = 3600.0
+"""How long an answer is waited for if the run has no clients.deadline-s [s]."""
 WATCH_S = 1.0
-"""Pause between two looks at whether the worker is still wanted [s]."""
+"""Pause between two looks at whether the worker's node still lives [s]."""
 ANSWERS = ("query", "train", "evaluate")
 
 
@@ -41,22 +47,40 @@ class WorkerError(RuntimeError):
     """Why this message has no answer; one line, which becomes the client's failure."""
 
 
-def run(path: str, wanted: Callable[[], bool] = lambda: True) -> None:
+class DeviceLost(RuntimeError):
+    """The worker's device is lost to it: it ends, and another takes its place."""
+
+
+def run(path: str) -> None:
     """Be a worker until a signal ends it.  Raises OSError."""
-    import torch  # noqa: F401  (now, not while a message waits)
+    import torch
 
-    from fl_client.app import answer
+    from fl_client.app import answer, release
 
+    def answer_afresh(kind: str, content: RecordDict, context: Context) -> RecordDict:
+        """What failed once may not the next time, and what it held may be all of a GPU."""
+        try:
+            return answer(kind, content, context)
+        except torch.AcceleratorError as error:  # for the rest of its life this process has none
+            raise DeviceLost(f"{type(error).__name__}: {error}") from error
+        except Exception:
+            release()
+            raise
+
+    code_sha256()  # now, of the code that is imported; a later version may lie there later
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print(f"trainer ready at {path}", flush=True)
-    serve(path, answer, wanted)
+    try:
+        serve(path, answer_afresh)
+    except DeviceLost as error:
+        sys.exit(f"error: {error}; this trainer ends, another can take its place")
 
 
 def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDict:
     """The worker's answer to a message; `context.state` is brought up to date.
 
-    Raises WorkerError if there is no worker, if it dies on the way, if its code is another than
-    ours, and for whatever the answer itself failed with.
+    Raises WorkerError if there is no worker, if it dies on the way, if it is silent until the
+    round is over, if its code is another than ours, and for whatever the answer itself failed with.
     """
     header = {
         "kind": kind,
@@ -64,11 +88,17 @@ def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDi
         "run": dict(context.run_config),
         "node": dict(context.node_config),
     }
+    limit = float(context.run_config.get("clients.deadline-s", ANSWER_S))
     with _connected(path) as connection:
-        # No timeout: training takes its time, and a death closes the connection.
+        # A death closes the connection; what hangs does not, and after the round nobody asks.
+        connection.settimeout(limit)
         try:
             _send(connection, header, content, context.state)
             answer, reply, state = _receive(connection)
+        except TimeoutError:
+            raise WorkerError(
+                f"the trainer at {path} gave no answer within {limit:g} s (clients.deadline-s)"
+            ) from None
         except (OSError, EOFError):
             raise WorkerError(f"the trainer at {path} died while it had the message") from None
     if "error" in answer:
@@ -95,41 +125,36 @@ def _connected(path: str) -> socket.socket:
         time.sleep(0.1)
 
 
-def serve(
-    path: str,
-    answer: Callable[[str, RecordDict, Context], RecordDict],
-    wanted: Callable[[], bool] = lambda: True,
-) -> None:
-    """Answer whoever connects, while `wanted`.  The socket is for this user alone.
+def serve(path: str, answer: Callable[[str, RecordDict, Context], RecordDict]) -> NoReturn:
+    """Answer whoever connects.  The socket is for this user alone.
 
-    Raises OSError if it cannot be made; one that a dead worker left is replaced.
+    Raises OSError if it cannot be made; one that a dead worker left is replaced.  Raises DeviceLost
+    as `answer` does, once that is told.
     """
     with socket.socket(socket.AF_UNIX) as server:
         _bind(server, path)
         try:
             server.listen(64)
-            server.settimeout(WATCH_S)
-            while wanted():
-                with suppress(TimeoutError):
-                    caller, _ = server.accept()
-                    caller.settimeout(None)
-                    with caller, suppress(OSError, EOFError):  # it went away: nobody waits
-                        _serve(caller, answer)
+            while True:
+                caller, _ = server.accept()
+                with caller, suppress(OSError, EOFError):  # it went away: nobody waits
+                    _serve(caller, answer)
         finally:
             with suppress(OSError):
                 os.unlink(path)
 
 
 def _bind(server: socket.socket, path: str) -> None:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            pass
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(f"{path}: another trainer is there; end it, or give another --socket")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(f"{path}: is there, and no socket; give another --socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise OSError(f"{path}: another trainer is there; end it, or give another --socket")
     before = os.umask(0o177)
     try:
         server.bind(path)
@@ -151,6 +176,10 @@ def _serve(caller: socket.socket, answer: Callable[..., RecordDict]) -> None:
     else:
         try:
             reply = answer(header["kind"], content, context)
+        except DeviceLost as failure:
+            with suppress(OSError):
+                _send(caller, {"error": str(failure)}, RecordDict(), RecordDict())
+            raise
         except Exception as failure:  # as Flower has it: a failed client is a reply
             error = f"{type(failure).__name__}: {failure}"
         else:
@@ -188,7 +217,14 @@ def _read(connection: socket.socket, length: int) -> bytearray:
     return data
 
 
-if __name__ == "__main__":  # of a node, which it does not outlive
-    node = os.getppid()
+def _outlive_not(node: int) -> None:
+    """End this process, whatever it is at, when its parent is no longer `node`."""
+    while os.getppid() == node:
+        time.sleep(WATCH_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":  # of a node
+    threading.Thread(target=_outlive_not, args=(os.getppid(),), daemon=True).start()
     with suppress(KeyboardInterrupt):
-        run(sys.argv[1], wanted=lambda: os.getppid() == node)
+        run(sys.argv[1])

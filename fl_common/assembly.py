@@ -104,7 +104,8 @@ def new_model(
     net = build(model.name, classes=classes, shape=shape, norm=model.norm, head=model.head)
     for name in config.regularizer_names:
         methods("regularizers")[name].prepare(net, config.params_of(name))
-    return net.to(device, parameter_dtype(config))
+    order = torch.channels_last if config.train.channels_last else torch.preserve_format
+    return net.to(device, parameter_dtype(config), memory_format=order)
 
 
 def groups_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) -> Groups:
@@ -123,7 +124,12 @@ def layers_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) 
 
 def transform(config: CoreConfig) -> Transform:
     """What a batch goes through before the model."""
-    return pipeline(config.data.source, config.data.augment, parameter_dtype(config))
+    return pipeline(
+        config.data.source,
+        config.data.augment,
+        parameter_dtype(config),
+        channels_last=config.train.channels_last,
+    )
 
 
 def parameter_dtype(config: CoreConfig) -> torch.dtype:

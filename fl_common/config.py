@@ -15,9 +15,9 @@ import math
 import pkgutil
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from fl_common.data import catalogue as data_catalogue
 from fl_common.models import catalogue as model_catalogue
@@ -58,7 +58,9 @@ class Run(Group):
         description="where results folders are made; empty: ./results for `flatfed run`, "
         "$FLATFED_RESULTS or ~/flatfed-results for `flwr run`",
     )
-    pictures: bool = Field(True, description="draw curves.png and clients.png at the end")
+    pictures: bool = Field(
+        True, description="make report.html, curves.png and clients.png at the end"
+    )
     resume: bool = Field(
         False, description="continue the run of this name from its newest checkpoint"
     )
@@ -86,6 +88,11 @@ class Clients(Group):
         ge=0,
         description="how long a round waits for a drawn client whose node went away to come back; "
         "then it goes on without it [s]",
+    )
+    keys: str = Field(
+        "",
+        description="file on the server that maps partition to public key, of `flatfed certs`: "
+        "only a node with that key may be that client; empty: not compared",
     )
 
 
@@ -154,6 +161,11 @@ class Train(Group):
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads per process")
     deterministic: bool = Field(True, description="only kernels that repeat their sums")
+    channels_last: bool = Field(
+        False,
+        description="images and convolutions with channels innermost in memory: faster on a GPU "
+        "with bfloat16, and for some models on a CPU; sums are rounded otherwise",
+    )
 
     @property
     def keeps_state(self) -> bool:
@@ -249,6 +261,26 @@ class Flatness(Group):
     )
 
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
+class Tracking(Group):
+    to: str = Field(
+        "",
+        description="where rounds are told as they end, comma-separated: tensorboard (event files "
+        "in the results folder), mlflow, wandb (Weights & Biases); empty: nowhere",
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(filter(None, (name.strip() for name in self.to.split(","))))
+
+
+AUTO = "auto"
+Count = Annotated[str, BeforeValidator(lambda n: str(n) if type(n) is int else n)]
+"""A number, or `auto`; text, as Flower's run config has one type per key."""
+
+
 class Engine(Group):
     name: Literal["inprocess", "ray", "grpc"] = Field(
         "inprocess",
@@ -258,8 +290,17 @@ class Engine(Group):
         "",
         description="Flower connection to submit to (grpc); empty: what `flatfed up` started",
     )
-    workers: int = Field(1, ge=1, description="training processes of the in-process engine")
-    cohort: int = Field(1, ge=1, description="clients trained at once in one process")
+    workers: Count = Field(
+        "auto",
+        description="processes of the in-process engine, each of which trains one client at a "
+        "time, with the same result; a number, or auto: one per core, one in all with a GPU",
+    )
+    cohort: Count = Field(
+        "1",
+        description="clients that the in-process engine trains at once, in one pass for all of "
+        "them: for small models on a GPU; updates differ by rounding, 1e-5 at most; a number, or "
+        "auto: by measurement in the first round",
+    )
 
 
 class Server(Group):
@@ -280,6 +321,21 @@ class Client(Group):
         "FedDyn's h_i, momentum); empty: in memory, as long as the node runs; nodes on their own "
         "have theirs (--state-dir)",
     )
+    dp_clip: float = Field(
+        0.0,
+        ge=0,
+        description="local differential privacy, by Flower's LocalDpMod: bound C on the norm of "
+        "what a client has learned in a round, to which noise is added; 0: neither",
+    )
+    dp_epsilon: float = Field(
+        1.0,
+        gt=0,
+        description="privacy budget of one round; the noise has standard deviation "
+        "2 C sqrt(2 ln(1.25 / delta)) / epsilon",
+    )
+    dp_delta: float = Field(
+        1e-5, gt=0, lt=1, description="chance that one round keeps less than that private"
+    )
 
 
 class CoreConfig(Group):
@@ -293,6 +349,7 @@ class CoreConfig(Group):
     sync: Sync = Sync()
     eval: Eval = Eval()
     flatness: Flatness = Flatness()
+    tracking: Tracking = Tracking()
     engine: Engine = Engine()
     server: Server = Server()
     client: Client = Client()
@@ -453,7 +510,13 @@ def _key_of(error: Any) -> str:
 def absolute_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """`values` with paths made absolute from the current folder; `~` is the home folder."""
     absolute = dict(values)
-    for key in ("run.output-dir", "data.cache-dir", "client.state-dir", "data.path"):
+    for key in (
+        "run.output-dir",
+        "clients.keys",
+        "data.cache-dir",
+        "client.state-dir",
+        "data.path",
+    ):
         path = values.get(key)
         if not isinstance(path, str) or not path:
             continue
@@ -511,6 +574,7 @@ def paths(config: CoreConfig) -> list[tuple[str, str]]:
     local = data_catalogue.is_local_path(data.source, data.path)
     return [
         ("run.output-dir", config.run.output_dir),
+        ("clients.keys", config.clients.keys),
         ("data.cache-dir", data.cache_dir),
         ("client.state-dir", config.client.state_dir),
         *([("data.path", data.path)] if local else []),
@@ -532,6 +596,11 @@ def checks(config: CoreConfig) -> list[str]:
             f"clients.min-replies = {clients.min_replies}: larger than the cohort of "
             f"{config.cohort_size}; lower it"
         )
+    if clients.keys and config.engine.name != "grpc":
+        errors.append(
+            f"clients.keys = {_show(clients.keys)}: only nodes on their own have keys; set "
+            "engine.name=grpc, or leave it out"
+        )
     name = config.run.name
     if name in (".", "..") or "/" in name or "\\" in name:
         errors.append(
@@ -548,9 +617,11 @@ def checks(config: CoreConfig) -> list[str]:
     errors += _check_methods(config)
     errors += _check_eval_models(config)
     errors += _check_flatness(config)
+    errors += _check_privacy(config)
+    errors += _check_tracking(config)
     if config.run.resume and not config.run.name:
         errors.append("run.resume = true: needs the run.name of the run to continue")
-    errors += _check_not_built(config)
+    errors += _check_engine(config)
 
     if ":" in data.source:
         errors += _check_own_source(data.source, data.augment)
@@ -595,6 +666,41 @@ def _check_eval_models(config: CoreConfig) -> list[str]:
     return errors
 
 
+def _check_privacy(config: CoreConfig) -> list[str]:
+    """Noise goes onto a reply that is nothing but a model, beside a message that holds one."""
+    given = f"client.dp-clip = {config.client.dp_clip:g}"
+    if not config.client.dp_clip:
+        default = Client()
+        return [
+            f"client.{_dashed(key)} = {_show(getattr(config.client, key))}: has no effect without "
+            "client.dp-clip; leave it out or set that"
+            for key in ("dp_epsilon", "dp_delta")
+            if getattr(config.client, key) != getattr(default, key)
+        ]
+    errors, name = [], config.strategy.name
+    if name not in ("fedavg", "fedprox") and not name.startswith("flwr:"):
+        errors.append(
+            f"{given}: strategy {name} sends or remembers more than a model, which would get no "
+            "noise; use fedavg, fedprox or one of Flower's"
+        )
+    errors += [
+        f"{given}: {key} would be told without noise; leave it at {_show(default)}"
+        for key, value, default in (
+            ("eval.grad-norm", config.eval.grad_norm, False),
+            ("flatness.match", config.flatness.match, "none"),
+        )
+        if value != default
+    ]
+    if config.engine.cohort != "1":
+        errors.append(f"{given}: noise is added one client at a time; leave engine.cohort at 1")
+    if config.eval.on != "server" and config.sync.mode != "full":
+        errors.append(
+            f"{given}: with eval.on = {_show(config.eval.on)}, messages leave out the model that "
+            "a client has; set sync.mode=full"
+        )
+    return errors
+
+
 def _check_flatness(config: CoreConfig) -> list[str]:
     flatness, errors = config.flatness, []
     if flatness.every and config.eval.on == "clients":
@@ -622,6 +728,15 @@ def _check_flatness(config: CoreConfig) -> list[str]:
     return errors
 
 
+def _check_tracking(config: CoreConfig) -> list[str]:
+    names = config.tracking.names
+    errors = [unknown_name("tracking.to", n, list(TRACKERS)) for n in names if n not in TRACKERS]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return errors + [
+        f"tracking.to = {_show(config.tracking.to)}: {name} stands twice" for name in twice
+    ]
+
+
 def _check_own_source(source: str, augment: str) -> list[str]:
     augments = data_catalogue.SOURCES["folder"].pipelines
     if augment not in augments:
@@ -644,6 +759,9 @@ NODE_KEYS = {
     "state-dir": "client.state-dir",
     "device": "train.device",
     "threads": "train.threads",
+    "dp-clip": "client.dp-clip",
+    "dp-epsilon": "client.dp-epsilon",
+    "dp-delta": "client.dp-delta",
 }
 """What belongs to a node: keys of its `--node-config`, and the settings that they override."""
 OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
@@ -715,18 +833,28 @@ def _check_methods(config: CoreConfig) -> list[str]:
     return list(dict.fromkeys(errors))
 
 
-def _check_not_built(config: CoreConfig) -> list[str]:
-    """Keys whose other values have no meaning yet are refused, never ignored."""
-    default = Engine()
-    given = {
-        "engine.workers": (config.engine.workers, default.workers),
-        "engine.cohort": (config.engine.cohort, default.cohort),
-    }
-    errors = [
-        f"{key} = {_show(value)}: not available in this version; leave it at {_show(default)}"
-        for key, (value, default) in given.items()
-        if value != default
-    ]
+def _check_engine(config: CoreConfig) -> list[str]:
+    errors = []
+    workers, cohort = config.engine.workers, config.engine.cohort
+    if cohort != AUTO and not (cohort.isdecimal() and int(cohort)):
+        errors.append(f"engine.cohort = {_show(cohort)}: must be auto, or a number from 1 on")
+    elif cohort != "1" and config.engine.name != "inprocess":
+        errors.append(
+            f"engine.cohort = {cohort}: belongs to engine.name=inprocess; leave it out with "
+            f"{config.engine.name}"
+        )
+    elif cohort != "1" and workers not in (AUTO, "1"):
+        errors.append(
+            f"engine.cohort = {cohort} with engine.workers = {workers}: clients are trained at "
+            "once by one process, or beside each other by several; leave one of them out"
+        )
+    if workers != AUTO and not (workers.isdecimal() and int(workers)):
+        errors.append(f"engine.workers = {_show(workers)}: must be auto, or a number from 1 on")
+    elif workers not in (AUTO, "1") and config.engine.name != "inprocess":
+        errors.append(
+            f"engine.workers = {workers}: belongs to engine.name=inprocess; leave it out with "
+            f"{config.engine.name}"
+        )
     if config.engine.connection and config.engine.name != "grpc":
         errors.append(
             f"engine.connection = {_show(config.engine.connection)}: belongs to engine.name=grpc; "

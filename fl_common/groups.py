@@ -213,7 +213,10 @@ def _met(net: nn.Module, shape: Sequence[int]) -> list[nn.Module]:
     try:
         net.eval()
         with torch.no_grad():
-            net(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+            if len(shape) == 2:  # (V, L), of which ids are given
+                net(torch.zeros(1, shape[1], dtype=torch.int64, device=first.device))
+            else:
+                net(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
     finally:
         net.train(training)
         for hook in hooks:

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 
 from fl_common.deferred import torch
-from fl_common.wire import METRICS, TensorArray
+from fl_common.wire import METRICS, ArrivedArray, TensorArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,8 +100,9 @@ def _array_problem(record: ArrayRecord, key: str, spec: Spec) -> str | None:
 def _decode(record: ArrayRecord, key: str, array: Array, spec: Spec) -> str | None:
     """Replace a serialised array by its tensor; what it says of itself may be a lie."""
     bound = prod(spec.shape) * np.dtype(spec.dtype).itemsize + HEADER_BYTES
-    if len(array.data) > bound:
-        return f"{len(array.data)} bytes, at most {bound} were expected"
+    size = array.nbytes if isinstance(array, ArrivedArray) else len(array.data)
+    if size > bound:
+        return f"{size} bytes, at most {bound} were expected"
     try:
         tensor = torch.from_numpy(array.numpy())
     except Exception as error:  # the bytes are a stranger's: whatever NumPy makes of them

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Tensors = list[torch.Tensor]
 
+PADDING = -100
+"""The label of what fills up a smaller batch beside larger ones; cross-entropy leaves it out."""
 OWNER = "strategy"
 """Prefix of what the strategy's rule remembers; a regularizer's is its own name."""
 
@@ -93,6 +95,9 @@ class Perturbation:
     eq. 2; one norm over all parameters.  The step's gradient is (1 - share) g1 + share g2.
     """
 
+    stacked = False
+    """Whether parameters and gradients are those of A clients, (A, ...), with a norm each."""
+
     def __init__(self, rho: float, share: float = 1.0) -> None:
         self.rho, self.share = rho, share
         self.kept: Tensors = []
@@ -100,7 +105,7 @@ class Perturbation:
 
     def epsilon(self, params: Tensors, grads: Tensors) -> tuple[Tensors, torch.Tensor]:
         """eps as vectors of any length and the factor that gives them theirs."""
-        return grads, self.rho / (norm_of(grads) + 1e-12)
+        return grads, self.rho / (norm_of(grads, self.stacked) + 1e-12)
 
     def apply(self, params: Tensors, grads: Tensors) -> None:
         """theta <- theta + eps, in place; what was is kept: to subtract would not restore it.
@@ -110,9 +115,10 @@ class Perturbation:
         torch._foreach_copy_(self.kept, params)
         direction, factor = self.epsilon(params, grads)
         if self.share == 1.0:  # `grads` is not needed any more, and none of it is kept
-            torch._foreach_mul_(direction, factor)
+            torch._foreach_mul_(direction, per_tensor(factor, direction))
         else:
-            self.first, direction = grads, torch._foreach_mul(direction, factor)
+            self.first = grads
+            direction = torch._foreach_mul(direction, per_tensor(factor, direction))
         torch._foreach_add_(params, direction)
 
     def undo(self, params: Tensors) -> None:
@@ -126,9 +132,35 @@ class Perturbation:
             self.first = []
 
 
-def norm_of(tensors: Tensors) -> torch.Tensor:
-    """The Euclidean norm of all elements, a scalar on the tensors' device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+def norms_of(tensors: Tensors, stacked: bool = False) -> torch.Tensor:
+    """The Euclidean norm of each tensor (P,); with `stacked`, of each client's part, (P, A)."""
+    if stacked:
+        flat = [tensor.reshape(len(tensor), -1) for tensor in tensors]
+        return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in flat])
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def norm_of(tensors: Tensors, stacked: bool = False) -> torch.Tensor:
+    """The Euclidean norm of all elements, a scalar on the tensors' device; with `stacked`, each
+    client's (A,)."""
+    norms = norms_of(tensors, stacked)
+    return torch.linalg.vector_norm(norms, dim=0) if stacked else torch.linalg.vector_norm(norms)
+
+
+def per_tensor(factor: torch.Tensor, tensors: Tensors) -> torch.Tensor | Tensors:
+    """What `_foreach_mul` takes for a scalar factor, or for each client's own (A,)."""
+    if not factor.dim():
+        return factor
+    return [factor.view(-1, *[1] * (tensor.dim() - 1)) for tensor in tensors]
+
+
+def mean_losses(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each client's batch (A,), of output (A, B, C) and y (A, B) int64, in
+    which PADDING counts for nothing."""
+    losses = torch.nn.functional.cross_entropy(
+        output.flatten(0, 1), y.flatten(), reduction="none", ignore_index=PADDING
+    )
+    return losses.view_as(y).sum(1) / (y != PADDING).sum(1)
 
 
 class LocalMethod:
@@ -139,6 +171,9 @@ class LocalMethod:
 
     memory: ClassVar[tuple[str, ...]] = ()
     """Names of what a client remembers from one round it took part in to the next."""
+    alone: ClassVar[str] = ""
+    """Why clients with this method are trained one by one, whatever `engine.cohort` says; "": they
+    need not be, as where all it does is `start`, `correction` and `perturbation`."""
 
     def __init__(self, params: Group, work: Work) -> None:
         self.params, self.work = params, work

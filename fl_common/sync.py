@@ -83,6 +83,11 @@ class Holdings:
             unchanged = known.get(name, (None,))[0] == version
             self.current[name] = known[name] if unchanged else (version, tensor.clone())
 
+    def rest(self) -> None:
+        """After the last reply: what no later message refers to is let go of."""
+        if not self.tracked:
+            self.current = {}
+
     def content(self, name: int, content: RecordDict, *, whole: bool = False) -> RecordDict:
         """A message's content with those arrays only that client `name` lacks, or all."""
         held = {} if whole else self.held.get(name, {})

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import deque
+from io import BytesIO
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 
 from fl_common.deferred import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from flwr.app import RecordDict
+    from flwr.app import Message, RecordDict
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """Record names; those of Flower's own strategies and mods."""
@@ -53,7 +58,11 @@ class TensorArray(Array):
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The serialised bytes (NumPy's format), made anew at each access."""
-        return Array.from_numpy_ndarray(self.numpy()).data
+        array, head = self.numpy(), BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+        # One copy; NumPy's own `save` into memory makes two.
+        elements = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return b"".join((head.getvalue(), elements))
 
     def numpy(self) -> np.ndarray:
         """The tensor's own memory as an array."""
@@ -64,6 +73,110 @@ class TensorArray(Array):
 
 
 TensorArray.__qualname__ = "Array"  # Flower writes and looks up this name on the wire
+
+
+class ArrivedArray(Array):
+    """A Flower `Array` as it came, in pieces of 5 MB, which are let go as it is decoded: a large
+    model is in memory once.  Flower's own is the pieces, what joins them, and a copy of that."""
+
+    @classmethod
+    def inflate(
+        cls, object_content: bytes, children: dict[str, inflatable_object.InflatableObject] | None
+    ) -> Array:
+        """As Flower does, with its checks.  Raises ValueError."""
+        children = children or {}
+        empty = dict.fromkeys(children, ArrayChunk(memoryview(b"")))
+        array = super().inflate(object_content, empty)
+        names = inflatable_object.get_object_children_ids_from_object_content(object_content)
+        order = json.loads(inflatable_object.get_object_body(object_content, cls))["arraychunk_ids"]
+        array.__dict__["pieces"] = deque(children[names[i]].data for i in order)
+        return array
+
+    @property
+    def nbytes(self) -> int:
+        """Serialised bytes that have not been decoded yet."""
+        return sum(map(len, self.pieces))
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The serialised bytes, joined anew at each access; b"" once `numpy` was called."""
+        return b"".join(self.pieces)
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["pieces"] = deque([memoryview(value)])
+
+    def numpy(self) -> np.ndarray:
+        """The array, which can be asked for once.  Raises ValueError, and what NumPy raises."""
+        if self.stype != "numpy.ndarray":
+            raise ValueError(f"serialised as {self.stype}")
+        return np.lib.format.read_array(self, allow_pickle=False)
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end, as from a file."""
+        found = []
+        while size and self.pieces:
+            piece = self.pieces.popleft()
+            found.append(piece[:size])
+            if len(piece) > size:
+                self.pieces.appendleft(piece[size:])
+            size -= len(found[-1])
+        return b"".join(found)
+
+
+class ArrivedRecord(ArrayRecord):
+    """A Flower `ArrayRecord` that keeps its `ArrivedArray`s; Flower's own joins and copies them."""
+
+    @classmethod
+    def inflate(
+        cls, object_content: bytes, children: dict[str, inflatable_object.InflatableObject] | None
+    ) -> ArrayRecord:
+        """As Flower does, with its checks.  Raises ValueError."""
+        children = children or {}
+        empty = {
+            i: Array(a.dtype, a.shape, a.stype, b"") if isinstance(a, Array) else a
+            for i, a in children.items()
+        }
+        record = super().inflate(object_content, empty)
+        for name, i in json.loads(inflatable_object.get_object_body(object_content, cls)).items():
+            array, own = children[i], record[name]
+            # Equal arrays are one child, and each is decoded on its own.
+            record[name] = ArrivedArray(own.dtype, own.shape, own.stype, b"")
+            record[name].__dict__["pieces"] = deque(array.pieces)
+        return record
+
+
+ArrivedArray.__qualname__, ArrivedRecord.__qualname__ = "Array", "ArrayRecord"
+
+
+def receive_in_pieces() -> None:
+    """Have Flower make an `ArrivedArray` of every array that this process receives."""
+    known = inflatable_utils.inflatable_class_registry
+    known["Array"], known["ArrayRecord"] = ArrivedArray, ArrivedRecord
+
+
+def share(messages: Iterable[Message]) -> None:
+    """Make messages with the same tensors have the same arrays, which Flower serialises once."""
+    known: dict[int, TensorArray] = {}
+    for array, record, key in _arrays(messages):
+        record[key] = known.setdefault(id(array.tensor), array)
+
+
+def forget_serialised(messages: Iterable[Message]) -> None:
+    """Drop the bytes that Flower keeps with every array that it has sent."""
+    for array, _, _ in _arrays(messages):
+        array.__dict__.pop("_chunks", None)
+
+
+def _arrays(messages: Iterable[Message]) -> list[tuple[TensorArray, ArrayRecord, str]]:
+    return [
+        (array, record, key)
+        for message in messages
+        for record in message.content.values()
+        if isinstance(record, ArrayRecord)
+        for key, array in record.items()
+        if isinstance(array, TensorArray)
+    ]
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:

@@ -4,10 +4,13 @@ their settings and commands.  Each goes from runs to HTML, empty where there is 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from fl_report import plots
 from fl_report.compare import SERIES, TITLES, method_of
+from fl_report.figures import MANY
 from fl_report.markup import (
     NONE,
     Markup,
@@ -15,6 +18,7 @@ from fl_report.markup import (
     element,
     folded,
     joined,
+    loss,
     number,
     seconds,
     section,
@@ -22,6 +26,7 @@ from fl_report.markup import (
     table,
     text,
 )
+from fl_report.seeds import ASIDE, SEED, Alike, alike, repeated
 from fl_report.series import (
     OF_CLIENTS,
     SHARE_OF_BEST,
@@ -80,7 +85,7 @@ def numbers(run: Run) -> Markup:
     cells = [
         ("accuracy", accuracy(end.get("accuracy")), _in_round(end)),
         ("best accuracy", accuracy(best.get("accuracy")), _in_round(best)),
-        ("loss", number(end.get("loss"), "{:.4f}"), _in_round(end)),
+        ("loss", loss(end.get("loss")), _in_round(end)),
         ("rounds", number(len(run.rows)), f"of {rounds}" if rounds else ""),
         ("up", size(up), "from clients"),
         ("down", size(down), "to clients"),
@@ -120,16 +125,16 @@ def side_by_side(runs: Sequence[Run]) -> Markup:
         *(OF_CLIENTS[key] for key in shares), "loss", "rounds", "up", "down", "time",
         "processor time", *["refused"] * any(refused), "status", "model_sha256",
     ]  # fmt: skip
-    rows = []
+    groups, rows = alike(runs), []
     for i, run in enumerate(runs):
         accuracies = curve(run, "accuracy")[1]
         rows.append([
-            _named(i, run) + _small(_other_name(run)),
+            _named(run.label, _place(groups, run)) + _small(_other_name(run)),
             accuracy(accuracies[-1] if accuracies else None),
             accuracy(max(accuracies, default=None)),
             *(accuracy(last(run, SERIES[m])) for m in models),
             *(accuracy(last(run, key)) for key in shares),
-            number(last(run, "loss"), "{:.4f}"),
+            loss(last(run, "loss")),
             number(len(run.rows)),
             *map(size, sent(run)),
             seconds(run.summary.get("wall_s")),
@@ -138,14 +143,58 @@ def side_by_side(runs: Sequence[Run]) -> Markup:
             _status(run),
             element("code", run.summary.get("model_sha256", NONE)[:16]),
         ])  # fmt: skip
-    return section("Runs", table(head, rows))
+    whole = table(head, rows)
+    if not repeated(groups):
+        return section("Runs", whole)
+    if len(runs) > MANY:
+        return section("Means over seeds", _means(groups), folded(f"All {len(runs)} runs", whole))
+    return section("Means over seeds", _means(groups)) + section("Runs", whole)
 
 
-def _named(i: int, run: Run) -> Markup:
+def _means(groups: Sequence[Alike]) -> Markup:
+    """The headline numbers of runs that are alike but for their seed."""
+    rows = []
+    for i, group in enumerate(groups):
+        known = [curve(run, "accuracy")[1] for run in group.counted]
+        known = [accuracies for accuracies in known if accuracies]
+        losses = [found for run in group.counted if (found := last(run, "loss")) is not None]
+        up, down = (mean(sizes) for sizes in zip(*map(sent, group.counted), strict=True))
+        times = [run.summary["wall_s"] for run in group.counted if "wall_s" in run.summary]
+        rows.append([
+            _named(group.label, i),
+            number(len(group.counted)) + _out_of(group),
+            _spread([accuracies[-1] for accuracies in known]),
+            _spread([max(accuracies) for accuracies in known]),
+            _spread(losses),
+            size(round(up)),
+            size(round(down)),
+            seconds(mean(times) if times else None),
+        ])  # fmt: skip
+    told = "Of completed runs that differ in nothing but run.seed: mean ± standard deviation."
+    head = ["method", "seeds", "accuracy", "best", "loss", "up", "down", "time"]
+    return element("p", told) + table(head, rows)
+
+
+def _out_of(group: Alike) -> str:
+    return f" of {len(group.runs)}" if len(group.counted) < len(group.runs) else ""
+
+
+def _spread(values: Sequence[float]) -> Markup:
+    if not values:
+        return number(None)
+    error = text(" ± ") + number(stdev(values), "{:.4f}") if len(values) > 1 else ""
+    return accuracy(mean(values)) + error
+
+
+def _place(groups: Sequence[Alike], run: Run) -> int:
+    return next(i for i, group in enumerate(groups) if any(run is one for one in group.runs))
+
+
+def _named(label: str, place: int) -> Markup:
     """A run, with its colour in the pictures."""
-    colour = plots.COLOURS[i % len(plots.COLOURS)]
-    dot = element("span", "", class_="dot", style=f"background:{colour}")
-    return dot + f"\N{NO-BREAK SPACE}{run.label}"
+    colour = plots.COLOURS[place % len(plots.COLOURS)]
+    dot = element("span", "\N{BLACK CIRCLE}", class_="dot", style=f"color:{colour}")
+    return dot + f"\N{NO-BREAK SPACE}{label}"
 
 
 def _other_name(run: Run) -> str:
@@ -158,17 +207,29 @@ def target(runs: Sequence[Run], aim: float | None, given: bool) -> Markup:
     """Rounds, bytes and seconds to an accuracy."""
     if aim is None:
         return Markup("")
-    rows = []
-    for i, run in enumerate(runs):
-        found = reached(run, aim)
-        if found:
-            spent = [number(found.round), size(found.bytes), seconds(found.seconds)]
-        else:
-            best = max(curve(run, "accuracy")[1], default=None)
-            spent = [text("not reached; best ") + accuracy(best), "", ""]
-        rows.append([_named(i, run) if len(runs) > 1 else run.label, *spent])
+    rows, groups = [], alike(runs)
+    for i, group in enumerate(groups):
+        found = [when for run in group.counted if (when := reached(run, aim))]
+        name = _named(group.label, i) if len(runs) > 1 else group.label
+        if not found:
+            best = max(
+                (a for run in group.counted for a in curve(run, "accuracy")[1]), default=None
+            )
+            rows.append([name, text("not reached; best ") + accuracy(best), "", ""])
+            continue
+        total = len(group.counted)
+        some = f" ({len(found)} of {total} runs)" if len(found) < total else ""
+        rounds = [when.round for when in found]
+        rows.append([
+            name,
+            (number(rounds[0]) if total == 1 else number(mean(rounds), "{:.1f}")) + some,
+            size(round(mean(when.bytes for when in found))),
+            seconds(mean(when.seconds for when in found)),
+        ])  # fmt: skip
     why = "" if given else f", {SHARE_OF_BEST:.0%} of the best"
     told = text("The first evaluation with an accuracy of ") + accuracy(aim) + f" or more{why}."
+    if repeated(groups):
+        told += " Means over the runs that reached it."
     head = ["run", "round", "up and down", "time in rounds"]
     return section("To a target accuracy", element("p", told), table(head, rows))
 
@@ -193,13 +254,18 @@ def _unusual(run: Run) -> Markup:
 
 
 def _different(runs: Sequence[Run]) -> Markup:
-    meant, rows = meanings(), []
+    meant, rows, groups = meanings(), [], alike(runs)
+    told = "All other settings are the same; marked: unlike the first run."
+    if repeated(groups):
+        runs = [replace(group.runs[0], label=group.label) for group in groups]
+        told = "All other settings but the seed are the same; marked: unlike the first."
     for key, values in differences(runs).items():
+        if repeated(groups) and key in ASIDE:
+            continue
         marked = [_value(v) if v == values[0] else element("mark", _value(v)) for v in values]
         rows.append([_key(key, meant), *marked])
     if not rows:
         return section("Settings that differ", element("p", "None."))
-    told = "All other settings are the same; marked: unlike the first run."
     head = ["setting", *(run.label for run in runs)]
     return section("Settings that differ", element("p", told), table(head, rows))
 
@@ -217,14 +283,24 @@ def _value(value: Any) -> str:
 def commands(runs: Sequence[Run]) -> Markup:
     """What repeats each run, and what continues one that ended early."""
     parts = []
+    for group in alike(runs):
+        first, *others = group.runs
+        if not first.config:
+            continue
+        if len(runs) > 1:
+            parts.append(element("h3", group.label))
+        parts.append(_shell(command(first.config)))
+        if others:
+            values = ", ".join(shown(run.config.get(SEED, NONE)) for run in others)
+            parts.append(
+                element("p", text("The others with ") + element("code", SEED) + f" = {values}.")
+            )
     for run in runs:
         if not run.config:
             continue
-        if len(runs) > 1:
-            parts.append(element("h3", run.label))
-        parts.append(_shell(command(run.config)))
         if run.summary.get("status") != "completed" and (run.folder / "checkpoints").exists():
-            parts.append(element("p", "To continue it from its last checkpoint:"))
+            which = "it" if len(runs) == 1 else run.label
+            parts.append(element("p", f"To continue {which} from its last checkpoint:"))
             parts.append(_shell(shlex.join(["flatfed", "resume", str(run.folder)])))
     return section("To repeat it", *parts)
 

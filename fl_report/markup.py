@@ -8,6 +8,8 @@ import struct
 from string import Template
 from typing import TYPE_CHECKING
 
+from fl_report.series import sized
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
@@ -50,17 +52,14 @@ def accuracy(value: float | None) -> Markup:
     return number(value, "{:.4f}")
 
 
+def loss(value: float | None) -> Markup:
+    """Four digits behind the point, unless it has gone beyond all measure."""
+    return number(value, "{:.4f}" if value is None or abs(value) < 1e4 else "{:.3e}")
+
+
 def size(count: int | None) -> Markup:
-    """Bytes, as three digits and a unit of powers of ten."""
-    if count is None:
-        return number(None)
-    scaled, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if scaled < 999.5 or unit == "GB":
-            break
-        scaled /= 1000
-    shown = f"{scaled:.3g}" if scaled < 999.5 else f"{scaled:.0f}"
-    return element("data", f"{shown} {unit}", value=count)
+    """Bytes, as `sized` tells them."""
+    return number(None) if count is None else element("data", sized(count), value=count)
 
 
 def seconds(value: float | None) -> Markup:
@@ -209,7 +208,7 @@ tbody th { font-weight: 500; min-width: 5rem; }
 td.n { white-space: nowrap; }
 th.n[scope=row] { min-width: 0; }
 mark { background: var(--mark); color: inherit; padding: 0 0.2rem; border-radius: 3px; }
-.dot { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; }
+.dot { font-size: 1.1em; line-height: 1; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
   gap: 0.8rem; }
 figure { margin: 0; break-inside: avoid; }
@@ -230,7 +229,7 @@ summary { cursor: pointer; padding: 0.3rem 0; }
   .grid { grid-template-columns: repeat(3, 1fr); }
   .wide img { min-width: 0; }
   section { margin-top: 1rem; }
-  h2 { break-after: avoid; }
+  h2, h3 { break-after: avoid; }
   tr, dl div { break-inside: avoid; }
   details { display: none; }
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fl_common.files import write_atomically
-from fl_report import compare, figures, headlines, markup, series
+from fl_report import compare, figures, headlines, markup, participants, series, sharpness, terminal
 from fl_report.settings import different_data
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def write(
         headlines.numbers(runs[0]) if len(runs) == 1 else headlines.side_by_side(runs),
         figures.curves(runs, pictures),
         headlines.target(runs, _target(runs, target), given=target is not None),
-        figures.labels(runs, pictures),
-        figures.clients(runs, pictures),
-        figures.drift(runs, pictures),
-        figures.participation(runs, pictures),
-        figures.gradients(runs, pictures),
-        figures.flatness(runs, pictures),
+        participants.labels(runs, pictures),
+        participants.clients(runs, pictures),
+        participants.drift(runs, pictures),
+        participants.participation(runs, pictures),
+        sharpness.gradients(runs, pictures),
+        sharpness.flatness(runs, pictures),
         headlines.settings(runs),
         headlines.commands(runs),
     ]
@@ -61,22 +61,11 @@ def write(
 
 
 def summary_table(runs: Sequence[Run], target: float | None = None) -> Table:
-    """For the terminal: what `compare.table` tells, when the target was reached, and the status of
-    runs that did not complete.  Raises ValueError for a target beyond 0 to 1."""
+    """For the terminal, a run in lines or several side by side.  Raises ValueError for a target
+    beyond 0 to 1."""
     _check(target)
     aim = _target(runs, target)
-    more = {}
-    if aim is not None:
-        found = [series.reached(run, aim) for run in runs]
-        more[f"rounds to {aim:.3f}"] = [str(r.round) if r else "never" for r in found]
-        more["MB to it"] = [f"{r.bytes / 1e6:.1f}" if r else "" for r in found]
-    refused = [sum(series.refusal_counts(run).values()) for run in runs]
-    if any(refused):
-        more["refused"] = [str(count) for count in refused]
-    status = [str(run.summary.get("status", "unknown")) for run in runs]
-    if set(status) != {"completed"}:
-        more["status"] = status
-    return compare.table(runs, more)
+    return terminal.one_run(runs[0], aim) if len(runs) == 1 else terminal.several_runs(runs, aim)
 
 
 def _check(target: float | None) -> None:

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, RED = "#1f6feb", "#d9730d", "#8c959f", "#b31d28"
-COLOURS = (BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#0a7f86", "#9a6700", "#57606a")
-"""Of runs, in their order; from the ninth on they come again, dashed."""
+COLOURS = (
+    BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#0a7f86", "#9a6700", "#57606a", "#6cb6ff",
+    "#f0b37e", "#7ee787", "#c9a7ff", "#ff9bce", "#39c5cf", "#e3b341", "#24292f", "#0b2f66",
+    "#6e2c00", "#b31d28", "#a8b1ba",
+)  # fmt: skip
+"""Of runs, in their order; from the 21st on they come again, dashed."""
+INSIDE = 5
+"""Names that a picture has room for; more stand below it."""
 LONGEST = 40
 """Characters of a name in a picture."""
 
@@ -70,6 +76,8 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 Lines = dict[str, tuple[list[float], list[float]]]
 """x and y by label."""
+Spreads = dict[str, list[float]]
+"""How far y may be off, by label."""
 
 
 def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
@@ -85,11 +93,27 @@ def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def lines(series: Lines, over: str, what: str, path: Path) -> None:
-    """One panel, small enough for a phone: a line per label."""
-    figure, axes = _figure(4.4, 3.1)
+def lines(
+    series: Lines,
+    over: str,
+    what: str,
+    path: Path,
+    spreads: Spreads | None = None,
+    colours: Mapping[str, int] | None = None,
+) -> None:
+    """One panel, small enough for a phone: a line per label, with a band where there is a spread.
+
+    colours: the place of each label among COLOURS, where that is not its place among the lines.
+    """
+    names_below = len(series) > INSIDE
+    columns = 2 if max(map(len, series)) < 22 else 1
+    below = 0.16 * -(-len(series) // columns) if names_below else 0
+    figure, axes = _figure(4.4, 3.1 + below)
     for i, (label, (x, y)) in enumerate(series.items()):
-        again, place = divmod(i, len(COLOURS))
+        again, place = divmod(colours[label] if colours else i, len(COLOURS))
+        if spread := (spreads or {}).get(label):
+            low, high = (np.asarray(y) + sign * np.asarray(spread) for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=COLOURS[place], alpha=0.18, linewidth=0)
         axes.plot(
             x, y, label=name_of(label), color=COLOURS[place], linestyle="--" if again else "-",
             linewidth=1.4, marker="o" if len(x) < 25 else None, ms=3,
@@ -97,7 +121,12 @@ def lines(series: Lines, over: str, what: str, path: Path) -> None:
     axes.set(xlabel=over, ylabel=what)
     _plain(axes)
     axes.xaxis.get_major_locator().set_params(integer=over == "round")
-    if len(series) > 1:
+    heights = [height for _, y in series.values() for height in y]
+    if 0 < 1000 * min(heights) < max(heights):  # of a loss that has run away
+        axes.set_yscale("log")
+    if names_below:
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
+    elif len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 

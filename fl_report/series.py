@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fl_report.compare import Run
 
@@ -58,6 +58,16 @@ def curve(run: Run, key: str, axis: Axis = "rounds") -> tuple[list[float], list[
 def last(run: Run, key: str) -> Any:
     """The value of a column in the last round that has it; None if none has."""
     return next((row[key] for row in reversed(run.rows) if row.get(key) is not None), None)
+
+
+def sized(count: float) -> str:
+    """Bytes, as three digits and a unit of powers of ten."""
+    scaled, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if scaled < 999.5 or unit == "GB":
+            break
+        scaled /= 1000
+    return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
 
 
 def sent(run: Run) -> tuple[int, int]:
@@ -129,16 +139,26 @@ def refusal_counts(run: Run) -> Counter[str]:
     return Counter(refusal.what for refusal in refusals(run))
 
 
+def before_and_after(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The mean accuracy of the received model and of the locally trained one, each on the held-out
+    samples of the clients that trained it; None in a round without."""
+    pair = row.get("client_accuracy_before"), row.get("client_accuracy_after")
+    if not all(pair):
+        return None
+    before, after = (sum(p.values()) / len(p) for p in pair)
+    return before, after
+
+
+def gain_of(row: Mapping[str, Any]) -> float | None:
+    """What local training adds to the accuracy on the clients' own samples."""
+    pair = before_and_after(row)
+    return pair[1] - pair[0] if pair else None
+
+
 def local_gain(run: Run) -> list[tuple[int, float, float]]:
-    """Rounds with the mean accuracy of the received model and of the locally trained one, each on
-    the held-out samples of the clients that trained it."""
-    found = []
-    for row in run.rows:
-        pair = row.get("client_accuracy_before"), row.get("client_accuracy_after")
-        if all(pair):
-            before, after = (sum(p.values()) / len(p) for p in pair)
-            found.append((row["round"], before, after))
-    return found
+    """Rounds with their `before_and_after`."""
+    pairs = [(row["round"], before_and_after(row)) for row in run.rows]
+    return [(t, *pair) for t, pair in pairs if pair]
 
 
 def measurements(run: Run) -> list[tuple[int | str, dict[str, Any]]]:

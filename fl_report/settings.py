@@ -39,8 +39,13 @@ def changed(config: Mapping[str, Scalar]) -> dict[str, tuple[Scalar, Scalar | No
     return {
         key: (value, known.get(key))
         for key, value in config.items()
-        if key not in PLACE and (key not in known or known[key] != value)
+        if key not in PLACE and (key not in known or _differ(known[key], value))
     }
+
+
+def _differ(one: Scalar, other: Scalar) -> bool:
+    """Not only in type, as where a number became a word that may be a number."""
+    return one != other and shown(one) != shown(other)
 
 
 def command(config: Mapping[str, Scalar]) -> str:

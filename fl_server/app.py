@@ -15,14 +15,24 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import ServerApp
 
 from fl_common import assembly, wire
-from fl_common.config import methods, resolve
+from fl_common.config import ConfigError, methods, resolve
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.guards import Expected
 from fl_common.layout import Layout, concatenate, tensors_of
 from fl_common.sync import Holdings
+from fl_server import tracking
 from fl_server.checkpoint import Checkpoint
-from fl_server.exchange import Exchange, Outcome, RoundFailed, RunFailed, addressed
+from fl_server.exchange import (
+    HELD_BYTES,
+    POLL_S,
+    Exchange,
+    Outcome,
+    RoundFailed,
+    RunFailed,
+    addressed,
+)
+from fl_server.keys import KeysError, read_keys
 from fl_server.ledger import Ledger
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
@@ -64,8 +74,11 @@ def main(grid: Grid, context: Context) -> None:
         raise error
     try:
         config = resolve(values)
+        if missing := tracking.missing(config.tracking.names):
+            raise ConfigError(missing)
         engine = engine_of(grid)
         recorder.begin(config, {**config.flat(), "engine.name": engine}, engine)
+        recorder.clients_apart = getattr(grid, "clients_apart", True)
         progress = Progress(config.run.rounds, bar=engine == "inprocess")
         progress.note(f"results: {folder}")
         federate(grid, config, recorder, progress)
@@ -107,7 +120,12 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
     """All rounds of a run, from the roll call to the final model."""
     try:
         exchange = Exchange(grid, config.clients.deadline_s, progress.note)
-        roster = Roster(exchange, config.clients.number, config.clients.return_s)
+        if engine_of(grid) == "grpc":
+            exchange.held_bytes = HELD_BYTES
+            wire.receive_in_pieces()
+        clients = config.clients
+        keys = _keys(clients.keys, engine_of(grid)) if clients.keys else None
+        roster = Roster(exchange, clients.number, clients.return_s, keys)
         roster.assemble(nodes_may_come=engine_of(grid) == "grpc")
         exchange.locate = roster.locate
         first = roster.members[0]
@@ -117,7 +135,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         progress.note(_opening(config, roster, run.model))
         if config.run.resume:
             run.resume()
-            progress.note(f"resumed after round {run.done} of {config.run.rounds}")
+            progress.resumed(run.done)
         else:
             run.checkpoint()
         warnings = run.strategy.warnings(config, run.model)
@@ -125,6 +143,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
             warnings += methods("regularizers")[name].warnings(config)
         for warning in [*warnings, *_unresumable(config)]:
             progress.note(f"warning: {warning}")
+        recorder.track(config, progress.note)
         run.play()
         layout = run.layout
         model = layout.named(run.model)
@@ -132,6 +151,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         summary = recorder.finish(model)
     finally:
         progress.stop()
+    progress.note(recorder.shown())
     progress.note(_closing(summary, recorder.folder))
 
 
@@ -147,6 +167,10 @@ class Rounds:
         progress: Progress,
     ) -> None:
         determinism.prepare_process(config.train.threads, config.train.deterministic)
+        self.waits = exchange.held_bytes is not None
+        """Whether this process trains nobody, and so gives memory back while it waits."""
+        if self.waits:
+            determinism.return_memory()
         self.config, self.exchange, self.roster = config, exchange, roster
         self.recorder, self.progress = recorder, progress
         first = roster.members[0]
@@ -165,6 +189,7 @@ class Rounds:
             self.strategy.bind(groups)
         except ValueError as error:
             raise RunFailed(str(error)) from error
+        self._shelve()
         # Of a model that changes as a whole in every round, nothing is left to leave out, unless
         # a round follows the evaluation of the same model.
         useful = self.strategy.partial or config.eval.on != "server"
@@ -193,6 +218,7 @@ class Rounds:
                     self.evaluate(server_round, row)
                 if self._measures(server_round):
                     self.measure(server_round, row)
+                self._shelve()
                 row["seconds"] = round(time.perf_counter() - started, 4)
                 self.recorder.row(row)
                 self.done = server_round
@@ -268,7 +294,9 @@ class Rounds:
         the strategy in partition order, as it comes.  Gives the history's row."""
         config = self.config
         names = draw(config.clients, config.run.seed, server_round)
-        self.roster.wait_for(names)
+        # A bernoulli cohort may be smaller than the replies that are asked for.
+        at_least = min(config.clients.min_replies, len(names))
+        self._gather(names, at_least, server_round)
         cohort, absent = self.roster.drawn(names)
         outcome = Outcome(failed=absent)
         settings = ConfigRecord({wire.SAMPLES: sum(self.samples)})
@@ -294,8 +322,7 @@ class Rounds:
             lambda name: Expected(
                 records, server_round, samples[name], metrics_of(settings), steps[name], series
             ),
-            # A bernoulli cohort may be smaller than the replies that are asked for.
-            at_least=min(config.clients.min_replies, len(names)),
+            at_least,
         )
         loss = None
         try:
@@ -329,6 +356,25 @@ class Rounds:
                 row[f"client_accuracy_{moment}"] = accuracies
         return row
 
+    def _gather(self, names: Sequence[int], at_least: int, server_round: int) -> None:
+        """Wait for the cohort: for each client as long as it may take to come back, and for as
+        many as the round needs until a round's deadline."""
+        end = time.monotonic() + self.config.clients.deadline_s
+        self.roster.wait_for(names)
+        told = -1
+        while (here := len(self.roster.drawn(names)[0])) < at_least:
+            if (left := end - time.monotonic()) < 0:
+                return
+            if here != told:
+                told = here
+                self.progress.note(
+                    f"round {server_round}: {here} of {len(names)} clients are connected, "
+                    f"clients.min-replies = {at_least}; waiting, {left:.0f} s at most "
+                    "(clients.deadline-s)"
+                )
+            time.sleep(POLL_S)
+            self.roster.refresh()
+
     def _replies(
         self,
         asked: Mapping[int, Message],
@@ -340,6 +386,7 @@ class Rounds:
     ) -> Iterator[Message]:
         """The good replies to what a strategy asks, by the names of the clients: each is sent what
         it lacks, and more if it says that it lacks more."""
+        self.progress.asked(phase, len(asked))
         if not asked:
             self.holdings.current = {}
         else:
@@ -363,15 +410,27 @@ class Rounds:
             return content
 
         replies = self.exchange.replies(
-            list(slim.values()), list(slim), phase, outcome, expected, at_least, give_back
-        )
+            list(slim.values()), list(slim), phase, outcome, self._counted(expected), at_least,
+            give_back,
+        )  # fmt: skip
         try:
             for reply in replies:
                 self.holdings.answered(next(reversed(outcome.accepted)))
                 yield reply
+                del reply  # before the next one comes
         finally:
+            self.holdings.rest()
             if outcome.restored:
                 self.recorder.restored(server_round, outcome.restored)
+
+    def _counted(self, expected: Callable[[int], Expected]) -> Callable[[int], Expected]:
+        """`expected`, which is asked once for every reply that comes, and tells the progress so."""
+
+        def counted(name: int) -> Expected:
+            self.progress.reply()
+            return expected(name)
+
+        return counted
 
     def _slim(self, name: int, message: Message) -> Message:
         """The message with those arrays only that the client lacks."""
@@ -390,6 +449,7 @@ class Rounds:
             name = next(reversed(outcome.accepted))
             self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
             yield reply
+            del reply  # before the next one comes
 
     def _series(self, messages: Sequence[Message]) -> frozenset[str]:
         """The numbers of which a reply has one per step."""
@@ -451,12 +511,15 @@ class Rounds:
             for m in members
         ]
         samples = {member.partition: member.samples for member in members}
+        self.progress.asked(phase, len(messages))
         yield from self.exchange.replies(
             messages,
             [member.partition for member in members],
             phase,
             outcome,
-            lambda name: Expected(expected, server_round, samples[name], frozenset()),
+            self._counted(
+                lambda name: Expected(expected, server_round, samples[name], frozenset())
+            ),
         )
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             self.progress.note(f"{phase}, client {name}: {reason}")
@@ -468,7 +531,17 @@ class Rounds:
         with torch.no_grad():
             for kind, tensors in tensors_of(self.net).items():
                 views = self.layout.split(kind, model[kind].to(self.device))
+                for tensor, view in zip(tensors.values(), views, strict=True):
+                    if tensor.shape != view.shape:  # it was put away
+                        tensor.data = torch.empty_like(view)
                 torch._foreach_copy_(list(tensors.values()), views)
+
+    def _shelve(self) -> None:
+        """Without the memory of the server's network, which only evaluation needs."""
+        if self.waits:
+            for tensors in tensors_of(self.net).values():
+                for tensor in tensors.values():
+                    tensor.data = tensor.data.new_empty(0)
 
     def evaluate(self, server_round: int, row: dict[str, Any]) -> None:
         """The new global model: on the server's test set, on all clients' held-out samples, or
@@ -543,6 +616,18 @@ def _unresumable(config: CoreConfig) -> list[str]:
     if remembers and not config.server.ledger:
         return ["server.ledger=false without client.state-dir: this run cannot be resumed"]
     return []
+
+
+def _keys(path: str, engine: str) -> dict[int, str]:
+    """The clients' public keys.  Raises RunFailed."""
+    if engine != "grpc":
+        raise RunFailed(
+            f"clients.keys: the nodes of engine.name={engine} have no keys; leave it out"
+        )
+    try:
+        return read_keys(Path(path))
+    except KeysError as error:
+        raise RunFailed(f"clients.keys: {error}") from error
 
 
 def _check_data(config: CoreConfig, roster: Roster) -> None:

@@ -40,6 +40,8 @@ examples:
       every key with its default and meaning
   flatfed flatness results/NAME results/OTHER
       how flat the loss is at their final models
+  flatfed suite experiments/smoke.toml
+      a table of methods over seeds, beside the published one where there is one
   flatfed cost data.source=cifar10 model.name=resnet8 clients.number=40 run.rounds=25
       what partial updates save; `flatfed groups resnet8` lists their groups
 """
@@ -104,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--anyway", action="store_true", help="runs of different data too")
     report.set_defaults(function=_report)
     _add_flatness_command(commands, of_runs)
+    _add_suite_command(commands)
     config = commands.add_parser(
         "config", parents=[settings], help="print all settings with their meaning, as TOML"
     )
@@ -115,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.set_defaults(function=_config)
     _add_cost_commands(commands, settings)
     _add_federation_commands(commands)
+    _add_key_commands(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on settings that stand behind an option: they are settings all the same.
     if any(item.startswith("-") for item in rest) or not hasattr(args, "values"):
@@ -164,6 +168,27 @@ def _add_flatness_command(
     add("--pictures", type=Path, metavar="FOLDER", help="where pictures go, those of all runs in "
         "one (default: each run's into its own folder)")  # fmt: skip
     flatness.set_defaults(function=_flatness)
+
+
+def _add_suite_command(commands: argparse._SubParsersAction) -> None:
+    suite = commands.add_parser(
+        "suite",
+        help="run a paper's table, and show it beside the published one",
+        description="Runs the cells of a suite (experiments/*.toml) that are not there yet, then "
+        "prints and writes published | ours | difference, and a page of all runs. Called again, "
+        "it goes on where it ended.",
+    )
+    add = suite.add_argument
+    add("file", type=Path, metavar="FILE.toml", help="the suite; docs/suites.md has the format")
+    add("values", nargs="*", metavar="key=value", help="a setting of every cell, e.g. data.path=D")
+    add("--reduced", action="store_true", help="as its [reduced] says, to fit a CPU")
+    add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
+    add("--jobs", type=int, default=1, metavar="N", help="cells at once (default: 1)")
+    add("--out", type=Path, metavar="DIR", help="where the suites' folders are made (default: "
+        "results/suites)")  # fmt: skip
+    add("--table", action="store_true", help="make the table of what is there; run nothing")
+    add("--publish", type=Path, metavar="DIR", help="the same, into DIR/NAME.md and .json")
+    suite.set_defaults(function=_suite, config=[])
 
 
 def _add_cost_commands(
@@ -226,6 +251,8 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add("--partition", type=int, metavar="N", help="this node's number, from 0 on")
     add("--root-certificates", type=Path, metavar="FILE", help="the CA of the server (ca.crt)")
     add("--auth-key", type=Path, metavar="FILE", help="this node's private key")
+    add("--trusted-entities", type=Path, metavar="FILE", help="run only apps that have a signature "
+        "of one of these, by Flower's hub (docs/security.md)")  # fmt: skip
     add("--data-path", type=Path, metavar="PATH", help="this node's data")
     add("--state-dir", type=Path, metavar="PATH", help="where this node keeps what it remembers "
         "between rounds (default: $FLATFED_HOME/state or ~/.flatfed/state)")  # fmt: skip
@@ -240,6 +267,33 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     worker.add_argument("--socket", type=Path, required=True, metavar="PATH", help="where the "
         "node's messages come in; for this user alone")  # fmt: skip
     worker.set_defaults(function=_worker, values=[])
+
+
+def _add_key_commands(commands: argparse._SubParsersAction) -> None:
+    certs = commands.add_parser(
+        "certs",
+        help="make certificates and keys for a federation",
+        description="A CA, the server's certificate, a key per node, and keys.json, the public "
+        "keys by partition (clients.keys). Called again, it keeps the CA and all keys, adds nodes "
+        "up to --nodes, and with --host makes a new server certificate.",
+    )
+    add = certs.add_argument
+    add("folder", type=Path, metavar="DIR", help="a folder of its own, for you alone")
+    add("--host", action="append", default=[], metavar="NAME", help="a name or IP address by which "
+        "nodes and users reach the server; may be given several times")  # fmt: skip
+    add("--nodes", type=int, default=0, metavar="N", help="keys for partitions 0 to N-1")
+    add("--days", type=float, default=365, metavar="D", help="how long the server's certificate "
+        "holds (default: 365)")  # fmt: skip
+    certs.set_defaults(function=_certs, values=[])
+
+    register = commands.add_parser(
+        "register", help="tell a SuperLink which nodes' keys it may let in"
+    )
+    add = register.add_argument
+    add("keys", type=Path, metavar="keys.json", help="public keys by partition, of `flatfed certs`")
+    add("connection", metavar="CONNECTION", help="the SuperLink's name in Flower's configuration")
+    add("--remove", action="store_true", help="unregister all other nodes")
+    register.set_defaults(function=_register, values=[])
 
 
 def entry_point() -> None:
@@ -308,17 +362,53 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from fl_report import compare, page
+    from fl_report import compare, page, terminal
 
     folders = _folders(args)
     out = args.out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     try:
         page.write(folders, out, args.target, anyway=args.anyway)
-        _print(page.summary_table(compare.read(folders), args.target))
+        print(terminal.text(page.summary_table(compare.read(folders), args.target)))
     except (OSError, ValueError) as error:
         return _complain([str(error)])
     print(f"report: {out}")
     return OK
+
+
+def _suite(args: argparse.Namespace) -> int:
+    from fl_common.config import absolute_paths
+    from fl_report.suite import SuiteError
+    from fl_server import suites
+
+    given, errors = _settings(args)
+    if args.device is not None:
+        if "train.device" in given:
+            errors.append("train.device: given twice, by --device too")
+        given["train.device"] = args.device
+    if args.jobs < 1:
+        errors.append(f"--jobs {args.jobs}: must be at least 1")
+    if errors:
+        return _complain(errors)
+    try:
+        suite = suites.open_suite(args.file, absolute_paths(given), args.reduced, args.out)
+    except SuiteError as error:
+        return _complain(error.errors)
+    failed: list[str] = []
+    try:
+        if not (args.table or args.publish):
+            failed = suite.run(args.jobs)
+        table = suite.table()
+        _print(suite.picture(table))
+        for path in suite.write(table, args.publish):
+            print(path)
+    except (OSError, SuiteError) as error:
+        return _complain(str(error).splitlines())
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: {suite.command(places=True)}", file=sys.stderr)
+        return INTERRUPTED
+    for name in failed:
+        print(f"error: {name} failed; its log: {suite.log(name)}", file=sys.stderr)
+    return FAILED if failed else OK
 
 
 def _grad_norm(args: argparse.Namespace) -> int:
@@ -399,11 +489,14 @@ def _flatness(args: argparse.Namespace) -> int:
 
 def _groups(args: argparse.Namespace) -> int:
     from fl_common.config import ConfigError
+    from fl_common.models.catalogue import MODELS
 
     # A setting like any other: what is given twice is told.
     args.values = [f"model.name={args.model}", *args.values]
+    info = MODELS.get(args.model)
+    takes_text = info is not None and info.input == "tokens"
     try:
-        plan = _plan(args, {"data.source": "synthetic"})
+        plan = _plan(args, {"data.source": "synthetic-text" if takes_text else "synthetic"})
     except ConfigError as error:
         return _complain(error.errors)
     from fl_report.cost import groups_table
@@ -525,6 +618,11 @@ def _run(args: argparse.Namespace) -> int:
             check_state_dir(Path(config.client.state_dir))
         except NodeError as error:
             return _complain([f"client.{error}"])
+    if config.engine.name != "grpc":  # there, it is the server that needs them
+        from fl_server.tracking import missing
+
+        if problems := missing(config.tracking.names):
+            return _complain(problems)
     engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
     return engines[config.engine.name](config, folder)
 
@@ -544,16 +642,22 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     from fl_server.app import app as server_app
     from fl_server.exchange import RunFailed
     from fl_server.inprocess import InProcessGrid
+    from fl_server.recorder import record_setting
+    from fl_server.workers import count
 
-    if config.train.device.startswith("cuda"):
-        from fl_common.assembly import training_device
-
-        try:
-            training_device(config)
-        except ValueError as error:
-            return _complain([str(error)])
+    try:
+        workers = count(config)
+    except ValueError as error:
+        return _complain([str(error)])
     values = config.flat()
-    grid = InProcessGrid(client_app, config.clients.number, values)
+
+    def chosen(number: int, why: str) -> None:
+        """A run that goes on later trains as many clients at once."""
+        record_setting(folder, "engine.cohort", str(number))
+        print(why, flush=True)
+
+    cohort = config.engine.cohort
+    grid = InProcessGrid(client_app, config.clients.number, values, workers, cohort, chosen)
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(values)
     )
@@ -566,16 +670,21 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
 
         traceback.print_exc()
         return FAILED
+    finally:
+        grid.close()
     return OK
 
 
 def _run_ray(config: CoreConfig, folder: Path) -> int:
     from fl_server.bundle import app_directory
     from fl_server.flower_run import run_simulation
+    from fl_server.progress import Screen
 
     try:
-        with app_directory() as app_dir:
-            status = run_simulation(app_dir, config.flat(), clients=config.clients.number)
+        with app_directory() as app_dir, Screen(config.run.rounds) as screen:
+            status = run_simulation(
+                app_dir, config.flat(), clients=config.clients.number, on_line=screen
+            )
     except RuntimeError as error:
         return _failed(str(error))
     return _outcome(status, folder)
@@ -585,6 +694,7 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
     from fl_server.bundle import app_directory
     from fl_server.federation import UsageError, connection
     from fl_server.flower_run import run_on_connection
+    from fl_server.progress import Screen
 
     try:
         link = connection(config.engine.connection)
@@ -592,9 +702,9 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
         return _complain([str(error)])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        with app_directory() as app_dir:
+        with app_directory() as app_dir, Screen(config.run.rounds) as screen:
             status = run_on_connection(
-                app_dir, config.flat(), link.name, flower_home=link.flower_home
+                app_dir, config.flat(), link.name, flower_home=link.flower_home, on_line=screen
             )
     except RuntimeError as error:
         return _failed(str(error))
@@ -640,6 +750,7 @@ def _node(args: argparse.Namespace) -> int:
             wait=args.wait,
             preload=not args.no_preload,
             worker=args.worker,
+            trusted_entities=args.trusted_entities,
         )
         check(node)
         return serve(node)
@@ -650,13 +761,17 @@ def _node(args: argparse.Namespace) -> int:
 def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
     """Options and key=value as Flower's node config, paths absolute.  Raises NodeError."""
     from fl_client.node import NodeError, default_state_dir
+    from fl_common.config import NODE_KEYS, from_text
 
     config: dict[str, Scalar] = {}
     for item in args.values:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise NodeError(f"{item}: node-config keys are written key=value")
-        config[key] = int(text) if text.removeprefix("-").isdecimal() else text
+        if key in NODE_KEYS:
+            config[key] = from_text({NODE_KEYS[key]: text})[NODE_KEYS[key]]
+        else:
+            config[key] = int(text) if text.removeprefix("-").isdecimal() else text
     options = {
         "partition-id": args.partition,
         "data-path": args.data_path,
@@ -683,6 +798,50 @@ def _worker(args: argparse.Namespace) -> int:
         run(str(args.socket.expanduser().absolute()))
     except OSError as error:
         return _complain([f"--socket {args.socket}: {error.strerror or error}"])
+    return OK
+
+
+def _certs(args: argparse.Namespace) -> int:
+    from fl_server.certificates import CA, CA_KEY, KEYS, NODES, SERVER, SERVER_KEY, issue
+    from fl_server.keys import KeysError
+
+    folder = args.folder.expanduser().absolute()
+    try:
+        found = issue(folder, args.host, args.nodes, days=args.days)
+    except KeysError as error:
+        return _complain([str(error)])
+    print(f"{folder}:")
+    ends = {name: f"until {end:%Y-%m-%d %H:%M} UTC" for name, end in found.ends.items()}
+    names, count = ", ".join(found.hosts), f"{len(found.nodes)} nodes' keys"
+    for name, what in (
+        (CA, f"{ends[CA]}; to every node, and to whoever submits runs"),
+        (CA_KEY, "signs; leaves this folder for a safe place only"),
+        (SERVER, f"{ends[SERVER]}, for {names}; the SuperLink's --ssl-certfile"),
+        (SERVER_KEY, "the SuperLink's --ssl-keyfile; stays on the server"),
+        (NODES, f"{count}; I to the node of partition I alone (--auth-key); I.pub stays here"),
+        (KEYS, "to the server: `flatfed register`, and the setting clients.keys"),
+    ):
+        print(f"  {'new' if name in found.made else 'old'} {name:<10} {what}")
+    return OK
+
+
+def _register(args: argparse.Namespace) -> int:
+    import os
+
+    from fl_server.federation import UsageError, connection
+    from fl_server.flower_run import ENVIRONMENT, direct
+    from fl_server.keys import KeysError, read_keys, register
+
+    try:
+        keys, link = read_keys(args.keys), connection(args.connection)
+    except (KeysError, UsageError) as error:
+        return _complain([str(error)])
+    os.environ |= {**ENVIRONMENT, **direct(), "FLWR_HOME": str(link.flower_home)}
+    try:
+        register(keys, link, remove=args.remove)
+    except KeysError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     return OK
 
 

@@ -25,6 +25,9 @@ POLL_S = 0.1
 
 GONE = ErrorCode.NODE_UNAVAILABLE
 """The error by which Flower says that a node went away before it answered."""
+HELD_BYTES = 64_000_000
+"""Large replies stay at the SuperLink until it is their turn; of smaller ones, those that come
+before it may be this much together."""
 RETURNS = 3
 """How often a client is asked again in a round because its node went away and came back."""
 AWAITED = -1
@@ -62,6 +65,8 @@ class Exchange:
         self.grid, self.deadline_s, self.note = grid, deadline_s, note
         self.locate: Callable[[int], int | None] | None = None
         """The node id of a client; AWAITED while it may still come back; None if it is gone."""
+        self.held_bytes: float | None = None
+        """HELD_BYTES where the grid is another process, None where replies wait in this one."""
         self._late: dict[str, str] = {}
         """What was sent in vain, by message id."""
 
@@ -85,13 +90,14 @@ class Exchange:
         """
         early: dict[int, Message] = {}
         waiting = deque(sorted(names))
-        for name, reply in self._arrivals(messages, names, phase, outcome, give_back):
+        for name, reply in self._arrivals(messages, names, phase, outcome, at_least, give_back):
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
             elif expected and (problem := objection(reply.content, expected(name))):
                 outcome.rejected[name] = problem
             else:
                 early[name] = reply
+            del reply  # here as below: a large model is not held on to while the next one comes
             while waiting and (waiting[0] in early or _settled(waiting[0], outcome)):
                 yield from _accept(waiting.popleft(), early, outcome)
         for name in waiting:
@@ -105,31 +111,43 @@ class Exchange:
         names: Sequence[int],
         phase: str,
         outcome: Outcome,
+        at_least: int,
         give_back: Callable[[int, MetricRecord], RecordDict | None] | None,
     ) -> Iterator[tuple[int, Message]]:
-        """Replies as they come, errors included, until all are there or time is up."""
+        """Replies as they come, errors included, until all are there or time is up.
+
+        A client whose node is gone is given up after its time, unless `at_least` needs it.
+        """
         end = time.monotonic() + self.deadline_s
         silence = f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
         asked = dict(zip(names, messages, strict=True))
         pending: dict[str, int] = {}
         self._push(asked, pending, phase)
-        outcome.bytes_down += sum(map(payload_bytes, messages))
+        sizes = list(map(payload_bytes, messages))
+        outcome.bytes_down += sum(sizes)
+        at_once = self._at_once(max(sizes, default=0), len(sizes))
         sent = dict(pending)
         left: list[int] = []
         gone: set[int] = set()
         """Clients whose node went away with the message."""
+        needed: set[int] = set()
+        """Those of them that are waited for until the end."""
         while pending or gone:
             again: dict[int, Message] = {}
-            arrived = list(self.grid.pull_messages([*pending, *self._late]))
-            expired = time.monotonic() > end
-            for reply in arrived:
+            any_came = False
+            # What waits at the SuperLink has come in time; what was asked of this process has not.
+            expired = at_once is not None and time.monotonic() > end
+            for reply in self._pulled(pending, gone, sorted(names), at_once, expired):
+                if at_once is None and not any_came:
+                    expired = time.monotonic() > end
+                any_came = True
                 to = reply.metadata.reply_to_message_id
                 if to in self._late:
                     self.note(f"{phase}: dropped a late reply: {self._late.pop(to)}")
                 elif to not in pending:
                     who = f"client {sent[to]}" if to in sent else "nobody who was asked"
                     self.note(f"{phase}: dropped a repeated or unknown reply of {who}")
-                elif expired:
+                elif expired and at_once is None:
                     outcome.failed[pending.pop(to)] = silence
                 elif (
                     self.locate
@@ -158,42 +176,90 @@ class Exchange:
                     if reply.has_content():
                         outcome.bytes_up += payload_bytes(reply)
                     yield pending.pop(to), reply
+                del reply
+            if at_once is None and not any_came:
+                expired = time.monotonic() > end
             if expired:
                 outcome.failed.update(dict.fromkeys([*pending.values(), *gone], silence))
                 self._late |= {i: f"{phase}, client {name}" for i, name in pending.items()}
                 return
             if gone:
-                again |= self._come_back(gone, asked, phase, outcome)
+                able = asked.keys() - outcome.failed.keys() - outcome.rejected.keys()
+                kept = self._come_back(gone, again, asked, phase, outcome, len(able) - at_least)
+                if kept - needed:
+                    self.note(
+                        f"{phase}: without client {', '.join(map(str, sorted(kept)))} there are "
+                        f"too few (clients.min-replies = {at_least}); waiting, "
+                        f"{end - time.monotonic():.0f} s at most (clients.deadline-s)"
+                    )
+                needed = kept
             if again:
                 asked |= again
                 self._push(again, pending, phase)
                 sent |= pending
-            if gone or again or not arrived:
+            if gone or again or not any_came:
                 time.sleep(min(POLL_S, self.deadline_s))
 
     def _push(self, messages: dict[int, Message], pending: dict[str, int], phase: str) -> None:
         """Send these, by the names of their receivers, and expect their replies."""
+        if self.held_bytes is not None:
+            wire.share(messages.values())
         ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
+        if self.held_bytes is not None:
+            wire.forget_serialised(messages.values())
         if len(ids) != len(messages):
             raise RunFailed(f"{phase}: the grid took {len(ids)} of {len(messages)} messages")
         pending |= dict(zip(ids, messages, strict=True))
 
+    def _at_once(self, size: int, number: int) -> int | None:
+        """How many replies as large as the messages may be here at once; None: as many as come."""
+        if self.held_bytes is None or size * number <= self.held_bytes:
+            return None
+        return max(1, int(self.held_bytes // size))
+
+    def _pulled(
+        self,
+        pending: dict[str, int],
+        gone: set[int],
+        order: list[int],
+        at_once: int | None,
+        last: bool,
+    ) -> Iterator[Message]:
+        """Replies that have come.  With `at_once`, one by one, those of the next in `order` only,
+        so that the others wait where they are; `last`: of all."""
+        if at_once is None:
+            yield from self.grid.pull_messages([*pending, *self._late])
+            return
+        first = order.index(min([*pending.values(), *gone]))
+        turn = order if last else order[first : first + at_once]
+        due = sorted((name, i) for i, name in pending.items() if name in turn)
+        for i in [*(i for _, i in due), *self._late]:
+            yield from self.grid.pull_messages([i])
+
     def _come_back(
-        self, gone: set[int], asked: dict[int, Message], phase: str, outcome: Outcome
-    ) -> dict[int, Message]:
-        """Messages for those who are here again; who will not come in time is left out."""
-        messages = {}
+        self,
+        gone: set[int],
+        again: dict[int, Message],
+        asked: dict[int, Message],
+        phase: str,
+        outcome: Outcome,
+        spare: int,
+    ) -> set[int]:
+        """Into `again`, messages for those who are here again.  Who will not come in time is left
+        out, but for `spare` at most; gives the others, whose time is up too."""
+        kept = set()
         for name in sorted(gone):
             where = self.locate(name)
-            if where == AWAITED:
-                continue
-            gone.discard(name)
-            if where is None:
+            if where is None and spare > 0:
+                spare -= 1
                 outcome.failed[name] = "its node is gone (clients.return-s)"
-            else:
+            elif where is None:
+                kept.add(name)
+            elif where != AWAITED:
                 self.note(f"{phase}, client {name}: its node is back and is asked again")
-                messages[name] = addressed(where, asked[name], asked[name].content)
-        return messages
+                again[name] = addressed(where, asked[name], asked[name].content)
+        gone -= outcome.failed.keys() | again.keys()
+        return kept
 
 
 def addressed(node_id: int, message: Message, content: RecordDict) -> Message:

@@ -1,8 +1,9 @@
 """The in-process engine: a Flower Grid whose nodes are answered by this very process.
 
 `push_messages` queues, `pull_messages` lets one client work and hands its reply on, so that one
-model is alive at a time.  Nothing is serialised and no port is opened.  What touches Flower's
-non-public parts (task identity, message ids) is all in this module.
+model is alive at a time.  Nothing is serialised and no port is opened.  With several workers the
+clients work in processes forked from this one, and replies are handed on as they come.  What
+touches Flower's non-public parts (task identity, message ids) is all in this module.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fl_common.config import AUTO
+from fl_server.workers import Job, Pool
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any
 
     from flwr.clientapp import ClientApp
 
@@ -27,10 +32,20 @@ RUN_ID = SERVER_ID = TASK_ID = 1
 
 
 class InProcessGrid(Grid):
-    """`clients` nodes with partitions 0 .. clients-1, each with a context of its own."""
+    """`clients` nodes with partitions 0 .. clients-1, each with a context of its own.
+
+    workers: processes, if more than one, each of which trains one client at a time.  cohort: how
+    many clients are trained at once instead, or `auto`; then `chosen` is told the number, and why.
+    """
 
     def __init__(
-        self, client_app: ClientApp, clients: int, run_config: Mapping[str, Scalar]
+        self,
+        client_app: ClientApp,
+        clients: int,
+        run_config: Mapping[str, Scalar],
+        workers: int = 1,
+        cohort: str = "1",
+        chosen: Callable[[int, str], None] = lambda number, why: None,
     ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id = TASK_ID, RUN_ID
         TaskIdentity.node_id = SERVER_ID
@@ -48,6 +63,16 @@ class InProcessGrid(Grid):
             for partition in range(clients)
         }
         self._queue: dict[str, Message] = {}
+        self._out: dict[str, Message] = {}
+        """What the workers have been given."""
+        self._pool = Pool(workers, self._work) if workers > 1 else None
+        self.clients_apart = self._pool is not None
+        self._cohort, self._chosen = cohort, chosen
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool:
+            self._pool.close()
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -73,30 +98,118 @@ class InProcessGrid(Grid):
         pushed = list(messages)
         for message in pushed:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-        self._queue |= {message.metadata.message_id: message for message in pushed}
+        queued = {message.metadata.message_id: message for message in pushed}
+        if self._pool:
+            work = {key: message for key, message in queued.items() if _is_work(message)}
+            self._out |= work
+            self._pool.put([self._job(message) for message in work.values()])
+            queued = {key: message for key, message in queued.items() if key not in work}
+        self._queue |= queued
         return [message.metadata.message_id for message in pushed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The reply of the next queued message among `message_ids`; empty when none is left."""
-        for message_id in message_ids:
-            if message_id in self._queue:
-                return [self._answer(self._queue.pop(message_id))]
-        return []
+        """The reply of the next queued message among `message_ids`, or, of workers, all that have
+        come since, whoever asked; empty when none is left."""
+        if self._queue:
+            waiting = [self._queue[i] for i in message_ids if i in self._queue]
+            if waiting and self._cohort != "1" and waiting[0].metadata.message_type == "train":
+                return self._at_once(waiting)
+            if waiting:
+                return [self._answer(self._queue.pop(waiting[0].metadata.message_id))]
+        return self._of_workers() if self._pool else []
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        ids = self.push_messages(messages)
-        return [reply for _ in ids for reply in self.pull_messages(ids)]
+        left = set(self.push_messages(messages))
+        replies = []
+        while left:
+            arrived = self.pull_messages(left)
+            replies += arrived
+            left -= {reply.metadata.reply_to_message_id for reply in arrived}
+        return replies
 
     def _answer(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
             reply = self._client_app(message, context)
         except Exception as error:  # as on the other engines: a failed client is a reply
-            reason = f"{type(error).__name__}: {error}"
-            reply = Message(
-                Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
-            )
-        reply.metadata.__dict__["_message_id"] = str(uuid4())
-        return reply
+            reply = _failure(f"{type(error).__name__}: {error}", message)
+        return _named(reply)
+
+    def _job(self, message: Message) -> Job:
+        metadata = message.metadata
+        header = {
+            "id": metadata.message_id,
+            "to": metadata.dst_node_id,
+            "type": metadata.message_type,
+            "group": metadata.group_id,
+        }
+        state = self._contexts[metadata.dst_node_id].state
+        return Job(metadata.message_id, header, message.content, state)
+
+    def _work(
+        self, header: dict[str, Any], content: RecordDict, state: RecordDict
+    ) -> tuple[RecordDict, RecordDict]:
+        """In a worker: the client's reply and its new state."""
+        message = Message(content, header["to"], header["type"], group_id=header["group"])
+        message.metadata.__dict__["_message_id"] = header["id"]
+        context = self._contexts[header["to"]]
+        context.state = state
+        try:
+            return self._client_app(message, context).content, context.state
+        finally:
+            context.state = RecordDict()  # the server's process keeps it
+
+    def _at_once(self, messages: list[Message]) -> list[Message]:
+        """The replies to as many of these as are trained at once, the first one's among them."""
+        from fl_client.app import partition_of, resident
+
+        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
+        jobs = [
+            (partition_of(context), message.content, context.state)
+            for message, context in zip(messages, contexts, strict=True)
+            if message.metadata.message_type == "train"
+        ]
+        try:
+            clients = resident(contexts[0])
+            if self._cohort == AUTO:
+                number, why = clients.choose_cohort(jobs)
+                self._cohort = str(number)
+                self._chosen(number, why)
+            number = int(self._cohort)
+            answers = clients.train_together(jobs[:number], number)
+        except Exception as error:  # there are no clients in this process, and why
+            answers = [error]
+        replies = []
+        for message, answer in zip(messages, answers, strict=False):
+            del self._queue[message.metadata.message_id]
+            failed = isinstance(answer, Exception)
+            told = f"{type(answer).__name__}: {answer}"
+            replies.append(_failure(told, message) if failed else Message(answer, reply_to=message))
+        return [_named(reply) for reply in replies]
+
+    def _of_workers(self) -> list[Message]:
+        replies = []
+        for done in self._pool.collect():
+            message = self._out.pop(done.key)
+            if done.state is not None:
+                self._contexts[message.metadata.dst_node_id].state = done.state
+            failed = done.error and _failure(done.error, message)
+            replies.append(_named(failed or Message(done.content, reply_to=message)))
+        return replies
+
+
+def _is_work(message: Message) -> bool:
+    """The roll call, which has no arrays, is answered at once."""
+    return any(isinstance(record, ArrayRecord) for record in message.content.values())
+
+
+def _failure(reason: str, message: Message) -> Message:
+    error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+    return Message(error, reply_to=message)
+
+
+def _named(reply: Message) -> Message:
+    reply.metadata.__dict__["_message_id"] = str(uuid4())
+    return reply

@@ -50,10 +50,11 @@ class Ledger:
         methods = local_methods(config, {wire.SAMPLES: config.clients.number}, 1, 1)
         self.remembers = any(method.memory for method in methods)
         self.needed = self.remembers or config.train.keeps_state
-        self.first = _averaged(model)
+        self.first: Flat = {}
         self.sum: Flat = {}
         """The sum of all clients' last models, float64, if their mean is evaluated."""
         if "all" in config.eval.model_names:
+            self.first = _averaged(model)
             self.sum = {k: v.double() * config.clients.number for k, v in self.first.items()}
         self.begin()
         self.sel: dict[str, WeightedMean] = {}

@@ -20,12 +20,13 @@ from fl_server.checkpoint import Checkpoints
 from fl_server.exchange import RunFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
     from fl_common.config import CoreConfig, Scalar
     from fl_server.roster import Member
+    from fl_server.tracking import Tracking
 
 CONFIG, CLIENTS, HISTORY = "config.json", "clients.json", "history.jsonl"
 REPORT = "report.html"
@@ -68,7 +69,8 @@ def folder_error(folder: Path) -> str | None:
 RESUMABLE = (
     "run.rounds", "run.resume", "run.name", "run.output-dir", "clients.deadline-s",
     "clients.return-s", "clients.min-replies", "clients.max-failed-rounds", "data.path",
-    "data.cache-dir", "client.state-dir", "engine.name", "engine.connection",
+    "data.cache-dir", "client.state-dir", "engine.name", "engine.connection", "engine.workers",
+    "tracking.to", "clients.keys",
 )  # fmt: skip
 """Settings that a resumed run may change: they do not change what a round computes."""
 
@@ -81,6 +83,11 @@ def stored_config(folder: Path) -> dict[str, Scalar]:
         raise RunFailed(f"{folder}: there is no run to resume (no {CONFIG})") from None
     except (OSError, ValueError) as error:
         raise RunFailed(f"{folder / CONFIG}: cannot be read: {error}") from None
+
+
+def record_setting(folder: Path, key: str, value: Scalar) -> None:
+    """What a run found out about itself and keeps when it goes on."""
+    write_atomically(folder / CONFIG, _json({**stored_config(folder), key: value}))
 
 
 def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
@@ -137,6 +144,8 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self._resumed_rows = 0
+        self.clients_apart = False
+        """Whether clients work in other processes than this."""
         self.earlier = {"wall_s": 0.0, "cpu_s": 0.0}
         """What this run took before it was resumed."""
         self._before = read_summary(folder) if resume else None
@@ -145,6 +154,7 @@ class Recorder:
         for ended in ("error", "model_sha256"):
             self.summary.pop(ended, None)
         self.labels: dict[str, Any] = {}
+        self._tracking: Tracking | None = None
         self._config: dict[str, Scalar] = {}
         self._length, self._digest = 0, hashlib.sha256()
         """Of the history's rows."""
@@ -165,6 +175,14 @@ class Recorder:
         write_atomically(self.folder / CONFIG, _json(self._config))
         write_atomically(self.folder / SUMMARY, _json(self.summary))
 
+    def track(self, config: CoreConfig, note: Callable[[str], None]) -> None:
+        """Tell the rounds to `tracking.to` from now on, and those before that it has not had."""
+        if config.tracking.names:
+            from fl_server.tracking import Tracking
+
+            experiment = self.summary["experiment"]
+            self._tracking = Tracking(config, self.folder, experiment, self.rows, note)
+
     def row(self, row: dict[str, Any]) -> None:
         """One round, appended to the history and flushed."""
         # JSON has no NaN and no infinity.
@@ -184,6 +202,8 @@ class Recorder:
         self.rows.append(row)
         self._length += len(line)
         self._digest.update(line)
+        if self._tracking:
+            self._tracking.row(row)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of the results: how far the history goes, the time it took."""
@@ -248,6 +268,15 @@ class Recorder:
         self.summary |= {"status": "completed", "model_sha256": model_sha256(tensors)}
         return self._close()
 
+    def shown(self) -> str:
+        """The results, as the terminal shows them."""
+        from fl_report import terminal
+        from fl_report.compare import Run
+
+        strategy, config = str(self.summary["strategy"]), self._config
+        run = Run(strategy, self.summary, self.rows, config, self.labels)
+        return terminal.text(terminal.one_run(run))
+
     def fail(self, reason: str) -> dict[str, Any]:
         """The summary, and the pictures so far, of a run that ended early; one that was to be
         resumed and was not touched stays as it was."""
@@ -275,6 +304,8 @@ class Recorder:
             **self._times(),
         }
         write_atomically(self.folder / SUMMARY, _json(self.summary))
+        if self._tracking:
+            self._tracking.close(self.summary)
         if self._config.get("run.pictures", True):
             self._draw()
         return self.summary
@@ -282,7 +313,7 @@ class Recorder:
     def _times(self) -> dict[str, float]:
         """Seconds so far, before a resume too; the clients' processor time is part of it."""
         wall, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
-        if self.summary.get("engine") != "inprocess":  # there, it is part of ours
+        if self.clients_apart:
             cpu += sum(row["client_cpu_s"] for row in self.rows[self._resumed_rows :])
         return {
             "wall_s": round(self.earlier["wall_s"] + wall, 3),

@@ -1,13 +1,14 @@
 """Who takes part: the roll call, and the draw of a round's cohort.
 
 Clients are named by partition id.  Flower's node ids are random, and nothing that affects a
-result depends on them or on the order of arrival.
+result depends on them or on the order of arrival.  With `clients.keys` a name is bound to a key:
+the SuperLink lets in only who has the private key of a node, and tells the public one.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fl_common import wire
 from fl_common.determinism import seed_of
 from fl_common.fingerprint import code_sha256, versions
 from fl_server.exchange import AWAITED, POLL_S, RunFailed, by_reason, reason_of
+from fl_server.keys import of_flower
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
     from fl_common.config import Clients
     from fl_server.exchange import Exchange
+
+NOBODY = -1
+"""The partition of a node whose key is no client's."""
+AGAIN_S = 10.0
+"""How long after an error a node is asked again [s]."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +86,28 @@ class Cohort:
 
 
 def judge(
-    answers: Iterable[Member], present: Mapping[int, Member], number: int, code: str
+    answers: Iterable[Member],
+    present: Mapping[int, Member],
+    number: int,
+    code: str,
+    owners: Mapping[int, int] | None = None,
 ) -> tuple[dict[int, Member], dict[int, str]]:
     """Members by partition, and the reasons of those refused by node id.
 
     `present`: the members so far, who keep their places.  The verdict depends on the set of
     answers, not on their order: of two newcomers with one partition neither is taken.
+    `owners`: the partition of each node by its key; None: keys are not compared.
     """
     answers = sorted(answers, key=lambda member: (member.partition, member.node_id))
     refused: dict[int, str] = {}
     claims: dict[int, list[Member]] = {}
     for member in answers:
-        if member.code != code:
+        if owners is not None and owners[member.node_id] != member.partition:
+            refused[member.node_id] = (
+                f"it says partition-id {member.partition}, but its key is that of client "
+                f"{owners[member.node_id]} (clients.keys)"
+            )
+        elif member.code != code:
             refused[member.node_id] = "its package code differs from the server's; update it"
         elif not 0 <= member.partition < number:
             refused[member.node_id] = (
@@ -144,14 +161,26 @@ class Roster:
     """The members of a run; asks every node that appears, and waits only for clients that were
     here and may come back."""
 
-    def __init__(self, exchange: Exchange, number: int, return_s: float = 0.0) -> None:
-        """`return_s`: how long a client whose node is gone is waited for [s]."""
+    def __init__(
+        self,
+        exchange: Exchange,
+        number: int,
+        return_s: float = 0.0,
+        keys: Mapping[int, str] | None = None,
+    ) -> None:
+        """`return_s`: how long a client whose node is gone is waited for [s]; `keys`: public keys
+        by partition, None: not compared."""
         self.exchange, self.number, self.return_s = exchange, number, return_s
+        self._partition_of = None if keys is None else {key: i for i, key in keys.items()}
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         """Reasons by node id."""
         self.known: dict[int, Member] = {}
         """Everyone who ever was a member, as it was first."""
+        self._told: set[str] = set()
+        """Reasons that the log has."""
+        self._again: dict[int, float] = {}
+        """When a node that answered with an error is asked again; it may have passed."""
         self._left: dict[int, float] = {}
         """When it was seen that a client's node is gone, by partition."""
         self._listed: set[int] = set()
@@ -159,6 +188,8 @@ class Roster:
         """Nodes that were asked and have not answered yet, by message id."""
         self._answers: dict[int, Member] = {}
         """Answers without a verdict yet, by node id."""
+        self._owners: dict[int, int] | None = None if keys is None else {}
+        """The partitions whose keys the listed nodes have, by node id."""
 
     def assemble(self, *, nodes_may_come: bool) -> None:
         """The roll call before the first round.  Raises RunFailed unless all clients are there.
@@ -210,18 +241,19 @@ class Roster:
         """Ask the nodes that are new and collect the answers that have come.
 
         Nodes that were refused are asked again once any node has gone: the place that they
-        claimed may be free.
+        claimed may be free; those that answered with an error, after AGAIN_S.  A node with an
+        unknown key is refused without being asked.
         """
         grid = self.exchange.grid
-        nodes = set(grid.get_node_ids())
-        if self._listed - nodes:
-            self.refused.clear()
-        self._listed = nodes
+        nodes = self._list_nodes()
         for partition in [p for p, m in self.members.items() if m.node_id not in nodes]:
             del self.members[partition]
             self.lost(partition)
         self._answers = {n: m for n, m in self._answers.items() if n in nodes}
         self._asked = {i: n for i, n in self._asked.items() if n in nodes}
+        for node in [n for n, when in self._again.items() if when < time.monotonic()]:
+            del self._again[node]
+            self.refused.pop(node, None)
         known = {member.node_id for member in self.members.values()}
         known |= {*self.refused, *self._answers, *self._asked.values()}
         new = sorted(nodes - known)
@@ -233,15 +265,38 @@ class Roster:
             for reply in replies:
                 self._take(reply)
 
+    def _list_nodes(self) -> set[int]:
+        """The nodes that are connected, by id; what they were is forgotten of those who left."""
+        if self._partition_of is None:
+            nodes = set(self.exchange.grid.get_node_ids())
+        else:
+            keys = {n.node_id: of_flower(n.public_key) for n in self.exchange.grid.get_nodes()}
+            nodes = set(keys)
+            self._owners = {n: self._partition_of.get(key, NOBODY) for n, key in keys.items()}
+        if self._listed - nodes:
+            self.refused.clear()
+            self._told.clear()
+        self._listed = nodes
+        strangers = {n for n, owner in (self._owners or {}).items() if owner == NOBODY}
+        self._refuse(
+            dict.fromkeys(
+                sorted(strangers - self.refused.keys()),
+                "its key is not in clients.keys; start it with the --auth-key made for it, or add "
+                "the key there",
+            )
+        )
+        return nodes
+
     def _take(self, reply: Message) -> None:
         node = self._asked.pop(reply.metadata.reply_to_message_id, None)
         if node is None:
             return
         if reply.has_error():
             self._refuse({node: reason_of(reply)})
+            self._again[node] = time.monotonic() + AGAIN_S
             return
         try:
-            self._answers[node] = Member.of(reply)
+            self._answers[node] = replace(Member.of(reply), node_id=node)
         except (KeyError, TypeError, ValueError) as error:
             self._refuse({node: f"its answer cannot be read: {error!r}"})
 
@@ -258,7 +313,9 @@ class Roster:
             if not self._as_before(member)
         }
         fitting = [member for member in answers if member.node_id not in changed]
-        self.members, refused = judge(fitting, self.members, self.number, code_sha256())
+        self.members, refused = judge(
+            fitting, self.members, self.number, code_sha256(), self._owners
+        )
         self.known = {**self.members, **self.known}
         for partition in self.members:
             self._left.pop(partition, None)
@@ -279,7 +336,8 @@ class Roster:
 
     def _refuse(self, reasons: dict[int, str]) -> None:
         for reason, who in by_reason(reasons, "node"):
-            if reason not in self.refused.values():
+            if reason not in self._told:
+                self._told.add(reason)
                 self.exchange.note(f"roll call: refused {who}: {reason}")
         self.refused |= reasons
 

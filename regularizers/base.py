@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 from fl_common.local import LocalMethod
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
     import torch
 
     from fl_common.config import CoreConfig, Group
@@ -31,6 +34,14 @@ class Regularizer(LocalMethod):
     """The setting at which it is the plain run, bit for bit."""
     copies: ClassVar[int] = 0
     """What a client holds of it in a round, in models."""
+    alone: ClassVar[str] = "it does not say that it works on several clients at once"
+    stacked = False
+    """Whether several clients are trained at once.  Then `begin` and `finish` are called on the
+    first client's instance only; forward passes are each client's, all at once under vmap, so that
+    hooks see one client's tensors without gradients; and `stacked_term` stands for `data_term`."""
+    seen: list[torch.Tensor]
+    """With `stacked`: what hooks of the first client's instance note in a pass, there or empty from
+    `begin` on; `stacked_term` finds each as (A, ...), with its graph."""
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -63,6 +74,13 @@ class Regularizer(LocalMethod):
         self, x: torch.Tensor, output: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor | float:
         """A term of the loss, given the step's batch and the network's output (B, C)."""
+        return 0.0
+
+    def stacked_term(
+        self, each: Sequence[Self], output: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor | float:
+        """The data terms (A,) of A clients, with a graph, given their outputs (A, B, C) and labels
+        (A, B), PADDING where a client's batch is smaller; `each`: their instances."""
         return 0.0
 
     def finish(self) -> None:

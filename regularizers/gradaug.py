@@ -54,6 +54,7 @@ class GradAug(Regularizer):
     """BatchNorm's running statistics follow the whole network alone."""
 
     name = "gradaug"
+    alone = "every client draws sub-networks of its own"
     Params = GradAugParams
     params: GradAugParams
     neutral = "gradaug.n=0"

@@ -22,11 +22,13 @@ from pydantic import Field
 
 from fl_common.config import Group
 from fl_common.deferred import torch
+from fl_common.local import PADDING
 from fl_common.models.catalogue import MODELS, skeleton
 from fl_common.passes import is_main_pass
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from fl_common.config import CoreConfig
@@ -68,6 +70,7 @@ class MAN(Regularizer):
     """
 
     name = "man"
+    alone = ""
     Params = MANParams
     params: MANParams
     neutral = "man.zeta=0"
@@ -113,6 +116,10 @@ class MAN(Regularizer):
 
     def _see(self, a: torch.Tensor, *, overwritten: bool = False) -> None:
         """Note an activation (B, ...), and what is added to its gradient."""
+        if self.stacked:
+            if is_main_pass(self.net):
+                self.seen.append(a.clone() if overwritten else a)
+            return
         if not (a.requires_grad and is_main_pass(self.net)):
             return
         # Detached: a hook that held its own tensor would keep it from being freed.
@@ -147,6 +154,20 @@ class MAN(Regularizer):
         total = terms.mean() if self.params.layer_reduce == "mean" else terms.sum()
         return self.params.zeta / 2 * total
 
+    def stacked_term(
+        self, each: Sequence[MAN], output: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor | float:
+        """(zeta / 2) R of each client (A,), whose gradient is taken through the graph."""
+        params, seen = self.params, [a for a in self.seen if a.requires_grad]
+        if params.zeta and params.include_logits:
+            seen.append(output)
+        if not (params.zeta and seen):
+            return 0.0
+        samples = y != PADDING
+        terms = [_stacked(a, samples, params.reduce) for a in seen]
+        total = torch.stack(terms).sum(0)
+        return params.zeta / 2 * (total / len(seen) if params.layer_reduce == "mean" else total)
+
     def _size(self, a: torch.Tensor) -> int:
         """B m_l, or B."""
         return a.numel() if self.params.reduce == "mean" else len(a)
@@ -162,6 +183,16 @@ def modules_at(site: str, net: torch.nn.Module) -> list[torch.nn.Module]:
     nn = torch.nn
     kinds = (nn.Linear, nn.modules.conv._ConvNd) if site == "layer-input" else nn.ReLU
     return [module for module in net.modules() if isinstance(module, kinds)]
+
+
+def _stacked(a: torch.Tensor, samples: torch.Tensor, reduce: str) -> torch.Tensor:
+    """One activation's term (A,) of A clients; a (A, B, ...), samples (A, B) false for padding."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32)).flatten(2)
+    squares = (wide.square().sum(2) * samples).sum(1)
+    if reduce == "fro":
+        return squares.clamp_min(1e-24).sqrt()
+    size = samples.sum(1)
+    return squares / (size * wide.shape[2] if reduce == "mean" else size)
 
 
 def _norms(activations: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fl_common.config import Group
+from fl_common.data.catalogue import SOURCES
 from fl_common.deferred import torch
+from fl_common.local import PADDING, mean_losses
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fl_common.config import CoreConfig
     from fl_common.layout import Flat
+
+NO_MIXTURE = "token ids have no mixtures; leave mixup out"
 
 
 class MixupParams(Group):
@@ -34,9 +41,22 @@ class Mixup(Regularizer):
     that nothing needs to know the number of classes."""
 
     name = "mixup"
+    alone = ""
     Params = MixupParams
     params: MixupParams
     neutral = "mixup.gamma=0"
+
+    @classmethod
+    def check(cls, config: CoreConfig) -> list[str]:
+        source = SOURCES.get(config.data.source)
+        if source is None or source.shape is None or len(source.shape) != 2:
+            return []
+        return [f"mixup with data.source = {config.data.source}: {NO_MIXTURE}"]
+
+    @classmethod
+    def prepare(cls, net: torch.nn.Module, params: MixupParams) -> None:
+        if any(isinstance(module, torch.nn.Embedding) for module in net.modules()):
+            raise ValueError(f"mixup: {NO_MIXTURE}")
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
         self.criterion = getattr(net, "loss", torch.nn.functional.cross_entropy)
@@ -58,6 +78,17 @@ class Mixup(Regularizer):
             return 0.0
         others = self.criterion(output, self.partners) - self.criterion(output, y)
         return (1 - self.weight) * others
+
+    def stacked_term(
+        self, each: Sequence[Mixup], output: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor | float:
+        if not self.params.gamma:
+            return 0.0
+        partners = torch.nn.utils.rnn.pad_sequence(
+            [mixup.partners for mixup in each], batch_first=True, padding_value=PADDING
+        )
+        weight = torch.stack([mixup.weight for mixup in each])
+        return (1 - weight) * (mean_losses(output, partners) - mean_losses(output, y))
 
 
 def weight_of(gamma: float, like: torch.Tensor) -> torch.Tensor:

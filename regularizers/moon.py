@@ -42,6 +42,7 @@ class MOON(Regularizer):
     """With mu = 0 the run is the plain one with the same head."""
 
     name = "moon"
+    alone = "it compares with two other models of each client"
     Params = MOONParams
     params: MOONParams
     neutral = "moon.mu=0"

@@ -26,6 +26,7 @@ class Proximal(Regularizer):
     """grad += mu (theta - w)."""
 
     name = "proximal"
+    alone = ""
     Params = ProximalParams
     params: ProximalParams
     neutral = "proximal.mu=0"

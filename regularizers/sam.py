@@ -37,6 +37,7 @@ class SAM(Regularizer):
     """eps = rho g / (||g|| + 1e-12)."""
 
     name = "sam"
+    alone = ""
     Params = SAMParams
     params: SAMParams
     refuses: ClassVar = {"asam": ONE_ASCENT}
@@ -51,6 +52,7 @@ class ASAM(Regularizer):
     """eps = rho T^2 g / ||T g||, T = |theta| + eta for weights and 1 for all else."""
 
     name = "asam"
+    alone = ""
     Params = ASAMParams
     params: ASAMParams
     refuses: ClassVar = {"sam": ONE_ASCENT}
@@ -83,7 +85,7 @@ class Adaptive(Perturbation):
             [g for g, scaled in zip(grads, self.scaled, strict=True) if scaled], scales
         )
         others = [g for g, scaled in zip(grads, self.scaled, strict=True) if not scaled]
-        norm = norm_of([*tg, *others])
+        norm = norm_of([*tg, *others], self.stacked)
         torch._foreach_mul_(tg, scales)
         along = iter(tg)
         rest = iter(others)

@@ -56,6 +56,7 @@ class StochasticDepth(Regularizer):
     """Works on the blocks of `fl_common.models.resnet`, by their own switches."""
 
     name = "stochastic-depth"
+    alone = "every client drops other blocks"
     Params = StochasticDepthParams
     params: StochasticDepthParams
     neutral = "stochastic-depth.p-l=1"

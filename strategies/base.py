@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fl_common.layout import Flat
 
 METHODS: dict[str, type[FederatedStrategy]] = {}
+BLOCK = 1 << 20
+"""Elements that are added at a time: sums of two dtypes make a copy of what they add."""
 
 
 class NoParams(Group):
@@ -75,7 +77,9 @@ class WeightedMean:
     def add(self, vector: torch.Tensor, weight: float = 1.0) -> None:
         if self._sum is None:
             self._sum = torch.zeros(vector.shape, dtype=torch.float64)
-        self._sum.add_(vector, alpha=weight)
+        parts = zip(*(v.reshape(-1).split(BLOCK) for v in (self._sum, vector)), strict=True)
+        for total, part in parts:
+            total.add_(part, alpha=weight)
         self.weight += weight
 
     @property
@@ -87,7 +91,17 @@ class WeightedMean:
 
     def value(self, dtype: torch.dtype) -> torch.Tensor:
         """The mean (d,), as a new tensor."""
-        return (self.sum / self.weight).to(dtype)
+        mean = torch.empty_like(self.sum, dtype=dtype)
+        parts = zip(*(v.view(-1).split(BLOCK) for v in (mean, self.sum)), strict=True)
+        for part, total in parts:
+            part.copy_(total / self.weight)
+        return mean
+
+    def take(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mean, once: the sum is given up."""
+        mean = self.value(dtype)
+        self._sum = None
+        return mean
 
 
 class BufferMean:
@@ -259,9 +273,11 @@ class FederatedStrategy(Strategy):
             buffers.add(reply)
             loss += reply.samples * float(message.content[wire.METRICS]["loss"])
             samples += reply.samples
+            del message, reply  # the next one comes before these names are used again
         if not samples:
             return None, None
-        model = {PARAMS: self.step(), **buffers.value(self.w)}
+        # The old model is let go of before the new one is stored.
+        self.w = model = {PARAMS: self.step(), **buffers.value(self.w)}
         return wire.pack(model), MetricRecord({"loss": loss / samples, "num-examples": samples})
 
     def configure_evaluate(

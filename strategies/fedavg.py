@@ -29,4 +29,4 @@ class FedAvg(FederatedStrategy):
         self.mean.add(reply.model["params"], reply.samples)
 
     def step(self) -> torch.Tensor:
-        return self.mean.value(self.dtype)
+        return self.mean.take(self.dtype)

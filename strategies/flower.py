@@ -211,7 +211,8 @@ class FlowerStrategy:
         if arrays is None:
             return None, None
         params = wire.unpack(arrays)[PARAMS].to(self.w[PARAMS].dtype)
-        return wire.pack({PARAMS: params, **buffers.value(self.w)}), metrics
+        self.w = {PARAMS: params, **buffers.value(self.w)}
+        return wire.pack(self.w), metrics
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -52,7 +52,7 @@ class Runner:
 
     def __init__(self, base: Path) -> None:
         self.base, self.count = base, 0
-        self.always = ["run.pictures=false"]
+        self.always = ["run.pictures=false", "engine.workers=1"]
 
     def __call__(self, *settings: str) -> Result:
         self.count += 1

@@ -23,7 +23,8 @@ class SourceInfo:
     path: whether `data.path` is given. Where it is optional, an empty path means `hub`.
     hub: the data set's name on the Hugging Face hub.
     train_size: training samples; None where only reading tells, as for classes and shape.
-    shape: a sample as a model receives it, (C, H, W) or (F,).
+    shape: a sample as a model receives it, (C, H, W) or (F,); (V, L) of L tokens out of V, which
+        come as their ids (L,).
     pipelines: the values of `data.augment` it has (see transforms.py).
     resizable: whether `data.image-size` applies.
     """
@@ -59,6 +60,12 @@ SOURCES: dict[str, SourceInfo] = {
         classes=10,
         shape=(3, 32, 32),
         pipelines=_ANY_IMAGES,
+    ),
+    "synthetic-text": SourceInfo(
+        "made-up documents of 16 to 32 words, on topics that differ in which word follows which",
+        train_size=4200,
+        classes=6,
+        shape=(256, 32),
     ),
     "cifar10": SourceInfo(
         "CIFAR-10: parquet files or the binary version; empty path: from the hub",

@@ -25,7 +25,7 @@ _DECODER = 1  # part of every key: to be raised when the same files give other a
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """x: (n, C, H, W) uint8 or (n, F) float32. y: (n,) int64."""
+    """x: (n, C, H, W) uint8, (n, F) float32, or token ids (n, L) uint8 or int64. y: (n,) int64."""
 
     x: np.ndarray
     y: np.ndarray
@@ -38,7 +38,8 @@ class Split:
 class Dataset:
     """A data set, its arrays mapped from the cache.
 
-    shape: a stored sample, (C, H, W) or (F,); `Transform.shape` tells what a model receives.
+    shape: a stored sample, (C, H, W) or (F,); `Transform.shape` tells what a model receives.  Of
+        token ids (V, L) with V = 256 for uint8, else one more than the largest of both splits.
     fingerprint: hex sha256 over all samples, labels, shapes and class names.
     """
 
@@ -74,9 +75,14 @@ def load(
         layout = sample_imagenet(layout)
 
     def make(writer: cache.Writer) -> dict[str, list[str]]:
-        from fl_common.data import readers
+        from fl_common.data import readers, text
 
-        raw = readers.read(source, layout, info, writer.scratch, seed=seed, image_size=image_size)
+        if source == "synthetic-text":
+            raw = text.read()
+        else:
+            raw = readers.read(
+                source, layout, info, writer.scratch, seed=seed, image_size=image_size
+            )
         for name, split in (("train", raw.train), ("test", raw.test)):
             writer.add(f"{name}_x", split.blocks, len(split.y))
             writer.add(f"{name}_y", [split.y], len(split.y))
@@ -88,7 +94,7 @@ def load(
     root = Path(cache_dir or default_cache_dir())
     entry = cache.fetch(root / "datasets", name, make)
     splits = {s: Split(entry.arrays[f"{s}_x"], entry.arrays[f"{s}_y"]) for s in ("train", "test")}
-    shape = splits["train"].x.shape[1:]
+    shape = _sample_shape(**splits)
     content = [sorted(entry.sha256.items()), shape, entry.facts["classes"]]
     return Dataset(
         **splits,
@@ -115,7 +121,7 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
     return Dataset(
         **splits,
         classes=tuple(map(str, classes)),
-        shape=splits["train"].x.shape[1:],
+        shape=_sample_shape(**splits),
         fingerprint=_digest([content, list(map(str, classes))]),
     )
 
@@ -123,10 +129,14 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
 def _check_own(source: str, name: str, split: Split, classes: int) -> None:
     x, y = split.x, split.y
     images, features = x.dtype == np.uint8 and x.ndim == 4, x.dtype == np.float32 and x.ndim == 2
-    if not images and not features:
+    if not images and not features and not _are_tokens(x):
         raise DataError(
             f"data.source = {source}: {name} x is {x.dtype} {x.shape}; it must be uint8 images "
-            "(n, C, H, W) or float32 features (n, F)"
+            "(n, C, H, W) or float32 features (n, F), or token ids (n, L), uint8 or int64"
+        )
+    if _are_tokens(x) and x.size and x.min() < 0:
+        raise DataError(
+            f"data.source = {source}: {name} has the token id {x.min()}; ids count from 0"
         )
     if y.dtype != np.int64 or y.shape != x.shape[:1]:
         raise DataError(
@@ -137,6 +147,19 @@ def _check_own(source: str, name: str, split: Split, classes: int) -> None:
             f"data.source = {source}: {name} has {len(y)} samples; labels must lie in "
             f"0..{classes - 1}"
         )
+
+
+def _are_tokens(x: np.ndarray) -> bool:
+    return x.ndim == 2 and x.dtype in (np.uint8, np.int64)
+
+
+def _sample_shape(train: Split, test: Split) -> tuple[int, ...]:
+    """As in `Dataset`."""
+    if not _are_tokens(train.x):
+        return train.x.shape[1:]
+    is_bytes = train.x.dtype == np.uint8
+    tokens = 256 if is_bytes else 1 + max(int(split.x.max()) for split in (train, test))
+    return tokens, train.x.shape[1]
 
 
 def _array_digest(array: np.ndarray) -> str:

@@ -150,15 +150,26 @@ class Recipe:
 class Transform:
     """What a batch goes through before the model, on whatever device it is.
 
-    Images (B, C, H, W) uint8 become `dtype`; float features (B, F) only change their dtype.
+    Images (B, C, H, W) uint8 become `dtype`; float features (B, F) only change their dtype, and
+    token ids (B, L) become int64.
     """
 
-    def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, recipe: Recipe, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
+    ) -> None:
+        """channels_last: images leave with their channels innermost in memory."""
+        self._reorders = channels_last
+        self._order = torch.channels_last if channels_last else torch.preserve_format
         std = torch.tensor(recipe.std, dtype=torch.float64).view(-1, 1, 1)
         mean = torch.tensor(recipe.mean, dtype=torch.float64).view(-1, 1, 1)
         self.recipe, self._dtype = recipe, dtype
         self._affine = ((1 / (255 * std)).to(dtype), (-mean / std).to(dtype))
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def random(self) -> bool:
+        """Whether training batches are augmented, not only normalised."""
+        return bool(self.recipe.train or self.recipe.after)
 
     def train(self, x: Tensor) -> Tensor:
         """The batch of a training step, augmented."""
@@ -169,22 +180,23 @@ class Transform:
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """A sample's shape behind the transform, from that of a stored one."""
-        if len(stored) == 1:
+        if len(stored) < 3:
             return stored
         return tuple(self.eval(torch.zeros(1, *stored, dtype=torch.uint8)).shape[1:])
 
     def _apply(self, x: Tensor, before: tuple[Op, ...], after: tuple[Op, ...]) -> Tensor:
-        if x.is_floating_point():
+        if x.is_floating_point() or x.dim() == 2:
             if before or after:
-                raise ValueError("augmentation needs images, features have none; use none")
-            return x.to(self._dtype)
+                kind = "features" if x.is_floating_point() else "token ids"
+                raise ValueError(f"augmentation needs images, {kind} have none; use none")
+            return x.to(self._dtype) if x.is_floating_point() else x.long()
         for op in before:
             x = op(x)
         scale, shift = self._constants(x.device)
-        x = x.to(self._dtype).mul_(scale).add_(shift)
+        x = x.to(self._dtype, memory_format=self._order).mul_(scale).add_(shift)
         for op in after:
             x = op(x)
-        return x
+        return x.contiguous(memory_format=self._order) if after and self._reorders else x
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on_device:
@@ -193,7 +205,13 @@ class Transform:
         return self._on_device[device]
 
 
-def pipeline(source: str, name: str = "default", dtype: torch.dtype = torch.float32) -> Transform:
+def pipeline(
+    source: str,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    *,
+    channels_last: bool = False,
+) -> Transform:
     """The transform `name` of a data source; ValueError if the source has none of that name.
 
     A source of one's own, "package.module:function", has those of `folder`.
@@ -203,7 +221,7 @@ def pipeline(source: str, name: str = "default", dtype: torch.dtype = torch.floa
         raise ValueError(f"data.source = {source} is unknown; known: {', '.join(RECIPES)}")
     if name not in recipes:
         raise ValueError(f"data.augment = {name}: {source} has {', '.join(recipes)}")
-    return Transform(recipes[name], dtype)
+    return Transform(recipes[name], dtype, channels_last=channels_last)
 
 
 _HALF = ((0.5,), (0.5,))
@@ -243,6 +261,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "digits": _plain(*_DIGITS),
     "breast-cancer": _plain(*_HALF),
     "synthetic": _images(*_HALF),
+    "synthetic-text": _plain(*_HALF),
     "folder": _images(*_HALF),
     "huggingface": _images(*_HALF),
     "cifar10": {

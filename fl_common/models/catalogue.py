@@ -25,8 +25,10 @@ class ModelInfo:
 
     help: one line for listings.
     factory: "module:function" in this package, called with (shape, classes, norm).
-    input: what a sample may be: "image" (C, H, W), or "any" of image and features (F,).
-    min_side: the smallest image side in pixels that leaves something to classify.
+    input: what a sample may be: "image" (C, H, W), "any" of image and features (F,), or "tokens"
+        (V, L).
+    min_side: the smallest image side in pixels, or number of tokens, that leaves something to
+        classify.
     norms: the kinds of its norm layers that `model.norm` chooses from; empty without norm layers.
     head: whether it has MOON's projection head by itself.
     """
@@ -56,6 +58,9 @@ MODELS: dict[str, ModelInfo] = {
         min_side=8,
         norms=("group",),
     ),
+    "text-cnn": ModelInfo(
+        "Kim's CNN for documents, smaller", "text:text_cnn", input="tokens", min_side=5
+    ),
     "resnet8": ModelInfo("FedPart's (Fling's) ResNet-8", "resnet:resnet8", norms=NORMS),
     "resnet18": ModelInfo("ResNet-18, CIFAR stem", "resnet:resnet18", norms=NORMS),
     "resnet18-imagenet": ModelInfo(
@@ -79,7 +84,7 @@ def check(
 ) -> list[str]:
     """What is wrong with these settings, one line each, with the remedy; empty if nothing is.
 
-    shape: a sample's, (C, H, W) or (F,); None when it is not known yet.
+    shape: a sample's, (C, H, W), (F,) or (V, L); None when it is not known yet.
     norm: the kind of the model's norm layers; refused where the model has only the other kind.
         A model without norm layers takes the default, `batch`, alone.
     head: what stands before the classifier besides; refused where the model has it already.
@@ -139,11 +144,17 @@ def _check_own(name: str, norm: str, head: str) -> list[str]:
 def _misfit(info: ModelInfo, shape: tuple[int, ...]) -> str:
     """Why samples of this shape do not fit the model; empty if they do."""
     given = f"but a sample has shape {tuple(shape)}"
-    if len(shape) not in (1, 3) or min(shape) < 1:
-        return f"needs samples of shape (C, H, W) or (F,), {given}"
-    if len(shape) == 1:
-        return f"needs images (C, H, W), {given}" if info.input == "image" else ""
-    if min(shape[1:]) < info.min_side:
+    needed = {
+        "image": "images (C, H, W)",
+        "any": "images (C, H, W) or features (F,)",
+        "tokens": "token ids (V, L)",
+    }
+    ranks = {"image": (3,), "any": (1, 3), "tokens": (2,)}
+    if len(shape) not in ranks[info.input] or min(shape) < 1:
+        return f"needs {needed[info.input]}, {given}"
+    if len(shape) == 2 and shape[1] < info.min_side:
+        return f"needs documents of at least {info.min_side} tokens, {given}"
+    if len(shape) == 3 and min(shape[1:]) < info.min_side:
         return f"needs images of at least {info.min_side} x {info.min_side} pixels, {given}"
     return ""
 
@@ -156,7 +167,8 @@ def build(
     norm: str = "batch",
     head: str = "none",
 ) -> nn.Module:
-    """A new model that maps (B, *shape) to logits (B, classes).
+    """A new model that maps (B, *shape), or ids (B, L) for the shape (V, L), to logits
+    (B, classes).
 
     name: one of the catalogue (a `Chain`), or "package.module:Name", which is called as
         Name(shape=shape, classes=classes).

@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from living import wait_for
 
 from fl_client import node
@@ -188,6 +190,22 @@ def test_root_certificates(keys, tmp_path: Path, capsys):
         assert f"--root-certificates {path}: {reason}" in line
 
 
+def test_trusted_entities(keys, tmp_path: Path, capsys):
+    path = tmp_path / "trusted.yaml"
+    for text in (None, "[", "one: 5", "one: ssh-ed25519 AAAA", f"one: {(keys / 'node.pub')}", ""):
+        if text is not None:
+            path.write_text(text)
+        line = refusal(capsys, "--superlink", "h:1", "--partition", 0, "--trusted-entities", path)
+        reason = "No such file" if text is None else "not a YAML table of key ids and public keys"
+        assert f"--trusted-entities {path}: {reason}" in line
+    key = Ed25519PrivateKey.generate().public_key()
+    public = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    path.write_text(f"fpk_one: '{public} someone'\n")
+    node._check_trusted(path)
+    given = list(node._arguments(node.Node("h:1", {"partition-id": 0}, trusted_entities=path)))
+    assert given[-2:] == ["--trusted-entities", str(path)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -207,6 +225,9 @@ def test_root_certificates(keys, tmp_path: Path, capsys):
         (["--superlink", "h:1", "partition-id=0", "--poll-interval", "0"], "greater than 0"),
         (["--superlink", "h:1", "partition-id=0", "--insecure", "--auth-key", "k"], "needs TLS"),
         (["--superlink", "h:1", "key"], "written key=value"),
+        (["--superlink", "h:1", "partition-id=0", "dp_clip=1"], "did you mean dp-clip?"),
+        (["--superlink", "h:1", "partition-id=0", "dp-clip=x"], "dp-clip = x: must be a number"),
+        (["--superlink", "h:1", "partition-id=0", "dp-delta=0"], "dp-delta = 0.0: must be"),
     ],
 )
 def test_settings(capsys, arguments: list[str], reason: str):

@@ -11,15 +11,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 from living import living, mark, wait_for
+from PIL import Image
 
 from fl_client import app, worker
 from fl_common import assembly, wire
 from fl_common.config import resolve
 from fl_common.layout import concatenate, tensors_of
+from fl_server.cli import main
 
 SETTINGS = {"clients.number": 3, "train.device": "cpu"}
 COMMAND = [sys.executable, "-P", "-m", "fl_client.worker"]
@@ -118,6 +121,77 @@ def test_other_code_is_refused(trainer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(worker, "code_sha256", lambda: "0" * 64)
     with pytest.raises(worker.WorkerError, match="other code"):
         worker.ask(str(path), "query", RecordDict(), context(path))
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_is_no_socket_is_left_alone(tmp_path: Path, what: str, capsys):
+    path = tmp_path / "precious"
+    path.mkdir() if what == "folder" else path.write_text("data")
+    assert main(["worker", "--socket", str(path)]) == 2
+    assert "is there, and no socket; give another --socket" in capsys.readouterr().err
+    assert path.is_dir() if what == "folder" else path.read_text() == "data"
+
+
+def test_silence_ends_with_the_round(trainer):
+    """A trainer that hangs, here by SIGSTOP, keeps nobody waiting for ever, and answers again."""
+    process, path = trainer
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(worker.WorkerError, match=r"no answer within 0.5 s \(clients.deadline-s\)"):
+        worker.ask(str(path), "query", RecordDict(), context(path, **{"clients.deadline-s": 0.5}))
+    process.send_signal(signal.SIGCONT)
+    worker.ask(str(path), "query", RecordDict(), context(path))
+
+
+def test_runs_that_take_turns(trainer):
+    """A message of another run replaces what is resident; the answers stay each run's own."""
+    _, path = trainer
+    runs = [{"clients.number": 3}, {"clients.number": 4, "run.seed": 1}]
+    for settings in runs * 2:
+        asked = RecordDict({wire.CONFIG: ConfigRecord({})})
+        there = worker.ask(str(path), "query", asked, context(path, **settings))
+        here = app.answer("query", asked, context(path, **settings))
+        assert dict(here[wire.METRICS]) == dict(there[wire.METRICS])
+    app.release()
+
+
+def test_what_failed_is_tried_again(trainer, tmp_path: Path):
+    """A data folder that is mounted late costs one message, not the life of the trainer."""
+    _, path = trainer
+    late = tmp_path / "late"
+    settings = {"data.source": "folder", "data.path": str(late), "data.partition": "local"}
+    with pytest.raises(worker.WorkerError, match="late"):
+        worker.ask(str(path), "query", RecordDict(), context(path, **settings))
+    pixels = np.zeros((8, 8), np.uint8)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (late / split / name).mkdir(parents=True)
+            for k in range(2):
+                Image.fromarray(pixels + k).save(late / split / name / f"{k}.png")
+    reply = worker.ask(str(path), "query", RecordDict(), context(path, **settings))
+    assert reply[wire.METRICS]["num-examples"] == 4
+
+
+def test_a_lost_device_ends_it(tmp_path: Path):
+    """A CUDA error is sticky: the message has its answer, and another process takes over."""
+    path = tmp_path / "trainer"
+    code = (
+        "import sys, torch; from fl_client import app, worker\n"
+        "def answer(*_): raise torch.AcceleratorError('device-side assert')\n"
+        "app.answer = answer; worker.run(sys.argv[1])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path], stderr=subprocess.PIPE, text=True
+    )
+    assert wait_for(path.exists, 60)
+    with pytest.raises(worker.WorkerError, match="AcceleratorError: device-side assert"):
+        worker.ask(str(path), "query", RecordDict(), context(path))
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert error == (
+        "error: AcceleratorError: device-side assert; this trainer ends, another can take its "
+        "place\n"
+    )
+    assert not path.exists()
 
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

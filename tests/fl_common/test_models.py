@@ -44,6 +44,11 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def usual(name, side=32, channels=3):
+    """A sample's shape with which the model can be built; of documents `side` tokens."""
+    return (256, side) if MODELS[name].input == "tokens" else (channels, side, side)
+
+
 def float_buffers(module):
     return sum(b.numel() for b in module.buffers() if b.is_floating_point())
 
@@ -94,6 +99,8 @@ def test_resnet18_imagenet_of_1000_classes_has_torchvisions_count():
 def test_digits_and_features_counts():
     # conv 16*9+16, norm 32, conv 32*16*9+32, norm 64, fc 32*4*4*10+10
     assert parameters(meta("digits-cnn", shape=(1, 8, 8))) == 160 + 32 + 4640 + 64 + 5130
+    # words 256*32, windows 32*32*w+32 for w of 3, 4, 5, fc 96*6+6
+    assert parameters(meta("text-cnn", 6, (256, 32))) == 8192 + 3104 + 4128 + 5152 + 582
     # 30*64+64, 64*32+32, 32*2+2; an 8 x 8 image is 64 features
     assert parameters(meta("mlp", 2, (30,))) == 1984 + 2080 + 66
     assert parameters(meta("mlp", 10, (1, 8, 8))) == 4160 + 2080 + 330
@@ -150,15 +157,15 @@ def test_fedaligns_moon_head_on_resnet56():
 )
 def test_forward_and_backward_are_finite(name, norm):
     torch.manual_seed(0)
-    side = max(8, MODELS[name].min_side)
-    model = build(name, classes=5, shape=(1, side, side), norm=norm)
-    logits = model(torch.randn(2, 1, side, side))
+    shape = usual(name, max(8, MODELS[name].min_side), channels=1)
+    model = build(name, classes=5, shape=shape, norm=norm)
+    logits = model(torch.randn(2, *shape))
     assert logits.shape == (2, 5)
     nn.functional.cross_entropy(logits, torch.tensor([0, 3])).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n for n, info in MODELS.items() if info.input != "tokens"])
 def test_smallest_image_and_oblong_image(name):
     side = MODELS[name].min_side
     for shape in [(3, side, side), (1, side, side + 9)]:
@@ -169,7 +176,7 @@ def test_smallest_image_and_oblong_image(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_leaves_run_once_in_the_order_of_their_registration(name):
-    shape = (3, 32, 32)
+    shape = usual(name)
     model = meta(name, shape=shape)
     assert [m for m, _ in calls(model, shape)] == [
         m for m in model.modules() if not list(m.children())
@@ -219,7 +226,7 @@ def test_norm_group_leaves_no_batch_norm_and_no_buffers():
 
 def test_norms_say_what_the_models_have():
     for name, info in MODELS.items():
-        assert bool(list(meta(name).buffers())) == ("batch" in info.norms)
+        assert bool(list(meta(name, shape=usual(name)).buffers())) == ("batch" in info.norms)
         assert (check(name, norm="group") == []) == ("group" in info.norms)
         assert (check(name, norm="batch") == []) == (info.norms != ("group",))
 
@@ -274,7 +281,10 @@ def test_digits_cnn_learns_the_digits():
         ("lenet", (30,), "batch", ["'lenet' needs images", "(30,)", "these models fit: mlp"]),
         ("lenet", (1, 8, 8), "batch", ["at least 16 x 16 pixels", "(1, 8, 8)", "digits-cnn"]),
         ("lenet", (3, 32, 12), "batch", ["at least 16 x 16", "(3, 32, 12)"]),
-        ("mlp", (8, 8), "batch", ["(C, H, W) or (F,)", "(8, 8)", "check the data"]),
+        ("mlp", (8, 8), "batch", ["(C, H, W) or features (F,)", "(8, 8)", "fit: text-cnn"]),
+        ("mlp", (2, 3, 8, 8), "batch", ["(C, H, W) or features (F,)", "check the data"]),
+        ("text-cnn", (30,), "batch", ["needs token ids (V, L)", "(30,)", "fit: mlp"]),
+        ("text-cnn", (256, 4), "batch", ["documents of at least 5 tokens", "check the data"]),
         ("lenet", None, "group", ["model.norm = 'group'", "no norm layers", "use 'batch'"]),
         ("resnet8", None, "layer", ["model.norm = 'layer'", "batch, group"]),
     ],

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import subprocess
@@ -20,12 +21,14 @@ from PIL import Image
 
 from fl_client.app import release
 from fl_common.config import from_text, resolve
-from fl_report import figures, headlines
+from fl_report import headlines, participants, seeds
 from fl_report.compare import Run, read
 from fl_report.markup import Pictures
 from fl_report.page import summary_table, write
+from fl_report.seeds import alike
 from fl_report.series import curve, local_gain, reached, states_of
 from fl_report.settings import command
+from fl_report.terminal import text
 from fl_server.cli import main
 
 CONFIG = {**resolve({}).flat(), "run.name": "one", "run.output-dir": "/there", "run.rounds": 3}
@@ -219,11 +222,120 @@ def test_the_target_by_hand():
 
 def test_without_a_target_it_is_a_share_of_the_best(tmp_path: Path):
     one = folder_of(tmp_path / "one", [row(1, 0.71), row(2, 0.73), row(3, 0.8)])
-    printed = [str(column.header) for column in summary_table(read([one])).columns]
-    assert printed[-2:] == ["rounds to 0.720", "MB to it"]  # 0.9 * 0.8
-    cells = [list(column.cells) for column in summary_table(read([one])).columns]
-    assert cells[-2:] == [["2"], ["0.0"]]
-    assert list(summary_table(read([one]), 0.9).columns[-2].cells) == ["never"]
+    # 0.9 * 0.8; two rounds of 30 bytes, of 1 and 2 seconds
+    assert "to 0.7200  in round 2, after 60 B and 3.0 s\n" in text(summary_table(read([one])))
+    assert "to 0.9000  never\n" in text(summary_table(read([one]), 0.9))
+
+
+def test_one_run_in_lines(tmp_path: Path):
+    rows = [row(1, 0.8, failed={"1": "gone"}), row(2, 0.7, rejected={"0": "NaN"}, loss=1e30)]
+    one = folder_of(
+        tmp_path / "one", rows, wall_s=7.25, cpu_s=3.0, model_sha256="ab" * 32, status="failed",
+        error="broken",
+    )  # fmt: skip
+    assert text(summary_table(read([one]), 0.8)).splitlines() == [
+        "method     fedavg on digits",
+        "status     failed: broken",
+        "accuracy   0.7000, best 0.8000 in round 1",
+        "loss       1.000e+30",
+        "rounds     2 of 3",
+        "sent       20 B up, 40 B down",
+        "time       7.2 s, processors 3.0 s",
+        "to 0.8000  in round 1, after 30 B and 1.0 s",
+        "refused    1 no answer, 1 rejected",
+        f"model      {'ab' * 32}",
+        f"folder     {one}",
+    ]
+
+
+def test_several_runs_in_a_table(tmp_path: Path):
+    one = folder_of(tmp_path / "one", [row(1, 0.8)], wall_s=7.25, model_sha256="ab" * 32)
+    other = CONFIG | {"strategy.name": "feddyn"}
+    two = folder_of(tmp_path / "two", [row(1, 0.5, rejected={"1": "NaN"})], other, status="failed")
+    table = summary_table(read([one, two]), 0.8)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert {key: cells[key] for key in list(cells)[5:]} == {
+        "loss": ["1.0000", "1.0000"], "s": ["7", ""], "rounds to 0.800": ["1", "never"],
+        "MB to it": ["0.0", ""], "refused": ["0", "1"], "sha256": ["abababababab", ""],
+        "status": ["completed", "failed"], "folder": ["one", "two"],
+    }  # fmt: skip
+    assert all(line.split()[0] in ("run", "fedavg", "feddyn", "accuracy:") or "──" in line
+               for line in text(table).splitlines() if line)  # fmt: skip
+
+
+def seeded(folder: Path, seed: int, accuracies: list[float], **more: Any) -> Path:
+    rows = [row(t, accuracy, **more) for t, accuracy in enumerate(accuracies, 1)]
+    return folder_of(folder, rows, CONFIG | {"run.seed": seed, "run.name": folder.name}, wall_s=2.0)
+
+
+def test_means_over_seeds_by_hand(tmp_path: Path):
+    one = seeded(tmp_path / "s1", 1, [0.5, 0.7])
+    two = seeded(tmp_path / "s2", 2, [0.3, 0.8, 0.6], bytes_up=40)
+    other = folder_of(tmp_path / "o", [row(1, 0.4), row(2, 0.4)], CONFIG | {"strategy.name": "x"})
+    broken = folder_of(tmp_path / "b", [row(1, 0.1)], CONFIG | {"run.seed": 3}, status="failed")
+    runs = read([one, other, two, broken])
+    first, second = alike(runs)
+    assert (first.label, [run.folder for run in first.runs]) == ("fedavg", [one, two, broken])
+    assert (second.label, second.runs) == ("x", (runs[1],))
+    # rounds 1 and 2 are those that both completed runs have; the deviation of two is |a - b| / 2^.5
+    found = seeds.line(first, "accuracy", "bytes")
+    assert found.x == [45, 90]  # means of 30 and 60, and of 60 and 120
+    assert found.y == pytest.approx([0.4, 0.75])
+    assert found.spread == pytest.approx([0.2 / 2**0.5, 0.1 / 2**0.5])
+    assert seeds.line(second, "accuracy").spread is None
+    page = Page(write([one, other, two, broken], tmp_path / "page.html", 0.65).read_text())
+    assert page.tables["Means over seeds"][1:] == [
+        ["●\xa0fedavg", "2 of 3", "0.6500 ± 0.0707", "0.7500 ± 0.0707", "1.0000 ± 0.0000", "70 B",
+         "50 B", "2.0 s"],
+        ["●\xa0x", "1", "0.4000", "0.4000", "1.0000", "20 B", "40 B", "—"],
+    ]  # fmt: skip
+    assert page.tables["To a target accuracy"][1:] == [
+        ["●\xa0fedavg", "2.0", "90 B", "3.0 s"],  # rounds 2 and 2; 60 and 120 bytes
+        ["●\xa0x", "not reached; best 0.4000", "", ""],
+    ]
+    assert page.tables["Settings that differ"] == [
+        ["setting", "fedavg", "x"],
+        [page.tables["Settings that differ"][1][0], "fedavg", "x"],
+    ]
+    assert "The others with run.seed = 2, 3." in page.text
+    colours = [a["style"] for tag, a in page.tags if a.get("class") == "dot"]
+    assert colours[:6] == [colours[0], colours[1], colours[0], colours[1], colours[0], colours[0]]
+    assert colours[0] != colours[1]
+
+
+def test_what_is_alike(tmp_path: Path):
+    """Not runs of the same seed, which are no sample; and names tell groups apart."""
+    same = [seeded(tmp_path / name, 1, [0.5]) for name in ("a", "b")]
+    assert [group.label for group in alike(read(same))] == ["a", "b"]
+    other = CONFIG | {"run.seed": 2, "train.lr": 0.5}
+    folders = [
+        *same[:1], seeded(tmp_path / "c", 2, [0.5]), folder_of(tmp_path / "d", [row(1)], other)
+    ]  # fmt: skip
+    assert [group.label for group in alike(read(folders))] == [
+        "fedavg train.lr=0.1", "fedavg train.lr=0.5"
+    ]  # fmt: skip
+
+
+def test_many_seeds_stay_readable(tmp_path: Path):
+    folders = [seeded(tmp_path / f"s{seed}", seed, [0.5, 0.6]) for seed in range(12)]
+    page = Page(write(folders, tmp_path / "page.html").read_text())
+    assert len(page.tables["Means over seeds"]) == 2 + 13  # with their heads
+    folded = [text for text in page.words if text.startswith("All 12 runs")]
+    assert folded == ["All 12 runs", "All 12 runs as numbers"]
+    assert page.text.count("flatfed run") == 1
+
+
+def test_many_methods_have_names_below_and_a_colour_each(tmp_path: Path):
+    from fl_report import plots
+
+    lines = {f"method {i}": ([1.0, 2.0], [1.0, float(i)]) for i in range(20)}
+    plots.lines(lines, "round", "loss", tmp_path / "many.png")
+    plots.lines({"a": ([1.0, 2.0], [1.0, 2.0])}, "round", "loss", tmp_path / "one.png")
+    many, one = (Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("many", "one"))
+    assert many.width == one.width and many.height > one.height + 150
+    pixels = {tuple(pixel) for pixel in np.asarray(many).reshape(-1, 3)}
+    hexes = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in pixels}
+    assert len({*plots.COLOURS}) == 20 and {*plots.COLOURS} <= hexes
 
 
 def test_who_took_part_by_hand(tmp_path: Path):
@@ -233,7 +345,7 @@ def test_who_took_part_by_hand(tmp_path: Path):
         row(3, 0.5, evaluation_failed={"0": "late"}),
     )
     assert states_of(run).tolist() == [[1, 0, 1], [2, 3, 0]]
-    page = Page(figures.participation([run], Pictures(tmp_path / "pictures")))
+    page = Page(participants.participation([run], Pictures(tmp_path / "pictures")))
     each, listed = page.tables["Participation"][:3], page.tables["Participation"][4:]
     assert each[1:] == [["0", "5", "2", "2", "0", "0"], ["1", "3", "2", "0", "1", "1"]]
     assert listed == [
@@ -250,7 +362,7 @@ def test_drift_by_hand(tmp_path: Path):
     own = {"client_accuracy_before": {"0": 0.2, "1": 0.4}, "client_accuracy_after": {"0": 0.9}}
     run = run_of(row(1, 0.5, **own), row(2, client_loss=0.1))
     assert local_gain(run) == [(1, pytest.approx(0.3), 0.9)]
-    page = Page(figures.drift([run], Pictures(tmp_path / "pictures")))
+    page = Page(participants.drift([run], Pictures(tmp_path / "pictures")))
     assert page.tables["Client drift"][1][1:] == [
         "0.5000", "1.0000", "+0.5000", "0.3000", "0.9000", "+0.6000"
     ]  # fmt: skip
@@ -296,7 +408,8 @@ def test_runs_that_ended_early(end: str, tmp_path: Path):
     assert told.replace("/F", str(folder)) in page.text
     assert page.exact["rounds"] == (end not in ("refused", "before round 1"))
     assert (f"flatfed resume {folder}" in page.text) == (end != "refused")
-    assert len(list(summary_table(read([folder])).columns[-1].cells)) == 1
+    status = "running$" if end == "killed" else "failed: "
+    assert re.search(f"(?m)^status +{status}", text(summary_table(read([folder]))))
 
 
 def test_many_runs(tmp_path: Path):
@@ -313,7 +426,7 @@ def test_many_runs(tmp_path: Path):
         [0.9, 0.9, 1.0, 2, 20, 40], [0.7, 0.7, 1.0, 2, 20, 40], [None, None, None, 0, 0, 0]
     ]  # fmt: skip
     named = [line[0] for line in page.tables["Runs"]]
-    assert named == ["run", "\xa0onefedavg", "\xa0feddyntwo", "\xa0nonefedavg"]
+    assert named == ["run", "●\xa0onefedavg", "●\xa0feddyntwo", "●\xa0nonefedavg"]
     assert page.tables["Runs"][3][-2] == "failed: broken"
     assert [line[7] for line in lines] == [None, 7.5, None]
     # 0.9 of 0.9 is 0.81
@@ -358,7 +471,9 @@ def test_wrong_arguments(tmp_path: Path):
         write([tmp_path], tmp_path / "page.html")
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+PATIENCE_S = 120.0
 
 
 class Browser:
@@ -388,8 +503,10 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
+            ready = select.select([self.answers], [], [], PATIENCE_S)[0]
+            assert ready, f"{CHROMIUM} says nothing"
             read = os.read(self.answers, 1 << 20)
-            assert read, "Chromium has gone"
+            assert read, f"{CHROMIUM} has gone"
             self.rest += read
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
@@ -414,18 +531,26 @@ class Browser:
         return wide["result"]["value"], np.asarray(Image.open(BytesIO(png)).convert("L"))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on the PATH")
 @pytest.mark.parametrize("width", [1200, 360])
-def test_in_a_browser(width: int, report: Path, tmp_path: Path):
+def test_in_a_browser(width: int, real: Path, report: Path, tmp_path: Path):
     browser = Browser(tmp_path / "profile")
     try:
         wide, screenshot = browser.show(report, width)
         loaded = browser("Runtime.evaluate", returnByValue=True, expression=(
             "[...document.images].filter(i => i.complete && i.naturalWidth > 400).length"
         ))  # fmt: skip
+        said = browser("Runtime.evaluate", returnByValue=True, expression=(
+            "Object.fromEntries([...document.querySelectorAll('dl > div')].map(box => "
+            "[box.children[0].innerText, box.children[1].innerText.split('\\n')[0]]))"
+        ))["result"]["value"]  # fmt: skip
     finally:
         browser.process.kill()
         browser.process.wait()
+    summary = json.loads((real / "summary.json").read_text())
+    assert said["accuracy"] == f"{summary['accuracy']:.4f}"
+    assert said["best accuracy"] == f"{summary['best_accuracy']:.4f}"
+    assert (said["rounds"], said["model_sha256"]) == ("3", summary["model_sha256"])
     told = [event["method"] for event in browser.events]
     errors = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
     assert not [method for method in told if method in errors]

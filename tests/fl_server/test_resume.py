@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -588,7 +589,7 @@ def test_kept_momentum_that_is_lost_ends_the_run(runs: Runs, capsys: pytest.Capt
     for _ in range(2):
         assert runs.resume(folder) == 3
         told = failure(capsys)
-        assert "client 0 has lost its memory of round 3" in told
+        assert re.search(r"client \d has lost its memory of round 3", told)
         assert "the server cannot know the momentum in it (train.keep-optimizer)" in told
         assert "set client.state-dir" in told
         assert summary(folder)["status"] == "failed"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 import fl_server.inprocess
+import fl_server.roster
 from fl_common.config import Clients
 from fl_server.exchange import Exchange, RunFailed
 from fl_server.inprocess import InProcessGrid
@@ -223,6 +224,26 @@ def test_an_answer_that_cannot_be_read_is_a_refusal(grid, monkeypatch):
     monkeypatch.setattr(fl_client.client.Clients, "describe", broken)
     with pytest.raises(RunFailed, match=r"clients.number = 3, but 2 can take part.*cannot be read"):
         Roster(Exchange(grid, 1.0), 3).assemble(nodes_may_come=False)
+
+
+def test_an_error_that_passes_keeps_nobody_out(grid, monkeypatch):
+    """Client 1 answers twice with an error, of which the log has one line; then it is taken."""
+    import fl_client.client
+
+    describe, errors, said = fl_client.client.Clients.describe, [], []
+
+    def failing(self, partition):
+        if partition == 1 and len(errors) < 2:
+            errors.append(partition)
+            raise OSError("its trainer died")
+        return describe(self, partition)
+
+    monkeypatch.setattr(fl_client.client.Clients, "describe", failing)
+    monkeypatch.setattr(fl_server.roster, "AGAIN_S", 0.01)
+    roster = Roster(Exchange(grid, 60.0, said.append), 3)
+    roster.assemble(nodes_may_come=True)
+    assert sorted(roster.members) == [0, 1, 2] and len(errors) == 2
+    assert len([line for line in said if "its trainer died" in line]) == 1
 
 
 def test_a_lost_client_is_named_and_the_rest_goes_on(runner, monkeypatch):

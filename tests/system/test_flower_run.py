@@ -106,6 +106,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_three_runs_at_once(app: Path, tmp_path: Path) -> None:
     """Two succeed and one raises, side by side; each sees its own configuration."""
 

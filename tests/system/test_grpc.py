@@ -167,7 +167,10 @@ def test_a_node_that_is_not_registered(two: Place):
         assert reason in node.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)],
+)
 def test_an_interrupted_run_is_stopped(two: Place, number: int, code: int):
     name = f"interrupted-{number}"
     settings = [f"run.output-dir={two.folder}", f"run.name={name}", "run.rounds=1000"]

@@ -23,7 +23,9 @@ def _site_modules():
     return set(out.stdout.split())
 
 
-@pytest.mark.parametrize("source", ["digits", "breast-cancer", "synthetic", "cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    "source", ["digits", "breast-cancer", "synthetic", "synthetic-text", "cifar10", "cifar100"]
+)
 def test_good_settings_have_no_errors(source):
     for scheme in catalogue.PARTITIONS:
         assert check(source, partition=scheme, clients=100, min_size=1) == []

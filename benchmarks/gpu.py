@@ -1,0 +1,343 @@
+"""What FlatFed does on a GPU: `python -m benchmarks.gpu`.
+
+(a) the workload of `benchmarks.overhead`, (b) ResNet-18 on CIFAR shapes, (c) the costs of
+regularizers, (d) FedPart's partial rounds.  Without a card it says so and exits with 2;
+`--device cpu --small` runs everything in a tiny form, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bare, fedpart, regularizers
+from benchmarks.cohort import Cohort
+from fl_client import stacked
+from fl_client.trainer import batches
+from fl_common import wire
+from fl_server.cli import main as run
+from strategies.fedpart import FedPartParams, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fl_common.config import Scalar
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125}
+"""Dense bfloat16 (V100: float16) by what the card's name contains, as its maker has it."""
+BARS = {"lenet": 8.0, "cnn": 3.0}
+ROUND_BAR, IDLE_BAR = 1.6, 0.10
+PUBLISHED = "FL-Simulator on a V100: FedAvg 15.86 s, FedSpeed 29.48 s"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how large."""
+
+    device: str
+    small: bool
+    peak: float
+    """Of the card [TFLOP/s]; 0: not known."""
+    folder: Path
+    console: Console
+
+    @property
+    def card(self) -> bool:
+        return self.device != "cpu"
+
+    def settings(self, values: dict[str, Scalar]) -> dict[str, Scalar]:
+        """Those of every part, and `values`."""
+        base = {
+            "data.source": "synthetic",
+            "data.partition": "iid",
+            "data.augment": "none",
+            "train.device": self.device,
+            "train.deterministic": not self.card,
+            "eval.every": 1000,
+            "clients.number": 1000,
+            "run.pictures": False,
+        }
+        # The server's test set would take longer than all else.
+        small = {"data.max-samples": 12, "clients.number": 8, "eval.on": "clients"}
+        return base | (small if self.small else {}) | values
+
+    def run_seconds(self, values: dict[str, Scalar], name: str, rounds: int) -> float:
+        """The median round of `flatfed run`, server and all, after the first one [s]."""
+        place = {"run.output-dir": str(self.folder), "run.name": name, "run.rounds": 2 + rounds}
+        settings = [f"{key}={value}" for key, value in (values | place).items()]
+        with redirect_stdout(io.StringIO()) as printed:
+            if run(["run", *settings]):
+                raise RuntimeError(printed.getvalue())
+        rows = (self.folder / name / "history.jsonl").read_text().splitlines()
+        return median(json.loads(row)["seconds"] for row in rows[1:-1])  # the last one evaluates
+
+
+def overhead(bench: Bench) -> int:
+    """(a): whole runs one by one and at once, and the bare steps of the same clients."""
+    count, rounds = (4, 1) if bench.small else (50, 10)
+    table = _table(
+        f"(a) {count} clients at once, batches of 10: seconds per round",
+        "model", "one by one", "at once", "rounds/min", "ratio", "bar", "bare loop", "over bare",
+    )  # fmt: skip
+    missed = 0
+    for model, bar in BARS.items():
+        values = bench.settings(
+            {"model.name": model, "clients.per-round": count, "train.batch-size": 10,
+             "engine.workers": "1"}
+        )  # fmt: skip
+        alone = bench.run_seconds(values | {"engine.cohort": "1"}, f"{model}-1", rounds)
+        at_once = bench.run_seconds(values | {"engine.cohort": str(count)}, f"{model}-k", rounds)
+        loop = _bare_seconds(model, Cohort(values, count), rounds)
+        missed += bench.card and alone / at_once < bar
+        table.add_row(
+            model, f"{alone:.4f}", f"{at_once:.4f}", f"{60 / at_once:.0f}",
+            f"{alone / at_once:.2f}", f"{bar:.0f}", f"{loop:.4f}", f"{loop / at_once:.2f}",
+        )  # fmt: skip
+    bench.console.print(table)
+    return missed
+
+
+def _bare_seconds(model: str, cohort: Cohort, rounds: int) -> float:
+    """A round's steps without clients, weights to copy or averages [s]."""
+    train, device = cohort.config.train, cohort.clients.device
+    loop = bare.Bare(getattr(bare, model)().to(device), train.lr)
+    ready = [
+        (data.transform(x), y)
+        for i in range(cohort.count)
+        for data in [cohort.clients.local_data(i)]
+        for x, y in batches(data, train, (0, 1, i))
+    ]
+    return median([cohort.seconds(lambda: loop.steps(ready)) for _ in range(2 + rounds)][2:])
+
+
+def convolutions(bench: Bench) -> int:
+    """(a'): whether the width at which convolutions become products with patches is right."""
+    table = _table(
+        f"(a') at once, convolutions grouped or as products (chosen under {stacked.NARROW} "
+        "channels): seconds per round",
+        "model", "grouped", "products", "chosen",
+    )  # fmt: skip
+    chosen = stacked.NARROW
+    models = {"lenet": 10, "cnn": 10} if bench.small else {"lenet": 10, "cnn": 10, "resnet18": 50}
+    for model, size in models.items():
+        seconds = []
+        for width in (0, 10**9, chosen):
+            stacked.NARROW = width
+            values = {"model.name": model, "train.batch-size": size}
+            if model == "resnet18":
+                values |= {"model.norm": "group", "clients.number": 100}
+            values = bench.settings(values)
+            cohort = Cohort(values, 4 if bench.small else 500 // size)
+            seconds.append(median([cohort.together() for _ in range(2 if bench.small else 6)][1:]))
+        table.add_row(model, *(f"{s:.4f}" for s in seconds))
+    stacked.NARROW = chosen
+    bench.console.print(table)
+    return 0
+
+
+def resnet(bench: Bench) -> int:
+    """(b): whole rounds, and what a profile says of the clients' part of one."""
+    model, count, rounds = ("resnet8", 2, 1) if bench.small else ("resnet18", 10, 5)
+    values = bench.settings(
+        {"model.name": model, "model.norm": "group", "clients.number": 8 if bench.small else 100,
+         "clients.per-round": count, "train.batch-size": 10 if bench.small else 50,
+         "train.epochs": 1 if bench.small else 5, "train.dtype": "bfloat16",
+         "data.augment": "crop-flip", "engine.workers": "1"}
+    )  # fmt: skip
+    table = _table(
+        f"(b) {model}, {count} of {values['clients.number']} clients, batches of "
+        f"{values['train.batch-size']}, "
+        f"{values['train.epochs']} epochs, bfloat16 ({PUBLISHED})",
+        "", "s/round", "bar", "MFU %", "GPU idle %", "bar", "to the card MB", "samples MB",
+        "launches",
+    )  # fmt: skip
+    missed = 0
+    for at_once in (1, count):
+        setting = {"engine.cohort": str(at_once)}
+        seconds = bench.run_seconds(values | setting, f"{model}-{at_once}", rounds)
+        cohort = Cohort(values, count)
+        play = cohort.alone if at_once == 1 else cohort.together
+        play()
+        found = _profiled(play, bench.folder / "trace.json")
+        rate = _flops(cohort) / seconds / 1e12
+        mfu = f"{100 * rate / bench.peak:.1f}" if bench.peak else "-"
+        samples = sum(
+            cohort.clients.local_data(i).x.nbytes for i in range(count)
+        )  # what a card that kept none would be sent
+        card = bench.card
+        missed += at_once > 1 and card and (seconds > ROUND_BAR or found["idle"] > IDLE_BAR)
+        table.add_row(
+            f"{at_once} at once", f"{seconds:.3f}", f"{ROUND_BAR}", mfu,
+            f"{100 * found['idle']:.1f}" if card else "-", f"{100 * IDLE_BAR:.0f}",
+            f"{found['to_device'] / 1e6:.2f}" if card else "-", f"{samples / 1e6:.2f}",
+            f"{found['launches']}" if card else "-",
+        )  # fmt: skip
+    bench.console.print(table)
+    bench.console.print(
+        "to the card: all copies of a later round, the model and the order of samples among them; "
+        "samples: what the clients' images would be, which stay there."
+    )
+    return missed
+
+
+def _flops(cohort: Cohort) -> float:
+    """Of a round's forward and backward passes, by the plain network's operations."""
+    config, clients = cohort.config, cohort.clients
+    data = clients.local_data(0)
+    x = data.transform(data.x[: config.train.batch_size])
+    net = clients.net.train()
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    net.zero_grad(set_to_none=True)
+    samples = sum(len(clients.local_data(i).y) for i in range(cohort.count))
+    return counter.get_total_flops() / len(x) * samples * config.train.epochs
+
+
+def _profiled(play: Any, path: Path) -> dict[str, float]:
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        play()
+    recorded.export_chrome_trace(str(path))
+    return of_trace(json.loads(path.read_text())["traceEvents"])
+
+
+def of_trace(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Of a profile: `idle`, the share of the time from the first to the last work of the GPU in
+    which it had none; `to_device`, bytes copied there; `launches`, kernels."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    work = sorted(
+        (event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"]
+    )
+    busy, end = 0.0, work[0]["ts"] if work else 0.0
+    for event in work:  # streams may overlap
+        stop = event["ts"] + event["dur"]
+        busy += max(0.0, stop - max(end, event["ts"]))
+        end = max(end, stop)
+    whole = end - work[0]["ts"] if work else 0.0
+    return {
+        "idle": 1 - busy / whole if whole else 0.0,
+        "to_device": sum(e["args"]["bytes"] for e in work if "HtoD" in e["name"]),
+        "launches": sum(event["cat"] == "kernel" for event in work),
+    }
+
+
+def costs(bench: Bench) -> int:
+    """(c): a client's round with a regularizer over one without, one client at a time."""
+    turns = 2 if bench.small else 9
+    table = _table(
+        f"(c) a client's round over plain SGD, batches of 50, {turns} turns; bars are the CPU's",
+        "model", "method", "plain ms", "ratio", "bar",
+    )  # fmt: skip
+    cases = regularizers.CASES[:1] if bench.small else regularizers.CASES
+    for case in cases:
+        base = {"model.name": case.model, "train.batch-size": 50}
+        base = bench.settings(base | ({} if bench.small else {"clients.number": 100}))
+        own = {key: value for key, value in case.settings.items() if key.startswith("model.")}
+        plain, other = Cohort(base | own, 1), Cohort(base | case.settings, 1)
+        for warm in (plain, other):
+            warm.alone()
+        seconds = [(plain.alone(), other.alone()) for _ in range(turns)]
+        table.add_row(
+            case.model, case.label, f"{1000 * median(p for p, _ in seconds):.1f}",
+            f"{median(o / p for p, o in seconds):.2f}", f"{case.bar:.2f}" if case.bar else "",
+        )  # fmt: skip
+    bench.console.print(table)
+    return 0
+
+
+def partial_rounds(bench: Bench) -> int:
+    """(d): a client's round that trains one group, over a full one."""
+    turns = 1 if bench.small else 9
+    values = bench.settings(
+        {"model.name": "resnet8", "strategy.name": "fedpart", "train.batch-size": fedpart.BATCH,
+         "train.optimizer": "adam", "train.lr": 0.001,
+         "clients.number": 8 if bench.small else 100}
+    )  # fmt: skip
+    cohort = Cohort(values, 1)
+    names = cohort.groups.names
+    cohort.alone()
+    cost = {names: 1.0}
+    full: list[float] = []
+    for name in names[:2] if bench.small else names:
+        ratios = []
+        for _ in range(turns):
+            full.append(cohort.alone())
+            ratios.append(cohort.alone(**{wire.ACTIVE: [name]}) / full[-1])
+        cost[name,] = median(ratios)
+    table = _table(
+        f"(d) resnet8, a group's round over a full one of {1000 * median(full):.1f} ms; the bar is "
+        "the CPU's",
+        "active group", "ratio", "bar",
+    )  # fmt: skip
+    for name in names:
+        if (name,) in cost:
+            table.add_row(name, f"{cost[name,]:.3f}", "")
+    if len(cost) > len(names):
+        schedule = Schedule(FedPartParams(), names, seed=0)
+        played = [cost[schedule.active(1 + t)] for t in range(schedule.cycle)]
+        table.add_row("a cycle", f"{sum(played) / len(played):.3f}", f"{fedpart.BAR}")
+    bench.console.print(table)
+    return 0
+
+
+PARTS = {
+    "a": (overhead, convolutions),
+    "b": (resnet,),
+    "c": (costs,),
+    "d": (partial_rounds,),
+}
+
+
+def peak_of(name: str) -> float:
+    """A card's TFLOP/s; 0 if it is not in the table."""
+    return next((float(peak) for key, peak in PEAK_TFLOPS.items() if key in name.split("-")[0]), 0)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:K, or cpu to try it out")
+    parser.add_argument("--small", action="store_true", help="tiny, to see that it runs")
+    parser.add_argument("--peak", type=float, help="the card's TFLOP/s in bfloat16")
+    parser.add_argument("--only", default="abcd", help="parts to run, e.g. ab")
+    args = parser.parse_args(arguments)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        print("no GPU that torch can use; --device cpu --small shows that the benchmark runs")
+        return 2
+    determinism.prepare_process(deterministic=args.device == "cpu")
+    card = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "cpu"
+    peak = args.peak or peak_of(card)
+    console = Console(width=120)
+    told = f", {peak:g} TFLOP/s" if peak else ""
+    console.print(f"{card}{told}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args.device, args.small, peak, Path(folder), console)
+        missed = sum(part(bench) for letter in args.only for part in PARTS[letter])
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""Several clients' local rounds at once: one forward and backward pass for all of them.
+
+Parameters, buffers and batches are stacked, (A, ...) for the A clients that still have steps to
+take, and the network runs under vmap.  Order, augmentation and dropout are drawn as for a client
+alone, from (seed, round, partition, step), so that the numbers differ from one-by-one training by
+the rounding of sums alone.  A client's smaller last batch is filled up with samples that count for
+nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.func import functional_call, vmap
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
+
+from fl_client.stacked import Batches, Corrections, Dropouts, Rules, first_of, padded, stack
+from fl_client.trainer import (
+    LocalResult,
+    Step,
+    frozen_statistics,
+    overriding,
+    perturbation_of,
+    precision_of,
+    taken_gradients,
+)
+from fl_common.determinism import generator_state, seed_device, seed_of, set_generator_state
+from fl_common.layout import PARAMS, Layout
+from fl_common.local import PADDING, mean_losses, norm_of
+from regularizers.base import Regularizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fl_client.optimizers import Optimizer
+    from fl_client.trainer import LocalData
+    from fl_common.config import Train
+    from fl_common.layout import Flat
+    from fl_common.local import Affine, LocalMethod
+
+    Tensors = list[torch.Tensor]
+    State = dict[str, Tensors] | None
+
+
+ALIKE = {"bfloat16": 0.1, "float32": 0.01, "float64": 0.01}
+"""What `check` lets gradients differ by, of their norm: more than rounding does, less than a wrong
+rule."""
+
+
+@dataclass(eq=False)
+class Member:
+    """One client of a cohort, before the round and after it."""
+
+    partition: int
+    data: LocalData
+    methods: Sequence[LocalMethod]
+    correction: Affine
+    start: Flat
+    """The model that it starts from, on the CPU."""
+    optimizer: State = None
+    """What its optimizer kept; as long as the others', `steps` included."""
+    result: LocalResult | None = None
+    trained: Flat = field(default_factory=dict)
+
+
+def why_alone(
+    net: torch.nn.Module, methods: Sequence[LocalMethod], samples: int, settings: Train
+) -> str:
+    """Why a client cannot be trained beside others; "": it may be tried.  What else torch cannot
+    stack, `cohort_round` raises."""
+    for method in methods:
+        if method.alone:
+            return f"{getattr(method, 'name', 'strategy')}: {method.alone}"
+    if hasattr(net, "loss"):
+        return "the network has a loss of its own"
+    norms = any(isinstance(module, _NormBase) and module.training for module in net.modules())
+    if norms and samples % settings.batch_size == 1:
+        return "BatchNorm meets a batch of one sample"
+    return ""
+
+
+def bytes_of(net: torch.nn.Module, data: LocalData, settings: Train) -> int:
+    """What one client of a cohort takes in memory, roughly: what a pass keeps for its gradient,
+    that gradient, and six copies of the parameters; its data."""
+    device, held = data.x.device.type, {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    draws = generator_state(device)
+    keep = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with keep, frozen_statistics(net), precision_of(settings, device)():
+        output = net(data.transform(data.x[: settings.batch_size]))
+    set_generator_state(device, draws)
+    del output
+    parameters = sum(p.nbytes for p in net.parameters())
+    return 2 * sum(held.values()) + 6 * parameters + data.x.nbytes
+
+
+def cohort_round(
+    net: torch.nn.Module,
+    members: Sequence[Member],
+    optimizer: Optimizer,
+    settings: Train,
+    *,
+    seed: int,
+    server_round: int,
+    norms: bool = False,
+    check: bool = False,
+) -> None:
+    """Train all members at once; their `result`, `trained` and `optimizer` are set.
+
+    `net`: the resident network, whose parameters that require a gradient are trained; its own
+    tensors stay as they are.  `check`: before the first step, compare the last member's gradient
+    with that of a pass of its own.  Raises RuntimeError or the like where torch cannot stack the
+    network, or stacks it wrongly; then no member has changed.
+    """
+    order = sorted(members, key=lambda member: len(member.data.y), reverse=True)
+    first = order[0]
+    regularizers = [m for m in first.methods if isinstance(m, Regularizer)]
+    try:
+        for regularizer in regularizers:
+            regularizer.stacked, regularizer.seen = True, []
+            regularizer.begin(net, first.start, {})
+        _Cohort(net, order, optimizer, settings, (seed, server_round), norms).train(check)
+    finally:
+        for regularizer in regularizers:
+            regularizer.finish()
+            regularizer.stacked = False
+
+
+class _Cohort:
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        members: list[Member],
+        optimizer: Optimizer,
+        settings: Train,
+        key: tuple[int, int],
+        norms: bool,
+    ) -> None:
+        self.net, self.members, self.optimizer, self.settings = net, members, optimizer, settings
+        self.key = key
+        self.device = next(net.parameters()).device
+        self.layout = Layout.of(net)
+        self.stacks = {
+            kind: stack([member.start[kind] for member in members], slots, self.device)
+            for kind, slots in self.layout.slots.items()
+        }
+        self.trained = [p.requires_grad for p in net.parameters()]
+        if not any(self.trained):
+            raise ValueError("no parameter of this round's groups requires a gradient")
+        self.batches = Batches(members, settings, key, self.device)
+        perturbation = perturbation_of(members[0].methods)
+        if perturbation:
+            perturbation.stacked = True
+        self.step = Step(
+            perturbation=perturbation,
+            correct=Corrections(
+                [member.correction for member in members],
+                self._stack_params,
+                self.stacks[PARAMS][0],
+                clips=bool(settings.clip_norm),
+            ),
+            clip_norm=settings.clip_norm,
+            optimizer=optimizer,
+            lr=settings.lr_of(key[1]),
+            norms=norms,
+            stacked=True,
+        )
+        self.terms = [
+            [m.methods[i] for m in members]
+            for i, method in enumerate(members[0].methods)
+            if overriding("stacked_term", [method])
+        ]
+        self.precision = precision_of(settings, self.device.type)
+        self.rules = Rules(unfolds=self.device.type == "cuda")
+        self.dropouts = self._dropouts()
+
+    def train(self, check: bool) -> None:
+        clients, batches = len(self.members), self.batches
+        state = self._stacked_state()
+        count, losses = 0, []
+        for number in range(batches.steps[0]):
+            if count != batches.count(number):  # some have no steps left
+                count = batches.count(number)
+                state = state or self.optimizer.state()  # made by the first step, of all
+                self.optimizer.load(first_of(state, count))
+                self._takefirst_of(count)
+            x, y, masks = self._batch(number)
+            if check and not number:
+                self._check(x, y, masks)
+            gradient = partial(self._gradient, x, y, masks)
+            repeated = partial(frozen_statistics, self.net)
+            loss = self.step(self.leaves, gradient, repeated)
+            losses.append(functional.pad(loss, (0, clients - count)))
+        self._finish(state or self.optimizer.state(), torch.stack(losses))
+
+    def _stack_params(self, vectors: Tensors) -> Tensors:
+        """(K, ...) for each parameter that is trained."""
+        stacked = stack(vectors, self.layout.slots[PARAMS], self.device)
+        return [tensor for tensor, trained in zip(stacked, self.trained, strict=True) if trained]
+
+    def _takefirst_of(self, count: int) -> None:
+        """Views of the first clients' tensors; what is trained, as leaves of the graph."""
+        named: dict[str, dict[str, torch.Tensor]] = {}
+        for kind, tensors in self.stacks.items():
+            names = [slot.name for slot in self.layout.slots[kind]]
+            named[kind] = {
+                name: tensor[:count] for name, tensor in zip(names, tensors, strict=True)
+            }
+        self.params = {
+            name: tensor.requires_grad_() if trained else tensor
+            for (name, tensor), trained in zip(named.pop(PARAMS).items(), self.trained, strict=True)
+        }
+        self.leaves = [p for p in self.params.values() if p.requires_grad]
+        self.buffers = {name: t for tensors in named.values() for name, t in tensors.items()}
+        if self.step.perturbation:
+            self.step.perturbation.kept = []
+
+    def _gradient(
+        self, x: torch.Tensor, y: torch.Tensor, masks: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        each = [methods[: len(x)] for methods in self.terms]
+        samples = self._samples(y)
+        with self.precision():
+            output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
+            losses = mean_losses(output, y)
+            for methods, noted in zip(each, seen, strict=True):
+                methods[0].seen = noted
+                losses = losses + methods[0].stacked_term(methods, output, y)
+                methods[0].seen = []
+        if losses.requires_grad:
+            losses.sum().backward()
+        return losses.detach(), taken_gradients(self.leaves)
+
+    def _samples(self, y: torch.Tensor) -> Tensors:
+        return [(y != PADDING).to(torch.float32)] if self.batches.padded else []
+
+    def _check(self, x: torch.Tensor, y: torch.Tensor, masks: Tensors) -> None:
+        """Layers unknown to us are stacked by torch's rules, and not all of these are right."""
+        last, samples = slice(len(x) - 1, len(x)), self._samples(y)
+
+        def grads(of: slice, stacked: bool) -> Tensors:
+            params = {
+                name: p[of].detach().clone().requires_grad_(p.requires_grad)
+                for name, p in self.params.items()
+            }
+            buffers = {name: b[of].clone() for name, b in self.buffers.items()}
+            masked, counted = [mask[of] for mask in masks], [own[of] for own in samples]
+            inputs = (params, buffers, x[of], masked, counted)
+            with self.precision():
+                if stacked:
+                    output, _ = vmap(self._forward)(*inputs)
+                else:
+                    output = self._forward(*tree_map(lambda tensor: tensor[0], inputs))[0][None]
+                loss = mean_losses(output, y[of]).sum()
+            leaves = [p for p in params.values() if p.requires_grad]
+            if not loss.requires_grad:
+                return []
+            found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            return [grad[-1] for grad in found]
+
+        ours, alone = grads(slice(None), stacked=True), grads(last, stacked=False)
+        if ours:
+            apart = norm_of([a - b for a, b in zip(ours, alone, strict=True)])
+            if not apart <= ALIKE[self.settings.dtype] * norm_of(alone):
+                raise NotImplementedError("it gives another gradient than for a client alone")
+
+    def _forward(
+        self,
+        params: Mapping[str, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        masks: Tensors,
+        samples: Tensors,
+    ) -> tuple[torch.Tensor, list[Tensors]]:
+        """One client's pass: its output, and what hooks noted."""
+        for methods in self.terms:
+            methods[0].seen = []
+        self.rules.masks, self.rules.samples = iter(masks), samples
+        with self.rules:
+            output = functional_call(self.net, (params, buffers), (x,))
+        return output, [methods[0].seen for methods in self.terms]
+
+    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+        """x (A, B, ...), y (A, B) and the masks of dropouts (A, B, ...) of a step."""
+        x, y, sizes = self.batches.at(number)
+        members = self.members[: len(x)]
+        alike = not members[0].data.random
+        if alike:
+            x = members[0].data.transform(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if alike and not (self.dropouts or self._transforms(members[0])):
+            return x, y, []
+        xs, ys, masks = [], [], [[] for _ in self.dropouts]
+        for member, size, own_x, own_y in zip(members, sizes, x, y, strict=True):
+            seed_device(self.device.type, seed_of("step", *self.key, member.partition, number))
+            own_x, own_y = own_x[:size], own_y[:size]
+            if not alike:
+                own_x = member.data.transform(own_x)
+            for transform in self._transforms(member):
+                own_x, own_y = transform(own_x, own_y)
+            xs.append(own_x)
+            ys.append(own_y)
+            for mask, (ones, p) in zip(masks, self.dropouts, strict=True):
+                mask.append(functional.dropout(ones[:size], p))
+        if alike and not self._transforms(members[0]):
+            return x, y, [padded(mask) for mask in masks]
+        return padded(xs), padded(ys, PADDING), [padded(mask) for mask in masks]
+
+    @staticmethod
+    def _transforms(member: Member) -> list[Any]:
+        return overriding("transform", member.methods)
+
+    def _dropouts(self) -> list[tuple[torch.Tensor, float]]:
+        """Ones (B, ...) in the place of what dropouts get, in the order in which they run, and p:
+        dropped out, they are a client's mask."""
+        if not any(isinstance(module, _DropoutNd) for module in self.net.modules()):
+            return []
+        x, _, _ = self.batches.at(0)
+        draws = generator_state(self.device.type)
+        found = Dropouts()
+        with torch.no_grad(), frozen_statistics(self.net), self.precision(), found:
+            self.net(self.members[0].data.transform(x[0]))
+        set_generator_state(self.device.type, draws)
+        if any(len(ones) != len(x[0]) for ones, _ in found.seen):
+            raise NotImplementedError("a dropout of something else than samples")
+        return found.seen
+
+    def _stacked_state(self) -> State:
+        """The members' own momentum; where one has none yet it is zero."""
+        kept = [member.optimizer for member in self.members]
+        known = next(filter(None, kept), None)
+        if known is None:
+            self.optimizer.load(None)
+            return None
+        stacked: dict[str, Tensors] = {}
+        for name, like in known.items():
+            stacked[name] = [
+                tensor.clone()
+                if name == "steps"
+                else torch.stack(
+                    [own[name][i] if own else torch.zeros_like(tensor) for own in kept]
+                )
+                for i, tensor in enumerate(like)
+            ]
+        return stacked
+
+    def _finish(self, state: State, losses: torch.Tensor) -> None:
+        batches = self.batches
+        sizes = torch.tensor(batches.sizes, dtype=torch.float64)
+        losses = losses.to("cpu", torch.float64)
+        means = (losses * sizes).sum(0) / sizes.sum(0)
+        lengths = [
+            functional.pad(found, (0, len(self.members) - found.shape[1]))
+            for found in self.step.lengths
+        ]
+        recorded = torch.stack(lengths).to("cpu", torch.float64) if lengths else None
+        vectors = {}
+        for kind, tensors in self.stacks.items():
+            rows = torch.cat([tensor.detach().reshape(len(tensor), -1) for tensor in tensors], 1)
+            vectors[kind] = rows.cpu()
+        for k, (member, steps) in enumerate(zip(self.members, batches.steps, strict=True)):
+            member.trained = {kind: rows[k].clone() for kind, rows in vectors.items()}
+            norms = None if recorded is None else recorded[:steps, :, k].clone()
+            member.result = LocalResult(steps=steps, loss=float(means[k]), norms=norms)
+            member.optimizer = self._own_state(state, member, k, steps)
+
+    def _own_state(self, state: State, member: Member, k: int, steps: int) -> State:
+        if not (state and self.settings.keeps_state):
+            return None
+        before = member.optimizer or {}
+        return {
+            name: [
+                (before[name][i] if name in before else torch.zeros_like(tensor)) + steps
+                if name == "steps"
+                else tensor[k].clone()
+                for i, tensor in enumerate(tensors)
+            ]
+            for name, tensors in state.items()
+        }

@@ -1,0 +1,279 @@
+"""What stacked training is made of: batches side by side, and what torch does not do under vmap.
+
+Tensors of A clients are (A, ...); clients are in non-increasing order of their samples, so that
+those who still have steps to take are always the first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
+
+from fl_client.trainer import epoch_order
+from fl_common.local import PADDING, per_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fl_client.cohort import Member
+    from fl_common.config import Train
+    from fl_common.layout import Slot
+    from fl_common.local import Affine
+
+    Tensors = list[torch.Tensor]
+    State = dict[str, Tensors] | None
+
+NARROW = 64
+"""Input channels under which a GPU's convolutions are products with patches: its kernels for many
+groups want wider ones.  The CPU's do not (patches take 1.2 to 3 times as long)."""
+
+
+class Batches:
+    """The batches of clients side by side, in non-increasing order of their samples."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        settings: Train,
+        key: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        size, samples = settings.batch_size, [len(member.data.y) for member in members]
+        self.x = torch.cat([member.data.x for member in members])
+        ends = [member.data.y for member in members]
+        self.y = torch.cat([*ends, ends[0].new_full((1,), PADDING)])
+        self.steps = [settings.steps(n) for n in samples]
+        """K_i."""
+        rows, start = [], 0
+        for member, n in zip(members, samples, strict=True):
+            keys = (*key, member.partition)
+            orders = [start + epoch_order(n, keys, e) for e in range(settings.epochs)]
+            split = [part for order in orders for part in order.split(size)]
+            rows.append(padded(split, sum(samples), size))
+            start += n
+        index = pad_sequence(rows, padding_value=sum(samples))
+        self.index = index.to(device)  # (S, K, B)
+        self.sizes = (index < sum(samples)).sum(2).tolist()
+        """Of the batches by step and client; 0: no steps left."""
+        self.padded = False
+        """Whether the last batch that was taken has clients with fewer samples than others."""
+
+    def count(self, number: int) -> int:
+        """A, the clients that take this step."""
+        return sum(steps > number for steps in self.steps)
+
+    def at(self, number: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """x (A, B, ...) as it is stored, y (A, B) and each client's true batch size."""
+        sizes = self.sizes[number][: self.count(number)]
+        self.padded = min(sizes) < max(sizes)
+        index = self.index[number, : len(sizes), : max(sizes)]
+        rows = index.flatten().clamp(max=len(self.x) - 1) if self.padded else index.flatten()
+        x = self.x.index_select(0, rows).unflatten(0, index.shape)
+        return x, self.y.index_select(0, index.flatten()).view_as(index), sizes
+
+
+class Corrections:
+    """The closed-form terms of all clients; numbers that differ between them are (K,) tensors.
+
+    `stacked` makes (K, ...) tensors of K vectors; `like`: one that tells dtype and device.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Affine],
+        stacked: Callable[[Tensors], Tensors],
+        like: torch.Tensor,
+        clips: bool,
+    ) -> None:
+        def number(values: list[float]) -> float | torch.Tensor:
+            if len(set(values)) == 1:
+                return values[0]
+            return torch.tensor(values, dtype=like.dtype).to(like.device)
+
+        self.scale = number([term.scale for term in terms])
+        # Without clipping it is all the same who adds it, and the optimizer does for nothing.
+        self.slope = number([term.slope if clips else 0.0 for term in terms])
+        self.decay = number([term.decay + (0.0 if clips else term.slope) for term in terms])
+        self.constant: Tensors = []
+        if any(term.constant is not None for term in terms):
+            zero = next(torch.zeros_like(t.constant) for t in terms if t.constant is not None)
+            vectors = [zero if term.constant is None else term.constant for term in terms]
+            self.constant = stacked(vectors)
+
+    def __call__(self, params: Tensors, grads: Tensors) -> float | torch.Tensor:
+        scale, slope, decay = (_of(v, len(params[0])) for v in (self.scale, self.slope, self.decay))
+        if isinstance(scale, torch.Tensor):
+            torch._foreach_mul_(grads, per_tensor(scale, grads))
+        elif scale != 1.0:
+            torch._foreach_mul_(grads, scale)
+        if isinstance(slope, torch.Tensor):
+            torch._foreach_add_(grads, torch._foreach_mul(params, per_tensor(slope, params)))
+        elif slope:
+            torch._foreach_add_(grads, params, alpha=slope)
+        if self.constant:
+            torch._foreach_add_(
+                grads, [_of(constant, len(params[0])) for constant in self.constant]
+            )
+        return decay
+
+
+class Rules(TorchFunctionMode):
+    """What a pass under vmap computes in another way than torch would."""
+
+    masks: Iterator[torch.Tensor]
+    """One for each dropout that drops, (B, ...)."""
+    samples: Tensors
+    """(B,) 0 for padding; empty if there is none."""
+
+    def __init__(self, unfolds: bool) -> None:
+        super().__init__()
+        self.unfolds = unfolds
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        kwargs = kwargs or {}
+        if func is functional.dropout and (found := _dropped(*args, **kwargs)):
+            return found[0] * next(self.masks)
+        if func is functional.batch_norm and self.samples:
+            return _batch_norm(self.samples[0], *args, **kwargs)
+        if func is functional.embedding:
+            return _embedding(*args, **kwargs)
+        if func is functional.conv2d and self.unfolds:
+            return _conv2d(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class Dropouts(TorchFunctionMode):
+    """Notes what goes into dropouts, and p."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.Tensor, float]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        kwargs = kwargs or {}
+        if func is functional.dropout and (found := _dropped(*args, **kwargs)):
+            self.seen.append((torch.ones_like(found[0]), found[1]))
+        return func(*args, **kwargs)
+
+
+def _dropped(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[torch.Tensor, float] | None:
+    """Input and p of a dropout that draws."""
+    return (input, p) if training and p else None
+
+
+def _batch_norm(
+    samples: torch.Tensor,
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """torch's batch_norm, of those x (B, C, ...) that are samples, not padding."""
+    if not training:
+        return functional.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    over, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    counted = samples.to(wide.dtype).view(-1, *[1] * (x.dim() - 1))
+    n = counted.sum() * x[0, 0].numel()
+    mean = (wide * counted).sum(over) / n
+    centred = wide - mean.view(shape)
+    var = (centred.square() * counted).sum(over) / n
+    if running_mean is not None and running_var is not None:
+        running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
+        running_var.mul_(1 - momentum).add_(momentum * var.detach() * (n / (n - 1)))
+    normal = centred * (var + eps).rsqrt().view(shape)
+    if weight is not None:
+        normal = normal * weight.view(shape)
+    if bias is not None:
+        normal = normal + bias.view(shape)
+    return normal.to(x.dtype)
+
+
+def _embedding(
+    input: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, **more: Any
+) -> torch.Tensor:
+    """torch's embedding, whose rule under vmap knows `padding_idx` of the first client only."""
+    vectors = functional.embedding(input, weight, None, **more)
+    if padding_idx is None:
+        return vectors
+    padding = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(padding, vectors.detach(), vectors)
+
+
+def _conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """torch's conv2d; that of narrow images as a product with their patches."""
+    if groups != 1 or isinstance(padding, str) or x.dim() != 4 or x.shape[1] >= NARROW:
+        return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    patches = functional.unfold(x, weight.shape[2:], dilation, padding, stride)
+    out = weight.flatten(1) @ patches  # (B, O, positions)
+    if bias is not None:
+        out = out + bias[:, None]
+    (down, _), (pad_y, _), (dilation_y, _) = map(_pair, (stride, padding, dilation))
+    height = (x.shape[2] + 2 * pad_y - dilation_y * (weight.shape[2] - 1) - 1) // down + 1
+    return out.unflatten(2, (height, -1))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _of(value: Any, count: int) -> Any:
+    """The first clients' part of a stacked tensor; what is the same for all stays."""
+    return value[:count] if isinstance(value, torch.Tensor) else value
+
+
+def first_of(state: State, count: int) -> State:
+    """The first clients' part of an optimizer's state; step numbers are everybody's."""
+    if state is None:
+        return None
+    return {
+        name: tensors if name == "steps" else [tensor[:count] for tensor in tensors]
+        for name, tensors in state.items()
+    }
+
+
+def stack(vectors: Tensors, slots: Sequence[Slot], device: torch.device) -> Tensors:
+    """The tensors (K, ...) of K vectors (d,), allocated one by one; one vector for all is sent to
+    the device once."""
+    if all(vector is vectors[0] for vector in vectors):
+        rows = vectors[0].to(device).expand(len(vectors), -1)
+    else:
+        rows = torch.stack(vectors).to(device)
+    parts = rows.split([slot.numel for slot in slots], dim=1)
+    return [
+        part.clone(memory_format=torch.contiguous_format).view(-1, *slot.shape)
+        for part, slot in zip(parts, slots, strict=True)
+    ]
+
+
+def padded(parts: Tensors, value: int = 0, length: int = 0) -> torch.Tensor:
+    """Tensors (n_i, ...) side by side, filled up to the longest, or to `length`."""
+    length = max(length, *map(len, parts))
+    if all(len(part) == length for part in parts):
+        return torch.stack(parts)
+    whole = parts[0].new_full((len(parts), length, *parts[0].shape[1:]), value)
+    for row, part in zip(whole, parts, strict=True):
+        row[: len(part)] = part
+    return whole

@@ -1,0 +1,229 @@
+"""Messages to several clients, answered together: who is trained beside whom, and how many at once.
+
+Where clients cannot be trained at once, or memory is too small, the log says so and they are
+trained one by one, or in smaller cohorts: the replies are the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fl_client.cohort import Member, bytes_of, cohort_round, why_alone
+from fl_common.local import correction_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from flwr.app import RecordDict
+
+    from fl_client.client import Clients, Job
+    from fl_common.config import Train
+
+    Message = tuple[int, RecordDict, RecordDict]
+
+TRIAL_STEPS = 3
+"""Steps whose time `auto` compares."""
+WIN = 0.95
+"""The share of the time one by one that several at once may take to be chosen."""
+SHARE = 0.5
+"""Of the memory that is free, how much a cohort may take by estimate."""
+
+_log = logging.getLogger(__name__)
+
+
+class Together:
+    def __init__(self, clients: Clients) -> None:
+        self.clients: Clients = weakref.proxy(clients)  # or both would outlive their last use
+        self.most = 0
+        """How many clients can be trained at once, 0: not known yet."""
+        self.checked = False
+        """Whether torch is known to stack this network rightly."""
+        self.said: set[str] = set()
+
+    def train(self, messages: Sequence[Message], at_once: int) -> list[RecordDict | Exception]:
+        """The reply to each message, or why there is none."""
+        begun = [_attempt(self.clients.begin, *message) for message in messages]
+        kinds = [self._kind(each) for each in begun]
+        for kind in dict.fromkeys(kinds):
+            left = [i for i, own in enumerate(kinds) if own == kind and _is_job(begun[i])]
+            while left:
+                jobs = [begun[i] for i in left]
+                size = 1 if kind is None else self._size(jobs, at_once)
+                replies = self._replies(jobs[:size])
+                for i, reply in zip(left, replies, strict=False):
+                    begun[i] = reply
+                left = left[len(replies) :]
+        return begun
+
+    def choose(self, messages: Sequence[Message]) -> tuple[int, str]:
+        """How many clients to train at once where `engine.cohort` is auto, and why in words: as
+        many as these messages go to and memory holds, or 1 where that is no faster.
+
+        A few steps of these very messages are timed both ways; nothing of them is kept.
+        """
+        begun = [_attempt(self.clients.begin, *message) for message in messages]
+        jobs = [each for each in begun if _is_job(each) and self._kind(each) is not None]
+        jobs = [job for job in jobs if self._kind(job) == self._kind(jobs[0])]
+        jobs = jobs[: self._size(jobs, len(jobs))] if jobs else []
+        if len(jobs) < 2:
+            return 1, "engine.cohort = auto: 1; no two of these clients can be trained at once"
+        trial = self.clients.config.train.model_copy(update={"epochs": 1})
+        short = [_shortened(job, TRIAL_STEPS * trial.batch_size) for job in jobs]
+        try:
+            alone = min(self._seconds(self._one_by_one, short[:2], trial) for _ in range(2))
+            together = min(self._seconds(self._at_once, short, trial) for _ in range(2))
+        except torch.OutOfMemoryError:
+            self._halve(len(jobs))
+            return self.choose(messages)
+        except Exception as error:
+            return 1, f"engine.cohort = auto: 1; {_reason(error)}"
+        chosen = len(jobs) if together < WIN * alone else 1
+        return chosen, (
+            f"engine.cohort = auto: {chosen}; a step took {1000 * alone:.2f} ms one by one and "
+            f"{1000 * together:.2f} ms as one of {len(jobs)}"
+        )
+
+    def _kind(self, job: Any) -> Any:
+        """What clients that are trained at once have in common; None where one trains alone."""
+        if not _is_job(job):
+            return None
+        clients = self.clients
+        with clients.training(job):
+            reason = why_alone(clients.net, job.methods, len(job.data.y), clients.config.train)
+        if reason:
+            self._say(f"some clients are trained alone: {reason}")
+            return None
+        return job.server_round, job.active, clients.steps_taken(job.remembered)
+
+    def _size(self, jobs: list[Job], at_once: int) -> int:
+        """How many of these jobs go at once."""
+        if not self.most:
+            clients = self.clients
+            with clients.training(jobs[0]):
+                each = bytes_of(clients.net, jobs[0].data, clients.config.train)
+            self.most = max(1, int(SHARE * free_bytes(clients.device) / each))
+            if self.most < min(at_once, len(jobs)):
+                self._say(f"memory holds {self.most} of these clients at once, not {at_once}")
+        return max(1, min(at_once, self.most, len(jobs)))
+
+    def _replies(self, jobs: list[Job]) -> list[RecordDict | Exception]:
+        """The replies to these, or to the first of them where they are too many at once."""
+        clients = self.clients
+        if len(jobs) == 1:
+            return [_attempt(clients.train_alone, jobs[0])]
+        started = time.process_time()
+        for job in jobs:
+            clients.evaluate_job(job, job.start, "-before")
+        try:
+            members = self._at_once(jobs, clients.config.train)
+        except torch.OutOfMemoryError:
+            self._halve(len(jobs))
+            return []
+        except Exception as error:
+            self.most = 1
+            self._say(f"clients are trained one by one: {_reason(error)}")
+            return [_attempt(clients.train_alone, job) for job in jobs]
+        for job, member in zip(jobs, members, strict=True):
+            clients.evaluate_job(job, member.trained, "-after")
+        spent = time.process_time() - started
+        steps = sum(member.result.steps for member in members)
+        for job, member in zip(jobs, members, strict=True):
+            job.cpu_s += spent * member.result.steps / steps
+        return [
+            _attempt(clients.finish, job, member.trained, member.result, member.optimizer)
+            for job, member in zip(jobs, members, strict=True)
+        ]
+
+    def _halve(self, count: int) -> None:
+        """So many clients were too many for the card."""
+        torch.cuda.empty_cache()
+        self.most = count // 2
+        self._say(f"the card holds no {count} clients at once; trying {self.most}")
+
+    def _at_once(self, jobs: Sequence[Job], settings: Train) -> list[Member]:
+        clients = self.clients
+        members = [
+            Member(
+                job.partition,
+                job.data,
+                job.methods,
+                correction_of(job.methods, job.sent, job.remembered),
+                job.start,
+                clients.kept(job.remembered),
+            )
+            for job in jobs
+        ]
+        with clients.training(jobs[0]):
+            cohort_round(
+                clients.net,
+                members,
+                clients.optimizer,
+                settings,
+                seed=clients.config.run.seed,
+                server_round=jobs[0].server_round,
+                norms=clients.config.eval.grad_norm,
+                check=not self.checked,
+            )
+        self.checked = True
+        return members
+
+    def _one_by_one(self, jobs: Sequence[Job], settings: Train) -> None:
+        for job in jobs:
+            self.clients.local_round(job, settings)
+
+    @staticmethod
+    def _seconds(run: Callable[..., Any], jobs: list[Job], settings: Train) -> float:
+        """Per step of a client, by the clock."""
+        started = time.perf_counter()
+        run(jobs, settings)
+        steps = sum(settings.steps(len(job.data.y)) for job in jobs)
+        return (time.perf_counter() - started) / steps
+
+    def _say(self, text: str) -> None:
+        """In the log, once."""
+        if text not in self.said:
+            self.said.add(text)
+            _log.warning(text)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free, as far as need be known beforehand: a card says when it is full."""
+    if device.type == "cuda":
+        return sys.maxsize
+    found = [sys.maxsize]
+    memory = Path("/proc/meminfo")
+    if memory.exists():
+        found.append(1024 * int(memory.read_text().partition("MemAvailable:")[2].split()[0]))
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
+    return min(found)
+
+
+def _shortened(job: Job, samples: int) -> Job:
+    data = job.data
+    return replace(job, data=replace(data, x=data.x[:samples], y=data.y[:samples]))
+
+
+def _is_job(begun: Any) -> bool:
+    return hasattr(begun, "remembered")
+
+
+def _attempt(act: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return act(*args)
+    except Exception as error:
+        return error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"torch cannot stack them ({lines[0]})"

@@ -1,0 +1,213 @@
+"""Records between processes of one machine (Linux): tensors in shared memory, all else serialised.
+
+A parcel is a JSON header, Flower's serialisation of all records without arrays, and at most two
+memory files that hold the tensors.  Files have no name: nothing is left behind by a process that
+is killed.  Who receives maps them privately, so that neither side can change what the other has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from fl_common import wire
+from fl_common.deferred import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+LENGTHS = struct.Struct("!QQ")
+ALIGNMENT = 64
+"""Of every tensor in its file [bytes]."""
+FILES = 2
+"""At most this many with a parcel."""
+KNOWN = -1
+"""In the place of a file's number: the tensor came from the other side, which has it."""
+
+
+class Segment:
+    """Tensors copied into one memory file; they are kept, so that `id` tells them."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.offsets: dict[int, int] = {}
+        """Where each lies, by its id [bytes]."""
+        self.size = 0
+        for tensor in self.tensors:
+            self.offsets[id(tensor)] = self.size
+            self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.file = os.memfd_create("flatfed")
+        try:
+            os.ftruncate(self.file, self.size)
+            for tensor in self.tensors:
+                if tensor.nbytes:
+                    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+                    _write(self.file, memoryview(data), self.offsets[id(tensor)])
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+def _write(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def tensors_in(records: Sequence[RecordDict]) -> list[torch.Tensor]:
+    """All tensors of these records; one that is there twice is listed twice."""
+    return [
+        array.tensor
+        for record_dict in records
+        for record in record_dict.values()
+        if isinstance(record, ArrayRecord)
+        for array in record.values()
+        if isinstance(array, wire.TensorArray)
+    ]
+
+
+def _laid_out(array: Array) -> tuple[torch.Tensor, list[Any] | None]:
+    """The tensor of an array; of one that is serialised, its bytes, and what it says of itself,
+    which is for the guards to judge."""
+    if isinstance(array, wire.TensorArray):
+        return array.tensor, None
+    data = torch.frombuffer(bytearray(array.data or b"\0"), dtype=torch.uint8)[: len(array.data)]
+    return data, [array.dtype, list(array.shape), array.stype]
+
+
+def _array(tensor: torch.Tensor, form: list[Any] | None) -> Array:
+    if form is None:
+        return wire.TensorArray(tensor)
+    dtype, shape, stype = form
+    return Array(dtype, tuple(shape), stype, tensor.numpy().tobytes())
+
+
+def send(
+    connection: socket.socket,
+    header: dict[str, Any],
+    records: Sequence[RecordDict],
+    shared: Segment | None = None,
+    known: Sequence[torch.Tensor] = (),
+) -> list[torch.Tensor]:
+    """Send a parcel; gives its tensors, in the order in which the receiver gets them.
+
+    shared: tensors that lie in memory already, for parcels that have some in common.  known: what
+    the last parcel from the other side brought; of those only the number is sent.
+    """
+    shapes: list[dict[str, dict[str, list[Any] | None] | None]] = []
+    rest = []
+    tensors: list[torch.Tensor] = []
+    for record_dict in records:
+        arrays, others = {}, RecordDict()
+        for name, record in record_dict.items():
+            if isinstance(record, ArrayRecord):
+                laid_out = {key: _laid_out(array) for key, array in record.items()}
+                arrays[name] = {key: form for key, (_, form) in laid_out.items()}
+                tensors += [tensor for tensor, _ in laid_out.values()]
+            else:
+                arrays[name] = None
+                others[name] = record
+        shapes.append(arrays)
+        rest.append(recorddict_to_proto(others).SerializeToString())
+    numbers = {id(tensor): i for i, tensor in enumerate(known)}
+    placed = shared.offsets if shared else {}
+    new = {id(t): t for t in tensors if id(t) not in numbers and id(t) not in placed}
+    own = Segment(new.values()) if new else None
+    segments = [segment for segment in (shared, own) if segment]
+    try:
+        table = []
+        for tensor in tensors:
+            what = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            if (number := numbers.get(id(tensor))) is not None:
+                table.append([KNOWN, number, *what])
+            else:
+                i, segment = next((i, s) for i, s in enumerate(segments) if id(tensor) in s.offsets)
+                table.append([i, segment.offsets[id(tensor)], *what])
+        parts = {"header": header, "records": shapes, "tensors": table, "rest": [*map(len, rest)]}
+        text = json.dumps(parts).encode()
+        body = b"".join(rest)
+        files = [segment.file for segment in segments]
+        socket.send_fds(connection, [LENGTHS.pack(len(text), len(body))], files)
+        connection.sendall(text)
+        connection.sendall(body)
+    finally:
+        if own:
+            own.close()
+    return tensors
+
+
+def receive(
+    connection: socket.socket, known: Sequence[torch.Tensor] = ()
+) -> tuple[dict[str, Any], list[RecordDict], list[torch.Tensor]]:
+    """The next parcel: header, records, and its tensors; to be read only.
+
+    known: the tensors of the parcel to which this one answers.  Raises EOFError, OSError if the
+    other side is gone.
+    """
+    data, files, _, _ = socket.recv_fds(connection, LENGTHS.size, FILES)
+    try:
+        if not data:
+            raise EOFError
+        data += _read(connection, LENGTHS.size - len(data))
+        text, body = (_read(connection, length) for length in LENGTHS.unpack(data))
+        maps = [_map(file) for file in files]
+    finally:
+        for file in files:
+            os.close(file)
+    parts = json.loads(text)
+    tensors = []
+    for place, at, dtype, shape in parts["tensors"]:
+        tensors.append(known[at] if place == KNOWN else _view(maps[place], at, dtype, shape))
+    left, start, records = iter(tensors), 0, []
+    for arrays, length in zip(parts["records"], parts["rest"], strict=True):
+        others = ProtoRecordDict.FromString(bytes(body[start : start + length]))
+        start += length
+        rest = recorddict_from_proto(others)
+        made = RecordDict()
+        for name, forms in arrays.items():
+            if forms is None:
+                made[name] = rest[name]
+                continue
+            made[name] = record = ArrayRecord()
+            for key, form in forms.items():
+                record[key] = _array(next(left), form)
+        records.append(made)
+    return parts["header"], records, tensors
+
+
+def _map(file: int) -> torch.UntypedStorage | None:
+    """The file's memory, copied where it is written to.  Python's own map would keep a descriptor
+    for as long as it lives, of which a process has few."""
+    size = os.fstat(file).st_size
+    return torch.UntypedStorage.from_file(f"/proc/self/fd/{file}", False, size) if size else None
+
+
+def _view(
+    memory: torch.UntypedStorage | None, at: int, dtype: str, shape: list[int]
+) -> torch.Tensor:
+    empty = torch.empty(0, dtype=getattr(torch, dtype))
+    if not prod(shape):
+        return empty.reshape(shape)
+    return empty.set_(memory, at // empty.itemsize, shape)
+
+
+def _read(connection: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view, start = memoryview(data), 0
+    while start < length:
+        count = connection.recv_into(view[start:])
+        if not count:
+            raise EOFError
+        start += count
+    return data

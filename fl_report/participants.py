@@ -1,0 +1,235 @@
+"""The parts of a report that tell of the clients: what they hold, how well the model serves each,
+how far they drift apart, who took part.  Each goes from runs to HTML, empty where no run recorded
+what it shows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from fl_report import plots
+from fl_report.figures import MANY, drawn, of_runs
+from fl_report.markup import (
+    Markup,
+    accuracy,
+    element,
+    folded,
+    grid,
+    joined,
+    loss,
+    number,
+    section,
+    table,
+)
+from fl_report.seeds import Line
+from fl_report.series import (
+    ANSWERED,
+    FAILED,
+    NOT_DRAWN,
+    OF_CLIENTS,
+    REJECTED,
+    curve,
+    gain_of,
+    last,
+    local_gain,
+    refusal_counts,
+    refusals,
+    states_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+
+    from fl_report.compare import Run
+    from fl_report.markup import Pictures
+
+SHOWN, LISTED = 20, 200
+"""Refusals that are in sight, and that are listed at all; the history has all."""
+PARTITIONS = 2
+"""Pictures of partitions that are in sight."""
+
+
+def labels(runs: Sequence[Run], pictures: Pictures) -> Markup:
+    """What the clients hold; runs of one partition share a picture."""
+    distinct: list[tuple[Mapping[str, Any], list[str]]] = []
+    for run in runs:
+        same = [names for clients, names in distinct if clients == run.clients]
+        if same:
+            same[0].append(run.label)
+        elif run.clients:
+            distinct.append((run.clients, [run.label]))
+    figures = []
+    for i, (held, names) in enumerate(distinct):
+        counts, classes, samples = held["label_counts"], held["classes"], held["samples"]
+        most = [sum(1 for count in client if count) for client in counts]
+        caption = (
+            f"{len(samples)} clients hold {sum(samples)} training samples of {len(classes)} "
+            f"classes: {min(samples)} to {max(samples)} samples and {min(most)} to {max(most)} "
+            "classes each."
+        )
+        if len(distinct) > 1:
+            caption = f"{', '.join(names)}: {caption}"
+
+        def draw(path: Path, counts: Any = counts, classes: Any = classes) -> None:
+            plots.label_distribution(counts, classes, path)
+
+        name = f"labels-{i + 1}" if i else "labels"
+        figures.append(pictures.figure(name, draw, caption, caption, wide=True))
+    more, rest = figures[PARTITIONS:], ""
+    if more:
+        rest = folded(f"{len(more)} more partitions", joined(more))
+    return section("Labels over clients", *figures[:PARTITIONS], rest)
+
+
+def clients(runs: Sequence[Run], pictures: Pictures) -> Markup:
+    """Accuracy on every client's own held-out samples."""
+    title = "Accuracy on the clients"
+    if len(runs) > 1:
+        figures = []
+        for key, what in OF_CLIENTS.items():
+            figures += drawn(pictures, key, of_runs(runs, key), f"accuracy, {what}")
+        return section(title, grid(figures))
+    run = runs[0]
+    row = next((row for row in reversed(run.rows) if row.get("client_accuracy")), None)
+    if row is None:
+        return Markup("")
+    values = row["client_accuracy"]
+    worst = math.ceil(len(values) / 10)
+    caption = f"Each client's own held-out samples, round {row['round']}; orange: the worst tenth"
+
+    def draw(path: Path) -> None:
+        percent = {name: 100 * value for name, value in values.items()}
+        plots.sorted_bars(percent, worst, "accuracy [%]", path)
+
+    lowest, highest = min(values.values()), max(values.values())
+    alt = f"{caption}. From {lowest:.4f} to {highest:.4f}."
+    bars = pictures.figure("client-accuracy", draw, alt, caption)
+    lines = {what: Line(*curve(run, key)) for key, what in OF_CLIENTS.items()}
+    rows = [[what, accuracy(row.get(key))] for key, what in OF_CLIENTS.items()]
+    rows += [["lowest", accuracy(lowest)], ["highest", accuracy(highest)]]
+    return section(
+        title,
+        table(["accuracy", f"round {row['round']}"], rows),
+        grid([bars, *drawn(pictures, "client-accuracy-rounds", lines, "accuracy on clients")]),
+    )
+
+
+def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
+    """How far local training leads away from what is good for all."""
+    rows, gained = [], False
+    for run in runs:
+        both = [
+            (row["client_loss"], row["loss"])
+            for row in run.rows
+            if row.get("client_loss") is not None and row.get("loss") is not None
+        ]
+        own, test = both[-1] if both else (None, None)
+        gains = local_gain(run)
+        _, before, after = gains[-1] if gains else (None, None, None)
+        rows.append([
+            run.label, loss(own), loss(test), number(
+                test - own if both else None, "{:+.4f}" if both and test < 1e4 else "{:+.3e}"
+            ),
+            accuracy(before), accuracy(after),
+            number(after - before if gains else None, "{:+.4f}"),
+        ])  # fmt: skip
+        gained |= bool(gains)
+    told = (
+        "Losses: of the clients on their own samples while they train, and of the global model "
+        "where it is evaluated; the last round that has both."
+    )
+    head = ["run", "client loss", "global loss", "difference"]
+    if gained:
+        head += ["received", "trained", "gain"]
+        told += (
+            " Received, trained: accuracy on the clients' own held-out samples before and after "
+            "local training, the mean over those that trained."
+        )
+    elif not any(run.rows for run in runs):
+        return Markup("")
+    short = table(head, [row[: len(head)] for row in rows])
+    if len(runs) > MANY:
+        short = folded(f"All {len(runs)} runs as numbers", short)
+    return section("Client drift", element("p", told), short, grid(_drifts(runs, pictures)))
+
+
+def _drifts(runs: Sequence[Run], pictures: Pictures) -> list[Markup]:
+    if len(runs) == 1:
+        gains = local_gain(runs[0])
+        rounds = [t for t, _, _ in gains]
+        lines = {
+            "as received": Line(rounds, [before for _, before, _ in gains]),
+            "after training": Line(rounds, [after for _, _, after in gains]),
+        }
+        return drawn(pictures, "drift", lines, "accuracy on own samples")
+    losses = of_runs(runs, "client_loss")
+    return [
+        *drawn(pictures, "drift", of_runs(runs, gain_of), "gain on own samples by training"),
+        *drawn(
+            pictures, "client-loss", losses, "loss of the clients while training", percent=False
+        ),
+    ]
+
+
+def participation(runs: Sequence[Run], pictures: Pictures) -> Markup:
+    """Who took part, and whose answers did not come or did not count."""
+    parts: list[Markup] = []
+    if len(runs) == 1 and runs[0].rows:
+        parts += _who(runs[0], pictures)
+    listed = [(run.label, refusal) for run in runs for refusal in refusals(run)]
+    if not listed:
+        if any(run.rows for run in runs):
+            parts.append(element("p", "No client failed and no update was rejected."))
+        return section("Participation", *parts)
+    counts = sum((refusal_counts(run) for run in runs), Counter())
+    kinds = ", ".join(f"{count} {what}" for what, count in counts.items())
+    parts.append(element("h3", f"Failures and rejected updates: {kinds}"))
+    rows = [
+        [number(r.round), *[label] * (len(runs) > 1), number(r.client), r.what, r.reason]
+        for label, r in listed[:LISTED]
+    ]
+    head = ["round", *["run"] * (len(runs) > 1), "client", "what", "reason"]
+    whole = table(head, rows)
+    more = f"The first {LISTED}; history.jsonl has all" if len(listed) > LISTED else "All"
+    parts.append(folded(f"{more} {len(listed)}", whole) if len(listed) > SHOWN else whole)
+    return section("Participation", *parts)
+
+
+def _who(run: Run, pictures: Pictures) -> list[Markup]:
+    """A strip of clients over rounds, and each client's numbers."""
+    states = states_of(run)
+    if not states.size:
+        return []
+    rounds = [row["round"] for row in run.rows]
+    drawn = (states != NOT_DRAWN).sum(axis=1)
+    if (states == ANSWERED).all():
+        told = f"All {len(states)} clients took part in all {len(rounds)} rounds."
+        shown = element("p", told)
+    else:
+        caption = (
+            f"Each of {len(states)} clients was drawn for {drawn.min()} to {drawn.max()} of "
+            f"{len(rounds)} rounds"
+        )
+
+        def draw(path: Path) -> None:
+            plots.participation(states, rounds, path)
+
+        alt = f"Clients over rounds. {caption}."
+        shown = pictures.figure("participation", draw, alt, caption, wide=True)
+    return [shown, folded(f"All {len(states)} clients as numbers", _each(run, states, drawn))]
+
+
+def _each(run: Run, states: np.ndarray, drawn: np.ndarray) -> Markup:
+    samples = run.clients.get("samples", [None] * len(states))
+    own = last(run, "client_accuracy") or {}
+    rows = []
+    for k, of_client in enumerate(states):
+        counted = [int((of_client == state).sum()) for state in (ANSWERED, FAILED, REJECTED)]
+        cells = [number(k), number(samples[k]), number(int(drawn[k])), *map(number, counted)]
+        rows.append([*cells, *([accuracy(own.get(str(k)))] if own else [])])
+    head = ["client", "samples", "drawn", "answered", "no answer", "rejected"]
+    return table([*head, *["accuracy"] * bool(own)], rows)

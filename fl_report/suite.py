@@ -1,0 +1,279 @@
+"""Suites: a paper's table as data.  One TOML file holds a base configuration, a matrix of methods,
+settings and seeds, the metrics, and the published numbers; docs/suites.md describes the format.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fl_common.config import ConfigError, Scalar, flatten, resolve
+from fl_report.suite_metrics import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+OWN = ("run.seed", "run.name", "run.output-dir", "run.resume")
+"""Settings that a suite makes itself, cell by cell."""
+NUMBER = re.compile(r"\s*(-?\d*\.?\d+)\s*(?:±\s*(\d*\.?\d+))?\s*")
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+"""Of a method or setting: it becomes part of a folder's name."""
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class SuiteError(ValueError):
+    """Every mistake of a suite's file; one line each: file, key, what is wrong, the remedy."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(errors))
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Published(_Part):
+    """Numbers of a paper's table, as printed."""
+
+    table: str = Field(min_length=1)
+    metric: str
+    settings: list[Name] = []
+    """The columns of `values`; empty for a suite without settings."""
+    values: dict[Name, list[float | int | str]]
+    """By method, one per column: 52.9, "57.7 ± .5", or "" where there is none."""
+    differs: str = ""
+    """Why ours cannot be compared with them, if so; then no difference is told."""
+    note: str = ""
+
+    @field_validator("values")
+    @classmethod
+    def _printed(cls, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for value in (v for row in values.values() for v in row):
+            if isinstance(value, str) and value and not NUMBER.fullmatch(value):
+                raise ValueError(f'"{value}" is no number; write 52.9, "57.7 ± .5", or ""')
+        return values
+
+
+class Reduced(_Part):
+    """What makes it fit a CPU: fewer seeds, methods and settings, other metrics, and settings
+    over those of all cells."""
+
+    about: str = ""
+    seeds: list[Seed] = []
+    methods: list[Name] = []
+    settings: list[Name] = []
+    metrics: list[str] = []
+    base: dict[str, Any] = {}
+
+
+class Suite(_Part):
+    title: str = Field(min_length=1)
+    source: str = ""
+    """The paper."""
+    about: str = ""
+    config: str = ""
+    """A file of settings beside this one, under `base`."""
+    seeds: list[Seed] = Field(min_length=1)
+    metrics: list[str] = Field(min_length=1)
+    base: dict[str, Any] = {}
+    methods: dict[Name, dict[str, Any]] = Field(min_length=1)
+    settings: dict[Name, dict[str, Any]] = {}
+    only: dict[Name, list[Name]] = {}
+    """Methods that run in some of the settings alone."""
+    cells: dict[str, dict[str, Any]] = {}
+    """Settings of single pairs, SETTING_METHOD."""
+    reduced: Reduced | None = None
+    published: list[Published] = []
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a suite."""
+
+    method: str
+    setting: str
+    """Empty in a suite without settings."""
+    seed: int
+    values: dict[str, Scalar]
+    """Its settings, those of place excepted."""
+
+    @property
+    def name(self) -> str:
+        """Of its results folder; no method's or setting's name has an underscore."""
+        return "_".join(filter(None, (self.setting, self.method, f"seed{self.seed}")))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run, and what to tell of it."""
+
+    name: str
+    suite: Suite
+    metrics: list[Metric]
+    cells: list[Cell]
+    reduced: bool = False
+    overrides: dict[str, Scalar] = field(default_factory=dict)
+    """Settings of the command line, part of every cell."""
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.name}-reduced" if self.reduced else self.name
+
+
+def load(
+    path: Path, *, reduced: bool = False, overrides: Mapping[str, Scalar] | None = None
+) -> Plan:
+    """The cells of a suite's file, every configuration checked.  Raises SuiteError with every
+    mistake."""
+    suite = _parse(path)
+    cut = suite.reduced or Reduced()
+    errors = _names(suite, cut)
+    if reduced and suite.reduced is None:
+        errors.append("[reduced]: there is none; leave out --reduced")
+    chosen = (cut.metrics if reduced else []) or suite.metrics
+    known = _metrics([*suite.metrics, *cut.metrics, *(p.metric for p in suite.published)], errors)
+    if errors:
+        raise SuiteError([f"{path}: {error}" for error in errors])
+    over = dict(overrides or {})
+    plan = Plan(path.stem, suite, [known[name] for name in chosen], [], reduced, over)
+    plan.cells.extend(_cells(path, suite, cut if reduced else Reduced(), over))
+    _check(path, plan.cells)
+    return plan
+
+
+def _parse(path: Path) -> Suite:
+    table = _toml(path)
+    if "methods" not in table and not {"title", "metrics", "seeds"} & table.keys():
+        raise SuiteError(
+            [f"{path}: no suite (it has no [methods]); run a plain configuration with "
+             f"flatfed run --config {path}"]
+        )  # fmt: skip
+    try:
+        return Suite.model_validate(table)
+    except ValidationError as invalid:
+        raise SuiteError([f"{path}: {_explain(error)}" for error in invalid.errors()]) from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SuiteError([f"{path}: {error.strerror}"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SuiteError([f"{path}: not a TOML file: {error}"]) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    if error["type"] == "missing":
+        return f"{key}: is missing; docs/suites.md tells what it holds"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; docs/suites.md lists those of a suite"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{key}: a name has small letters, digits, dots and dashes only"
+    return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _names(suite: Suite, cut: Reduced) -> list[str]:
+    """Methods and settings that are named but not there, and rows of the wrong length."""
+    errors = []
+
+    def known(where: str, names: Iterable[str], there: Mapping[str, Any], kind: str) -> None:
+        errors.extend(
+            f"{where}: no {kind} {name}; this suite has {', '.join(there) or 'none'}"
+            for name in names
+            if name not in there
+        )
+
+    known("reduced.methods", cut.methods, suite.methods, "method")
+    known("reduced.settings", cut.settings, suite.settings, "setting")
+    known("only", suite.only, suite.methods, "method")
+    for method, names in suite.only.items():
+        known(f"only.{method}", names, suite.settings, "setting")
+    pairs = {f"{setting}_{method}" for setting in suite.settings for method in suite.methods}
+    errors += [
+        f"cells: no {name}; write SETTING_METHOD of settings and methods that are there"
+        for name in suite.cells
+        if name not in pairs
+    ]
+    for block in suite.published:
+        where = f"published, {block.table}"
+        known(where, block.settings, suite.settings, "setting")
+        known(where, block.values, suite.methods, "method")
+        width = len(block.settings) or 1
+        errors.extend(
+            f'{where}: {method} has {len(row)} values for {width} settings; write "" for none'
+            for method, row in block.values.items()
+            if len(row) != width
+        )
+        if suite.settings and not block.settings:
+            errors.append(f"{where}: settings is missing; name its columns")
+    return errors
+
+
+def _metrics(names: Iterable[str], errors: list[str]) -> dict[str, Metric]:
+    found = {}
+    for name in dict.fromkeys(names):
+        try:
+            found[name] = Metric.of(name)
+        except ValueError as error:
+            errors.append(f"metrics: {error}")
+    return found
+
+
+def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -> list[Cell]:
+    under = flatten(_toml(path.parent / suite.config)) if suite.config else {}
+    base = {**under, **flatten(suite.base)}
+    columns = [s for s in suite.settings or [""] if not cut.settings or s in cut.settings]
+    rows = [m for m in suite.methods if not cut.methods or m in cut.methods]
+    return [
+        Cell(
+            method,
+            setting,
+            seed,
+            {
+                **base,
+                **flatten(suite.settings.get(setting, {})),
+                **flatten(suite.methods[method]),
+                **flatten(suite.cells.get(f"{setting}_{method}", {})),
+                **flatten(cut.base),
+                **over,
+                "run.seed": seed,
+            },
+        )
+        for seed in cut.seeds or suite.seeds
+        for setting in columns
+        for method in rows
+        if not setting or setting in suite.only.get(method, [setting])
+    ]
+
+
+def _check(path: Path, cells: Sequence[Cell]) -> None:
+    """Every mistake of every configuration, each told once, with the first cell that has it."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.seed != cells[0].seed:
+            continue  # its configuration is that of a cell before it
+        errors = [f"{key}: a suite sets it itself; leave it out" for key in OWN[1:] if key in
+                  cell.values]  # fmt: skip
+        try:
+            resolve(cell.values, absolute_paths=False, also=errors)
+        except ConfigError as error:
+            for line in error.errors:
+                found.setdefault(line, []).append(cell.name)
+    if found:
+        raise SuiteError(
+            [
+                f"{path}: {names[0]}"
+                + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                + f": {line}"
+                for line, names in found.items()
+            ]
+        )

@@ -1,0 +1,152 @@
+"""The table of a suite, for the terminal and as a page: functions of its JSON alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fl_common.files import write_atomically
+from fl_report.suite_metrics import Metric
+from fl_report.suite_table import NONE, rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from rich.table import Table
+
+
+def _ours(table: Mapping[str, Any]) -> str:
+    if table["reduced"]:
+        return "ours, reduced"
+    return "ours, other settings" if table["overrides"] else "ours"
+
+
+def _columns(table: Mapping[str, Any]) -> dict[str, str]:
+    """Headings, each with the field of a row that stands below it."""
+    by_setting = any(cell["setting"] for cell in table["cells"])
+    return {
+        **({"setting": "setting"} if by_setting else {}),
+        "method": "method",
+        "metric": "metric",
+        **({"published": "published"} if table["published"] else {}),
+        _ours(table): "ours",
+        **({"difference": "difference"} if table["published"] else {}),
+    }
+
+
+def _lines(table: Mapping[str, Any]) -> list[list[str]]:
+    found = []
+    for row in rows(table):
+        missing = f" ({row.missing} missing)" if row.missing else ""
+        told = asdict(row) | {"ours": row.ours + missing}
+        found.append([told[name] for name in _columns(table).values()])
+    return found
+
+
+def terminal(table: Mapping[str, Any]) -> Table:
+    """For the terminal (rich)."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=SIMPLE, pad_edge=False, title=table["title"], caption=_caption(table))
+    for heading in _columns(table):
+        left = heading in ("setting", "method", "metric")
+        made.add_column(heading, justify="left" if left else "right")
+    for line in _lines(table):
+        made.add_row(*map(Text, line))
+    return made
+
+
+def _caption(table: Mapping[str, Any]) -> str:
+    return " ".join(["mean ± standard deviation (n runs).", *_conditions(table)])
+
+
+def _conditions(table: Mapping[str, Any]) -> list[str]:
+    told = []
+    if table["reduced"]:
+        about = f": {table['reduced_about']}" if table["reduced_about"] else ""
+        told.append(f"Reduced{about}; so no difference is told.")
+    if table["overrides"]:
+        keys = ", ".join(table["overrides"])
+        told.append(f"Other settings than the suite's ({keys}); so no difference is told.")
+    missing = [c["cell"] for c in table["cells"] if c["status"] != "completed"]
+    if missing:
+        told.append(f"{len(missing)} of {len(table['cells'])} runs are missing.")
+    return told
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The page of a suite: a function of the JSON alone."""
+    parts = [f"# {table['title']}\n"]
+    parts += [f"{text}\n" for text in (table["about"],) if text]
+    if table["source"]:
+        parts.append(f"Published: {table['source']}.\n")
+    parts += [f"**{text}**\n" for text in _conditions(table)]
+    parts.append("Mean ± standard deviation over the seeds (n runs).\n")
+    parts.append(_grid(list(_columns(table)), _lines(table)))
+    parts += [_remark(i, block) for i, block in enumerate(table["published"], 1)]
+    done = [cell for cell in table["cells"] if cell["status"] == "completed"]
+    parts.append("\n## How it was made\n\n```\n" + table["command"] + "\n```\n")
+    parts.append(_made(done))
+    parts.append("\n## Every run\n")
+    parts.append(_grid(["run", *_titles(table), "rounds", "wall s", "CPU s", "model"],
+                       [_run(table, cell) for cell in table["cells"]]))  # fmt: skip
+    return "\n".join(parts)
+
+
+def _titles(table: Mapping[str, Any]) -> list[str]:
+    return [Metric.of(name).title for name in table["metrics"]]
+
+
+def _run(table: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    names = table["metrics"]
+    if cell["status"] != "completed":
+        return [cell["cell"], *([NONE] * len(names)), NONE, NONE, NONE, cell["status"]]
+    numbers = [_number(Metric.of(name), cell["values"].get(name)) for name in names]
+    times = [f"{cell['wall_s']:.1f}", f"{cell['cpu_s']:.1f}"]
+    return [cell["cell"], *numbers, str(cell["rounds"]), *times, cell["model_sha256"][:12]]
+
+
+def _number(metric: Metric, value: float | None) -> str:
+    return NONE if value is None else f"{value:.{metric.kind.digits + 1}f}"
+
+
+def _made(done: Sequence[Mapping[str, Any]]) -> str:
+    """Versions, code, dates and time of the runs that are there."""
+    if not done:
+        return "No run is complete.\n"
+    versions = {", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in done}
+    dates = sorted({cell["date"] for cell in done})
+    wall, cpu = (sum(cell[key] for cell in done) for key in ("wall_s", "cpu_s"))
+    lines = [
+        f"{len(done)} runs, {wall:,.0f} s of wall time and {cpu:,.0f} s of processor time in all; "
+        f"device: {', '.join(sorted({cell['device'] for cell in done}))}",
+        f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
+        *sorted(versions),
+        "code " + ", ".join(sorted({cell["code"][:12] for cell in done})),
+    ]
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _remark(number: int, block: Mapping[str, Any]) -> str:
+    told = [f"[{number}] {block['table']}"]
+    told += [block["note"]] if block["note"] else []
+    told += [f"no difference is told: {block['differs']}"] if block["differs"] else []
+    return "; ".join(told) + ".\n"
+
+
+def _grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    made = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    return "\n".join([*made, *("| " + " | ".join(line) + " |" for line in lines), ""])
+
+
+def write(table: Mapping[str, Any], markdown_file: Path) -> list[Path]:
+    """The page, and the JSON that it is made from beside it; gives both."""
+    markdown_file.parent.mkdir(parents=True, exist_ok=True)
+    data = markdown_file.with_suffix(".json")
+    write_atomically(data, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(markdown_file, markdown(table).encode())
+    return [markdown_file, data]

@@ -1,0 +1,173 @@
+"""What a suite came to: *published | ours | difference*, from the results folders of its cells.
+
+`gather` reads the folders into plain JSON; all else is made from that JSON alone, so that a page
+(`suite_page`) can be made again from the file beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from fl_report import compare
+from fl_report.suite import NUMBER
+from fl_report.suite_metrics import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from fl_report.suite import Plan
+
+NONE = "-"
+
+
+def gather(
+    plan: Plan,
+    base: Path,
+    command: str,
+    measured: Callable[[Path], dict[str, Any]],
+    code_of: Callable[[Path], str],
+) -> dict[str, Any]:
+    """Everything that the table tells, as JSON has it.
+
+    measured, code_of: what a folder says of a cell besides its run (`fl_server.suites`).
+    """
+    suite, cells = plan.suite, []
+    for cell in plan.cells:
+        folder = base / cell.name
+        told: dict[str, Any] = {
+            "cell": cell.name,
+            "method": cell.method,
+            "setting": cell.setting,
+            "seed": cell.seed,
+            "status": "missing",
+        }
+        try:
+            [run] = compare.read([folder])
+        except ValueError:
+            cells.append(told)
+            continue
+        told["status"] = run.summary.get("status", "unknown")
+        if told["status"] == "completed":
+            extra, summary = measured(folder), run.summary
+            told |= {
+                "values": {m.name: m.value(run, extra) for m in plan.metrics},
+                "rounds": summary["rounds"],
+                "wall_s": summary["wall_s"],
+                "cpu_s": summary["cpu_s"],
+                "device": run.config.get("train.device", "auto"),
+                "date": extra.get("date", "unknown"),
+                "model_sha256": summary["model_sha256"],
+                "code": code_of(folder),
+                "versions": summary["versions"],
+            }
+        cells.append(told)
+    reduced = suite.reduced.about if plan.reduced and suite.reduced else ""
+    return {
+        "name": plan.folder_name,
+        "title": suite.title,
+        "source": suite.source,
+        "about": suite.about,
+        "command": command,
+        "reduced": plan.reduced,
+        "reduced_about": reduced,
+        "overrides": [key for key in plan.overrides if key not in SAME],
+        "metrics": [metric.name for metric in plan.metrics],
+        "published": [block.model_dump() for block in suite.published],
+        "cells": cells,
+    }
+
+
+SAME = ("data.path", "data.cache-dir", "client.state-dir", "train.device", "train.threads",
+    "engine.name", "engine.workers", "run.pictures", "server.checkpoint-every")  # fmt: skip
+"""Settings of the command line with which a cell's setting is still the published one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    setting: str
+    method: str
+    metric: str
+    published: str
+    """As printed; with the number of the remark that belongs to it."""
+    ours: str
+    difference: str
+    missing: int
+    """Cells that are not there."""
+
+
+def rows(table: Mapping[str, Any]) -> list[Row]:
+    """By setting, metric and method, in the order of the suite."""
+    cells = table["cells"]
+    settings = dict.fromkeys(cell["setting"] for cell in cells)
+    methods = dict.fromkeys(cell["method"] for cell in cells)
+    found = []
+    for setting in settings:
+        for name in table["metrics"]:
+            for method in methods:
+                group = [c for c in cells if (c["setting"], c["method"]) == (setting, method)]
+                if group and (row := _row(table, setting, method, Metric.of(name), group)):
+                    found.append(row)
+    return found
+
+
+def _row(
+    table: Mapping[str, Any], setting: str, method: str, metric: Metric, group: Sequence[Any]
+) -> Row | None:
+    """None where there is nothing: no number is published, and the runs have none."""
+    there = [cell for cell in group if cell["status"] == "completed"]
+    values = [v for cell in there if (v := cell["values"].get(metric.name)) is not None]
+    printed, block = _published(table, setting, method, metric.name)
+    if there and not values and not printed and not metric.may_fail:
+        return None
+    why = _incomparable(table, metric, block)
+    match = NUMBER.fullmatch(printed)
+    difference = NONE
+    if match and values and not why:
+        difference = f"{fmean(values) - float(match[1]):+.{metric.kind.digits}f}"
+    mark = f" [{table['published'].index(block) + 1}]" if block else ""
+    return Row(
+        setting,
+        method,
+        metric.title,
+        printed + mark if printed else NONE,
+        _spread(values, metric, len(there)),
+        difference,
+        len(group) - len(there),
+    )
+
+
+def _published(
+    table: Mapping[str, Any], setting: str, method: str, metric: str
+) -> tuple[str, dict[str, Any] | None]:
+    for block in table["published"]:
+        columns = block["settings"] or [""]
+        if block["metric"] == metric and setting in columns and method in block["values"]:
+            value = block["values"][method][columns.index(setting)]
+            if value != "":
+                return str(value), block
+    return "", None
+
+
+def _incomparable(
+    table: Mapping[str, Any], metric: Metric, block: Mapping[str, Any] | None
+) -> bool:
+    """Whether ours were made under other conditions than the published numbers."""
+    other = block is not None and bool(block["differs"])
+    return bool(table["reduced"] or table["overrides"] or metric.kind.of_machine or other)
+
+
+def _spread(values: Sequence[float], metric: Metric, runs: int) -> str:
+    """mean ± standard deviation (n - 1); n is told where it is not that of the runs."""
+    digits = metric.kind.digits
+    if not values:
+        return "never" if runs and metric.may_fail else NONE
+    told = f"{fmean(values):.{digits}f}"
+    if len(values) > 1:
+        told += f" ± {stdev(values):.{max(digits, 1)}f}"
+    of = f" of {runs}" if len(values) < runs else ""
+    return f"{told} (n = {len(values)}{of})"

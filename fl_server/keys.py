@@ -1,0 +1,139 @@
+"""Who may take part: the public keys of nodes, by partition, and the SuperLink's list of them.
+
+A public key is written as OpenSSH writes it, type and base64, without a comment.  What touches
+Flower's non-public parts (its client of the SuperLink's control port) is all in this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from fl_server.federation import Connection
+
+
+class KeysError(ValueError):
+    """What is wrong with keys or certificates, as one line with the remedy."""
+
+
+def read_public(folder: Path) -> dict[int, str]:
+    """The public keys of `folder`, where that of partition 3 is the file 3.pub."""
+    found = {}
+    for path in folder.glob("*.pub"):
+        if not path.stem.isdecimal():
+            raise KeysError(f"{path}: name it for its partition, e.g. 3.pub")
+        found[int(path.stem)] = _key(path.read_text(errors="replace"), str(path))
+    for path in folder.glob("*"):
+        if path.stem.isdecimal() and not path.suffix and int(path.stem) not in found:
+            raise KeysError(f"{path}: its public key is gone; write it with ssh-keygen -y -f {path}"
+                            f" > {path}.pub")  # fmt: skip
+    return _one_each(found, str(folder))
+
+
+def read_keys(path: Path) -> dict[int, str]:
+    """The keys of a keys.json, by partition.  Raises KeysError."""
+    try:
+        table = json.loads(path.read_text())
+    except OSError as error:
+        raise KeysError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        table = None
+    if not isinstance(table, dict) or not all(name.isdecimal() for name in table):
+        raise KeysError(
+            f'{path}: not a table of partitions and public keys like {{"0": "ecdsa-sha2-nistp384 '
+            'AAAA..."}; `flatfed certs` writes one'
+        )
+    keys = {int(name): _key(text, f"{path}: {name}") for name, text in table.items()}
+    return _one_each(keys, str(path))
+
+
+def _key(text: object, where: str) -> str:
+    try:
+        key = load_ssh_public_key(str(text).encode())
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            return openssh(key)
+    except (ValueError, UnsupportedAlgorithm):
+        pass
+    raise KeysError(f'{where}: not a public key; it begins with "ecdsa-sha2-nistp384 "')
+
+
+def _one_each(keys: dict[int, str], where: str) -> dict[int, str]:
+    for key, count in Counter(keys.values()).items():
+        if count > 1:
+            who = ", ".join(str(i) for i in sorted(keys) if keys[i] == key)
+            raise KeysError(f"{where}: partitions {who} have one key; give each its own")
+    return keys
+
+
+def openssh(key: ec.EllipticCurvePublicKey) -> str:
+    """A public key as keys.json has it."""
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def of_flower(pem: bytes) -> str:
+    """A public key that Flower gives (PEM), as keys.json has it; "" if there is none."""
+    try:
+        return openssh(load_pem_public_key(pem))
+    except (ValueError, UnsupportedAlgorithm):
+        return ""
+
+
+def register(
+    keys: Mapping[int, str], link: Connection, *, remove: bool, say: Callable[[str], None] = print
+) -> None:
+    """Tell the SuperLink of `link` of every key that it has not yet, one line each.
+
+    With `remove`, nodes whose key is not among `keys` are unregistered.
+    Raises KeysError if the SuperLink does not do it.
+    """
+    import click
+    import httpx
+    from flwr.cli.flower_config import read_superlink_connection
+    from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
+    from flwr.proto.control_pb2 import (
+        ListNodesRequest,
+        RegisterNodeRequest,
+        UnregisterNodeRequest,
+    )
+
+    names = {key: f"node {partition}" for partition, key in keys.items()}
+    try:
+        with flwr_cli_exc_handler():
+            client = init_http_client_from_connection(read_superlink_connection(link.name))
+            try:
+                listed = client.ListNodes(ListNodesRequest()).nodes_info
+                there = {of_flower(n.public_key): n for n in listed if n.status != "unregistered"}
+                for partition in sorted(keys):
+                    key, name = keys[partition], names[keys[partition]]
+                    if key in there:
+                        say(f"{name}: is registered already ({there[key].status})")
+                    else:
+                        pem = load_ssh_public_key(key.encode()).public_bytes(
+                            Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+                        )
+                        made = client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
+                        say(f"{name}: registered, Flower's node {made.node_id}")
+                for key in there if remove else ():
+                    if key not in names:
+                        id_ = there[key].node_id
+                        client.UnregisterNode(UnregisterNodeRequest(node_id=id_))
+                        say(f"Flower's node {id_}: unregistered, its key is not in the file")
+            finally:
+                client.close()
+    except (click.ClickException, httpx.HTTPError, OSError, ValueError) as error:
+        why = getattr(error, "message", None) or str(error)
+        raise KeysError(f"SuperLink {link.address}: {' '.join(why.split())}") from None

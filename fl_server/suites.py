@@ -1,0 +1,414 @@
+"""Running the cells of a suite: each an ordinary results folder, made by a process of its own.
+
+A cell that is complete is left alone, one that was interrupted goes on from its checkpoint, and a
+folder that holds another run is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from fl_common.config import resolve
+from fl_common.files import write_atomically
+from fl_common.fingerprint import code_sha256
+from fl_report import suite_page, suite_table
+from fl_report.settings import PLACE, shown
+from fl_report.suite import SuiteError, load
+from fl_server.recorder import CONFIG, REPORT, RESUMABLE, SUMMARY, read_summary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rich.console import RenderableType
+
+    from fl_common.config import Scalar
+    from fl_report.suite import Cell, Plan
+
+MEASURED = "cell.json"
+"""In a cell's results folder: what the suite saw of it from outside."""
+REMEMBERED = "suite.json"
+"""In the suite's folder: the last call that ran cells."""
+LOGS = "logs"
+GRACE = 30.0  # s, from the Ctrl-C that is handed on to the end of a child
+POLL = 0.05  # s
+TOLD = 5  # folders, one line each
+FREE = {*RESUMABLE, *PLACE, "run.pictures", "server.checkpoint-every", "train.device"} - {
+    "run.rounds"
+}
+"""Settings that a cell may have otherwise: they are not part of what it computes."""
+
+
+@dataclass
+class State:
+    """Where a suite stands."""
+
+    done: list[Cell] = field(default_factory=list)
+    left: list[Cell] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Folders that hold something else, a line each."""
+
+    def check(self) -> None:
+        """Raises SuiteError for them, with the first few."""
+        if self.problems:
+            more = len(self.problems) - TOLD
+            told = [f"and {more} more folders"] if more > 0 else []
+            raise SuiteError([*self.problems[:TOLD], *told])
+
+
+def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
+    """The first setting in which the run in `folder` is not of this configuration, as words."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        return f"its {CONFIG} cannot be read ({getattr(error, 'strerror', None) or error})"
+    defaults = resolve({}).flat()
+    for key in [*config, *(key for key in stored if key not in config)]:
+        ours, there = config.get(key), stored.get(key, defaults.get(key))
+        # As on the command line: a key's type may have changed between versions.
+        same = ours == there or shown(ours) == shown(there)
+        if key not in FREE and not key.startswith("tracking.") and not same:
+            return f"{key} is {shown(there)} there and {shown(ours)} here"
+    return None
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run left something there that can be lost: its settings, at least."""
+    return folder.exists() and (not folder.is_dir() or (folder / CONFIG).exists())
+
+
+def complete(folder: Path) -> bool:
+    return read_summary(folder).get("status") == "completed"
+
+
+def look(plan: Plan, base: Path) -> State:
+    """Which cells are done, which are left, and what stands in the way."""
+    state = State()
+    for cell in plan.cells:
+        folder = base / cell.name
+        if begun(folder):
+            config = resolve(cell.values, absolute_paths=False).flat()
+            if problem := differing(config, folder):
+                state.problems.append(
+                    f"{folder}: holds another run: {problem}; give another --out, or move it away"
+                )
+                continue
+        elif folder.exists() and _foreign(folder):
+            state.problems.append(f"{folder}: holds no run; give another --out, or move it away")
+            continue
+        (state.done if complete(folder) else state.left).append(cell)
+    return state
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether anything but what a run begins with is in a folder without settings."""
+    return any(p.name != ".lock" and not p.name.startswith(f".{CONFIG}") for p in folder.iterdir())
+
+
+def lock(base: Path) -> IO[bytes] | None:
+    """Keeps other suites out of this folder as long as it is open; None if one is at work."""
+    base.mkdir(parents=True, exist_ok=True)
+    file = (base / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _at_rest(folder: Path) -> bool:
+    """Whether nobody is at work on a run; one that was just interrupted is given time to end."""
+    try:
+        file = (folder / ".lock").open("rb")
+    except OSError:
+        return True
+    with file:
+        for _ in range(round(GRACE / POLL)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(POLL)
+    return False
+
+
+@dataclass
+class Child:
+    """A cell's process."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    log: Path
+    written: int
+    """Bytes of the log when it began."""
+    started: float = field(default_factory=time.monotonic)
+
+    def said(self) -> str:
+        """Why it failed, as its last words have it."""
+        text = self.log.read_bytes()[self.written :].decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith(("run failed:", "error:"))]
+        return (told or lines or ["it said nothing"])[-1]
+
+
+class Runner:
+    """Runs what is left of a plan, `jobs` cells at once."""
+
+    def __init__(self, base: Path, state: State, total: int, say: Callable[[str], None]) -> None:
+        self.base, self.say, self.total = base, say, total
+        self.waiting = list(state.left)
+        self.finished = len(state.done)
+        self.running: list[Child] = []
+        self.failed: list[Cell] = []
+        self.seconds: list[float] = []
+        """Of the cells that came to their end here."""
+
+    def run(self, jobs: int) -> list[Cell]:
+        """All cells; gives those that failed.  Ends the children if it is interrupted."""
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < jobs:
+                    self._start(self.waiting.pop(0))
+                time.sleep(POLL)
+                for child in list(self.running):
+                    self._reap(child, jobs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self._end()
+        return self.failed
+
+    def _start(self, cell: Cell) -> None:
+        folder = self.base / cell.name
+        if not _at_rest(folder):
+            self.failed.append(cell)
+            self.say(f"{cell.name}: failed: another process is at work in {folder}")
+            return
+        (self.base / LOGS).mkdir(exist_ok=True)
+        path = self.base / LOGS / f"{cell.name}.txt"
+        resumes = any((folder / "checkpoints").glob("*.safetensors"))
+        if folder.exists() and not resumes:
+            shutil.rmtree(folder)  # not one round of it was kept
+        with path.open("ab") as log:
+            written = log.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", CHILD, *_command(cell, folder, resumes)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes through us
+            )
+        self.running.append(Child(cell, process, path, written))
+        told = "begins"
+        if resumes:
+            told = "goes on from its checkpoint"
+            if code_of(folder) != code_sha256():
+                told += ", with other code than before: bits may differ"
+        self.say(f"{cell.name}: {told}")
+
+    def _reap(self, child: Child, jobs: int) -> None:
+        process, status, usage = os.wait4(child.process.pid, os.WNOHANG)
+        if not process:
+            return
+        child.process.returncode = code = os.waitstatus_to_exitcode(status)
+        self.running.remove(child)
+        folder, name = self.base / child.cell.name, child.cell.name
+        if code == 0 and complete(folder):
+            self.finished += 1
+            self.seconds.append(time.monotonic() - child.started)
+            self._note(folder, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            told = f"{_outcome(folder)}, {self.seconds[-1]:.0f} s"
+        else:
+            self.failed.append(child.cell)
+            told = f"failed ({code}): {child.said()}; its log: {child.log}"
+        self.say(f"[{self.finished}/{self.total}] {name}: {told}; {self._ahead(jobs)}")
+
+    def _ahead(self, jobs: int) -> str:
+        left = len(self.waiting) + len(self.running)
+        if not left or not self.seconds:
+            return f"{left} left"
+        mean = sum(self.seconds) / len(self.seconds)
+        return f"{left} left, ETA {_duration(mean * left / jobs)}"
+
+    def _note(self, folder: Path, peak: int) -> None:
+        """What a run does not know of itself: its peak memory, and the day."""
+        before = measured(folder)
+        told = {
+            "max_rss_bytes": max(peak, before.get("max_rss_bytes", 0)),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
+
+    def _end(self) -> None:
+        """Ctrl-C for the children that are left, and the end of those that do not heed it."""
+        for child in self.running:
+            with suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + GRACE
+        for child in self.running:
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+
+
+CHILD = "from fl_server.suites import child; child()"
+
+
+def child() -> None:
+    """The process of a cell: `flatfed`, interrupted when the suite is no more."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pdeathsig, suite = 1, os.getppid()
+        ctypes.CDLL(None).prctl(pdeathsig, signal.SIGINT, 0, 0, 0)
+        if os.getppid() != suite:
+            sys.exit("the suite is no more")
+    from fl_server.cli import entry_point
+
+    entry_point()
+
+
+def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
+    if resumes:
+        free = {k: v for k, v in cell.values.items() if k in RESUMABLE and k != "run.rounds"}
+        return ["resume", str(folder), *(f"{key}={shown(value)}" for key, value in free.items())]
+    place = [f"run.output-dir={folder.parent}", f"run.name={folder.name}"]
+    return ["run", *place, *(f"{key}={shown(value)}" for key, value in cell.values.items())]
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What the suite saw of a cell; empty if it did not see its end."""
+    return _read(folder / MEASURED)
+
+
+def code_of(folder: Path) -> str:
+    """The fingerprint of the code behind a run, from its newest checkpoint; "unknown" without."""
+    try:
+        newest = max((folder / "checkpoints").glob("*.safetensors"))
+        with newest.open("rb") as file:  # the header of a safetensors file, without its tensors
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return json.loads(header["__metadata__"]["facts"])["code"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def _outcome(folder: Path) -> str:
+    accuracy = json.loads((folder / SUMMARY).read_text()).get("accuracy")
+    return "done" if accuracy is None else f"accuracy {accuracy:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@dataclass
+class OpenSuite:
+    """A suite and its folder: what `flatfed suite` does."""
+
+    file: Path
+    plan: Plan
+    base: Path
+    """The folder of its cells."""
+    out: Path | None
+    """As given on the command line."""
+
+    def run(self, jobs: int) -> list[str]:
+        """What is missing, `jobs` cells at once; gives the names of those that failed.
+
+        Raises SuiteError, before anything starts, where folders hold something else or another
+        process is at work."""
+        held = lock(self.base)
+        if held is None:
+            raise SuiteError([f"{self.base}: another flatfed suite is at work here; wait for it"])
+        with held:
+            state = look(self.plan, self.base)
+            state.check()
+            self._remember()
+            print(f"{self.plan.suite.title}: {len(self.plan.cells)} cells, {len(state.done)} done, "
+                  f"{len(state.left)} to run; results: {self.base}")  # fmt: skip
+            runner = Runner(self.base, state, len(self.plan.cells), print)
+            return [cell.name for cell in runner.run(jobs)]
+
+    def _remember(self) -> None:
+        told = {"command": self.command(), "settings": self.plan.overrides}
+        write_atomically(self.base / REMEMBERED, (json.dumps(told, indent=2) + "\n").encode())
+
+    def command(self, *, places: bool = False) -> str:
+        """The call that makes these cells; without `places`, those of this machine are left out
+        or have a name that says what belongs there."""
+        words = ["flatfed", "suite", str(self.file)]
+        words += ["--reduced"] if self.plan.reduced else []
+        words += ["--out", str(self.out)] if self.out and places else []
+        source = next((str(c.values.get("data.source")) for c in self.plan.cells), "data")
+        for key, value in self.plan.overrides.items():
+            if not places and key == "data.path":
+                value = f"{source.upper()}_DIR"
+            if places or key not in ("data.cache-dir", "client.state-dir"):
+                words.append(f"{key}={shown(value)}")
+        return shlex.join(words)
+
+    def table(self) -> dict[str, Any]:
+        """What is there.  Raises SuiteError for folders that hold something else."""
+        look(self.plan, self.base).check()
+        told = _read(self.base / REMEMBERED).get("command") or self.command()
+        return suite_table.gather(self.plan, self.base, told, measured, code_of)
+
+    def picture(self, table: Mapping[str, Any]) -> RenderableType:
+        return suite_page.terminal(table)
+
+    def write(self, table: Mapping[str, Any], publish: Path | None) -> list[Path]:
+        """table.md, table.json and report.html in the suite's folder, or the page in `publish`;
+        gives their paths."""
+        if publish:
+            return suite_page.write(table, publish / f"{self.plan.folder_name}.md")
+        self.base.mkdir(parents=True, exist_ok=True)
+        written = suite_page.write(table, self.base / "table.md")
+        done = [c["cell"] for c in table["cells"] if c["status"] == "completed"]
+        if done:
+            from fl_report import page
+
+            folders = [self.base / name for name in done]
+            written.append(page.write(folders, self.base / REPORT, anyway=True))
+        return written
+
+    def log(self, name: str) -> Path:
+        return self.base / LOGS / f"{name}.txt"
+
+
+def open_suite(
+    file: Path, overrides: Mapping[str, Scalar], reduced: bool, out: Path | None
+) -> OpenSuite:
+    """Every cell's configuration checked.  Settings of an earlier call are taken again where none
+    are given.  Raises SuiteError with every mistake."""
+    name = f"{file.stem}-reduced" if reduced else file.stem
+    base = (out or Path("results", "suites")).expanduser().absolute() / name
+    overrides = overrides or _read(base / REMEMBERED).get("settings", {})
+    return OpenSuite(file, load(file, reduced=reduced, overrides=overrides), base, out)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,225 @@
+"""Worker processes of the in-process engine: forked, resident, one training thread each.
+
+They share the pages of the data set, get weights and give updates through shared memory, and end
+with the process that forked them, however that ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fl_common import shared
+from fl_common.assembly import training_device
+from fl_common.config import AUTO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from fl_common.config import CoreConfig
+
+    Answer = Callable[[dict[str, Any], RecordDict, RecordDict], tuple[RecordDict, RecordDict]]
+
+PR_SET_PDEATHSIG = 1
+WAIT_S = 30.0
+"""How long `collect` waits at most; then its caller looks at the deadline [s]."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A message and the state of its client on their way to a worker."""
+
+    key: str
+    header: dict[str, Any]
+    content: RecordDict
+    state: RecordDict
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a job: the reply and the client's new state, or why there is none."""
+
+    key: str
+    content: RecordDict = field(default_factory=RecordDict)
+    state: RecordDict | None = None
+    error: str = ""
+
+
+@dataclass
+class _Worker:
+    process: int
+    connection: socket.socket
+    job: Job | None = None
+    sent: Sequence[torch.Tensor] = ()
+
+
+def count(config: CoreConfig) -> int:
+    """Worker processes for a run.  Raises ValueError where there cannot be several."""
+    given, cuda = config.engine.workers, training_device(config).type == "cuda"
+    if given != AUTO:
+        if cuda and int(given) > 1:
+            raise ValueError(
+                f"engine.workers = {given}: processes beside each other share a GPU badly; leave "
+                "it out, and see engine.cohort"
+            )
+        if sys.platform != "linux" and int(given) > 1:
+            raise ValueError(f"engine.workers = {given}: several are for Linux; leave it out")
+        return int(given)
+    if cuda or sys.platform != "linux" or config.engine.cohort != "1":
+        return 1
+    return max(1, min(len(os.sched_getaffinity(0)) // config.train.threads, config.cohort_size))
+
+
+class Pool:
+    """`count` forks of this process that answer jobs; who is free takes the next one."""
+
+    def __init__(self, count: int, answer: Answer) -> None:
+        self.answer = answer
+        self.jobs: deque[Job] = deque()
+        self.common: shared.Segment | None = None
+        self.workers: list[_Worker] = []
+        for _ in range(count):
+            self.workers.append(self._fork())
+
+    def put(self, jobs: Sequence[Job]) -> None:
+        """Queue these; tensors that several of them have are laid into memory once."""
+        seen: dict[int, torch.Tensor] = {}
+        common: dict[int, torch.Tensor] = {}
+        for job in jobs:
+            for tensor in shared.tensors_in([job.content]):
+                (common if id(tensor) in seen else seen)[id(tensor)] = tensor
+        if not self.jobs:  # else those that wait still need it
+            if self.common:
+                self.common.close()
+            self.common = shared.Segment(common.values()) if common else None
+        self.jobs.extend(jobs)
+        self._hand_out()
+
+    @property
+    def busy(self) -> bool:
+        return any(worker.job for worker in self.workers)
+
+    def collect(self) -> list[Done]:
+        """What is done, at least one if a job is under way, unless it takes longer than WAIT_S."""
+        working = {worker.connection: worker for worker in self.workers if worker.job}
+        if not working:
+            return []
+        ready, _, _ = select.select(list(working), [], [], WAIT_S)
+        done = [self._take(working[connection]) for connection in ready]
+        self._hand_out()
+        return done
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self.workers:
+            self._end(worker)
+        self.workers.clear()
+        self.jobs.clear()
+        if self.common:
+            self.common.close()
+            self.common = None
+
+    def _hand_out(self) -> None:
+        for i, worker in enumerate(self.workers):
+            while self.jobs and worker.job is None:
+                job = self.jobs.popleft()
+                try:
+                    worker.sent = shared.send(
+                        worker.connection,
+                        job.header,
+                        [job.content, job.state],
+                        self.common,
+                    )
+                    worker.job = job
+                except OSError:  # it died idle: the job goes to a new one
+                    self._end(worker)
+                    self.jobs.appendleft(job)
+                    worker = self.workers[i] = self._fork()
+
+    def _take(self, worker: _Worker) -> Done:
+        job, worker.job = worker.job, None
+        try:
+            header, (content, state), _ = shared.receive(worker.connection, worker.sent)
+        except (EOFError, OSError):
+            status = self._end(worker)
+            self.workers[self.workers.index(worker)] = self._fork()
+            return Done(job.key, error=f"its worker process died ({_how(status)})")
+        finally:
+            worker.sent = ()
+        return Done(job.key, content, state, header.get("error", ""))
+
+    def _fork(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        process = os.fork()
+        if process:
+            theirs.close()
+            return _Worker(process, ours)
+        try:
+            # Theirs alone: a socket that a sibling holds too would not tell that we are gone.
+            for worker in self.workers:
+                worker.connection.close()
+            ours.close()
+            _live_no_longer_than(parent)
+            np.random.seed()  # noqa: NPY002  (Flower's noise: not the same in every worker)
+            _serve(theirs, self.answer)
+        except (EOFError, OSError):
+            pass
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+
+    @staticmethod
+    def _end(worker: _Worker) -> int:
+        """End it and give its status."""
+        worker.connection.close()
+        try:
+            os.kill(worker.process, signal.SIGKILL)
+            return os.waitpid(worker.process, 0)[1]
+        except (ProcessLookupError, ChildProcessError):
+            return 0
+
+
+def _how(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        hint = "; out of memory?" if number == signal.SIGKILL else ""
+        return f"{signal.Signals(number).name}{hint}"
+    return f"exit code {os.WEXITSTATUS(status)}"
+
+
+def _live_no_longer_than(parent: int) -> None:
+    # Ctrl-C is for the process that has the run; it ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _serve(connection: socket.socket, answer: Answer) -> NoReturn:
+    while True:
+        header, (content, state), tensors = shared.receive(connection)
+        try:
+            reply, state, error = *answer(header, content, state), {}
+        except Exception as failure:
+            reply, error = RecordDict(), {"error": f"{type(failure).__name__}: {failure}"}
+        shared.send(connection, error, [reply, state], known=tensors)
+        del content, state, reply, tensors  # their memory goes back before more comes

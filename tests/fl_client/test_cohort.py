@@ -1,0 +1,535 @@
+"""Several clients at once: what they learn and reply is what they would one by one, but rounded.
+
+In float64 the two ways differ by the order of sums alone, 1e-11 at most after a few steps; what is
+not the same rule shows there.  In float32 the bound is the promised 1e-5, with small steps: where
+rounding puts an activation on the other side of a ReLU's kink, one step of 0.05 has 1e-4.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fl_client import cohort, stacked, together
+from fl_client.client import Clients
+from fl_client.stacked import Batches, Rules
+from fl_client.trainer import LocalData, batches
+from fl_common import assembly, wire
+from fl_common.config import ConfigError, Train, resolve
+from fl_common.data.sources import Dataset, Split
+from fl_common.data.transforms import RECIPES, Recipe, crop, flip
+from fl_common.layout import PARAMS, concatenate, tensors_of
+from fl_common.local import Affine
+from tests import toy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SIZES = (13, 6, 22, 10)
+"""Samples of the clients, batches of 8: last batches of 5, 6, 6 and 2, in 2, 1, 3 and 2 steps."""
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions():
+    """A GPU rounds inputs of convolutions to 10 bits unless told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+class Federation:
+    """Clients with random images of `shape`, and messages that send them a random model."""
+
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        sizes: Sequence[int] = SIZES,
+        shape: tuple[int, ...] = (1, 8, 8),
+        recipe: Recipe | None = None,
+        **settings,
+    ) -> None:
+        values = {
+            "data.source": "synthetic",
+            "train.batch-size": 8,
+            "train.epochs": 2,
+            "train.dtype": "float64",
+            "train.device": "cpu",
+            "clients.number": len(sizes),
+            "run.seed": 3,
+        } | {name.replace("__", ".").replace("_", "-"): value for name, value in settings.items()}
+        ends = np.cumsum(sizes)
+        rng = np.random.default_rng(0)
+        split = Split(
+            rng.integers(256, size=(ends[-1], *shape), dtype=np.uint8),
+            rng.integers(4, size=ends[-1]),
+        )
+        data = Dataset(split, split, tuple("abcd"), shape, fingerprint="random")
+        parts = [np.arange(end - n, end) for n, end in zip(sizes, ends, strict=True)]
+        patch.setattr(assembly, "load_data", lambda config: data)
+        patch.setattr(assembly, "split_data", lambda config, data: parts)
+        patch.setitem(RECIPES["synthetic"], "default", recipe or Recipe((0.5,), (0.5,)))
+        self.clients = Clients(resolve(values))
+        self.count, self.samples = len(sizes), int(ends[-1])
+        net = assembly.new_model(self.clients.config, 4, shape, torch.device("cpu"))
+        self.w = {kind: concatenate(t.values()) for kind, t in tensors_of(net).items()}
+
+    def messages(self, server_round: int = 1, base: int = 0, **more) -> list[RecordDict]:
+        """One to each client, with the server's `c` and `m`, which some strategies read."""
+        generator = torch.Generator().manual_seed(server_round)
+        extra = {
+            name: 0.01
+            * torch.randn(self.w[PARAMS].shape, generator=generator).to(self.w[PARAMS].dtype)
+            for name in ("c", "m")
+        }
+        told = {
+            "server-round": server_round,
+            wire.SAMPLES: self.samples,
+            wire.EXPERIMENT: "e",
+            wire.MEMORY_ROUND: base,
+            wire.CHECKPOINTS: [0],
+            **more,
+        }
+        down = wire.pack(self.w | extra)
+        return [
+            RecordDict({wire.ARRAYS: down, wire.CONFIG: ConfigRecord(told)})
+            for _ in range(self.count)
+        ]
+
+    def alone(self, messages, states) -> list[RecordDict]:
+        train = self.clients.train
+        return [train(i, m, s) for i, (m, s) in enumerate(zip(messages, states, strict=True))]
+
+    def together(self, messages, states, at_once: int = 100) -> list[RecordDict]:
+        jobs = [(i, m, s) for i, (m, s) in enumerate(zip(messages, states, strict=True))]
+        return self.clients.train_together(jobs, at_once)
+
+    def states(self) -> list[RecordDict]:
+        return [RecordDict() for _ in range(self.count)]
+
+
+def vectors(record: RecordDict) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": tensor
+        for name, arrays in record.items()
+        if isinstance(arrays, ArrayRecord)
+        for key, tensor in wire.unpack(arrays).items()
+    }
+
+
+def difference(one: RecordDict, other: RecordDict) -> float:
+    """The largest, over all arrays."""
+    a, b = vectors(one), vectors(other)
+    assert a.keys() == b.keys()
+    assert a
+    assert all(a[key].dtype == b[key].dtype for key in a)
+    return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
+
+
+def same(federation: Federation, bound: float, rounds: int = 1, **more) -> None:
+    """Both ways, round after round: replies and memories.  Fails if anyone was trained alone."""
+    one, other = federation.states(), federation.states()
+    for t in range(1, rounds + 1):
+        messages = federation.messages(t, base=t - 1, **more)
+        singly, at_once = federation.alone(messages, one), federation.together(messages, other)
+        assert not federation.clients.together.said
+        for a, b in zip(singly, at_once, strict=True):
+            assert difference(a, b) < bound
+            expected, got = dict(a[wire.METRICS]), dict(b[wire.METRICS])
+            assert expected.pop("cpu-s") > 0
+            assert got.pop("cpu-s") > 0
+            assert expected.keys() == got.keys()
+            for key, value in expected.items():
+                assert got[key] == pytest.approx(value, abs=100 * bound), key
+        for a, b in zip(one, other, strict=True):
+            assert a.keys() == b.keys()
+            assert not vectors(a) or difference(a, b) < bound * 10
+
+
+MODELS = {
+    "mlp": {},
+    "lenet": {"shape": (3, 16, 16)},
+    "cnn": {"shape": (3, 10, 10)},  # dropout
+    "digits-cnn group": {},
+    "digits-cnn batch": {},
+    "resnet8 group": {"shape": (3, 16, 16)},
+    "resnet8 batch": {"shape": (3, 32, 32)},  # 1 x 1 maps at 16 px: 2 samples are all a norm sees
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", MODELS)
+def test_models(monkeypatch, model: str, device: str, dtype: str):
+    name, _, norm = model.partition(" ")
+    federation = Federation(
+        monkeypatch, **MODELS[model], model__name=name, model__norm=norm or "batch",
+        train__device=device, train__dtype=dtype, train__lr=0.05 if dtype == "float64" else 0.01,
+        train__epochs=1 if name == "resnet8" else 2, eval__grad_norm=True,
+    )  # fmt: skip
+    same(federation, {"float64": 1e-11, "float32": 1e-5}[dtype])
+
+
+OPTIMIZERS = {
+    "momentum": {"train__momentum": 0.9, "train__weight_decay": 0.01},
+    "nesterov, clipped": {"train__momentum": 0.9, "train__nesterov": True, "train__clip_norm": 0.3},
+    "adam": {"train__optimizer": "adam", "train__lr": 0.01, "train__weight_decay": 0.01},
+    "kept momentum": {"train__momentum": 0.9, "train__keep_optimizer": True},
+    "kept adam": {"train__optimizer": "adam", "train__lr": 0.01, "train__keep_optimizer": True},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers(monkeypatch, optimizer: str):
+    """With kept states the second round starts from what the first left, Adam's step numbers,
+    which differ between clients, among it."""
+    federation = Federation(monkeypatch, model__name="mlp", **OPTIMIZERS[optimizer])
+    kept = optimizer.startswith("kept")
+    same(federation, 1e-11, rounds=2 if kept else 1)
+
+
+METHODS = {
+    "fedprox": {"fedprox__mu": 0.1},
+    "scaffold": {},
+    "feddyn": {"feddyn__alpha": 0.1},
+    "feddyn clipped": {"feddyn__alpha": 0.1, "train__clip_norm": 0.3},
+    "feddyn as published": {
+        "feddyn__alpha": 0.1, "train__clip_norm": 0.3, "feddyn__clip_scope": "official",
+    },
+    "feddc": {"feddc__alpha": 0.1},
+    "fedspeed": {"fedspeed__alpha": 0.7},
+    "fednova": {},
+    "fedsam": {},
+    "fedasam": {},
+    "mofedsam": {"train__clip_norm": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strategies(monkeypatch, method: str):
+    """Two rounds, so that drifts and control variates are not zero; alpha_i = alpha / omega_i
+    differs from client to client."""
+    name = method.partition(" ")[0]
+    same(Federation(monkeypatch, strategy__name=name, **METHODS[method]), 1e-10, rounds=2)
+
+
+REGULARIZERS = {
+    "proximal": {"proximal__mu": 0.1},
+    "sam": {},
+    "asam": {},
+    "mixup": {"mixup__gamma": 1.0},
+    "man": {},
+    "man per sample": {"man__reduce": "per-sample-sum", "man__include_logits": True},
+    "man of norms": {"man__reduce": "fro", "man__layer_reduce": "mean"},
+    "man of inputs": {"man__site": "layer-input"},
+    "man,mixup,sam": {"mixup__gamma": 1.0, "train__clip_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", REGULARIZERS)
+def test_regularizers(monkeypatch, method: str):
+    names = method.partition(" ")[0]
+    settings = {"model__norm": "group", **REGULARIZERS[method]}
+    same(Federation(monkeypatch, regularizers=names, **settings), 1e-10)
+
+
+@pytest.mark.parametrize("active", ["conv2", "fc"])
+def test_partial_rounds(monkeypatch, active: str):
+    """Behind `fc` no ReLU has a gradient, and MAN sees nothing; before `conv2` one of two."""
+    settings = {"regularizers": "man", "man__layer_reduce": "mean"}
+    federation = Federation(monkeypatch, strategy__name="fedpart", **settings)
+    assert set(federation.clients.data.classes) == set("abcd")
+    same(federation, 1e-11, **{wire.ACTIVE: [active]})
+
+
+def test_augmented_and_dropped_out(monkeypatch):
+    """Every draw is the client's own, whoever is trained beside it."""
+    recipe = Recipe((0.5,), (0.5,), train=(crop, flip))
+    federation = Federation(
+        monkeypatch, shape=(3, 10, 10), recipe=recipe, model__name="cnn", regularizers="sam"
+    )
+    same(federation, 1e-11)
+    messages = federation.messages()
+    whole = federation.together(messages, federation.states())
+    pairs = federation.together(messages, federation.states(), at_once=2)
+    assert all(difference(a, b) < 1e-11 for a, b in zip(whole, pairs, strict=True))
+
+
+def test_bfloat16(monkeypatch):
+    """Autocast, to its own precision: 8 bits of mantissa, so 1 % of an update of 0.1."""
+    federation = Federation(
+        monkeypatch, model__norm="group", train__dtype="bfloat16", train__lr=0.01
+    )
+    same(federation, 2e-3)
+
+
+def test_held_out_samples(monkeypatch):
+    federation = Federation(monkeypatch, sizes=(20, 16), eval__on="both", eval__holdout=0.4)
+    same(federation, 1e-11, evaluate=True)
+
+
+def test_who_has_no_steps_left_stays_bit_for_bit(monkeypatch):
+    """A client's reply is the same bits whether others go on for eight epochs' worth or not."""
+    replies = []
+    for sizes in [(16, 16), (16, 128)]:
+        federation = Federation(monkeypatch, sizes, model__name="mlp", train__momentum=0.9)
+        federation.clients.data.train.x[:16] = 7 * np.arange(16)[:, None, None, None]
+        federation.clients.data.train.y[:16] = np.arange(16) % 4
+        federation.w[PARAMS] = torch.linspace(-1, 1, len(federation.w[PARAMS])).double() / 9
+        replies.append(federation.together(federation.messages(), federation.states())[0])
+    assert difference(*replies) == 0
+
+
+def test_a_batch_is_the_clients_own():
+    """Side by side, in every step, what `batches` gives each client."""
+    settings = Train(batch_size=4, epochs=2)
+    members = []
+    for i, n in [(5, 10), (2, 7), (9, 3)]:
+        data = LocalData(torch.arange(n) + 100 * i, torch.arange(n) % 3, lambda x: x)
+        members.append(cohort.Member(i, data, (), Affine(), {}))
+    side_by_side = Batches(members, settings, (1, 2), torch.device("cpu"))
+    assert side_by_side.steps == [6, 4, 2]
+    for k, member in enumerate(members):
+        for step, (x, y) in enumerate(batches(member.data, settings, (1, 2, member.partition))):
+            xs, ys, sizes = side_by_side.at(step)
+            assert xs[k, : sizes[k]].tolist() == x.tolist()
+            assert ys[k, : sizes[k]].tolist() == y.tolist()
+            assert set(ys[k, sizes[k] :].tolist()) <= {-100}
+            assert side_by_side.padded == (len(set(sizes)) > 1)
+    # Sizes of the batches: 4 4 2 4 4 2, 4 3 4 3 and 3 3.
+    assert side_by_side.sizes == [[4, 4, 3], [4, 3, 3], [2, 4, 0], [4, 3, 0], [4, 0, 0], [2, 0, 0]]
+
+
+ALONE = {
+    "moon": {"regularizers": "moon", "model__head": "moon"},
+    "fedalign": {"regularizers": "fedalign"},
+    "gradaug": {"regularizers": "gradaug"},
+    "stochastic-depth": {"regularizers": "stochastic-depth", "model__name": "resnet20"},
+}
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_methods_that_are_trained_one_by_one(monkeypatch, caplog, method: str):
+    settings = {"train__epochs": 1, **ALONE[method]}
+    federation = Federation(monkeypatch, sizes=(9, 8), **settings)
+    messages = federation.messages()
+    with caplog.at_level(logging.WARNING):
+        at_once = federation.together(messages, federation.states())
+    singly = federation.alone(messages, federation.states())
+    assert [difference(a, b) for a, b in zip(singly, at_once, strict=True)] == [0, 0]
+    (line,) = caplog.messages
+    assert f"trained alone: {method}: " in line
+
+
+def test_a_norm_of_one_sample_is_met_alone(monkeypatch, caplog):
+    """The client of 17 has a last batch of one; the others are trained at once."""
+    federation = Federation(monkeypatch, sizes=(17, 10, 12))
+    messages = federation.messages()
+    at_once = federation.together(messages, federation.states())
+    singly = federation.alone(messages, federation.states())
+    differences = [difference(a, b) for a, b in zip(singly, at_once, strict=True)]
+    assert differences[0] == 0
+    assert all(0 < d < 1e-11 for d in differences[1:])
+    assert caplog.messages == [
+        "some clients are trained alone: BatchNorm meets a batch of one sample"
+    ]
+
+
+class OwnDraws(torch.nn.Module):
+    """Noise that torch cannot draw for each client."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(64, 4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1) + torch.randn_like(x.flatten(1)))
+
+
+def test_what_torch_cannot_stack_is_trained_one_by_one(monkeypatch, caplog):
+    monkeypatch.setattr(assembly, "new_model", lambda *args: OwnDraws())
+    federation = Federation(monkeypatch)
+    messages = federation.messages()
+    at_once = federation.together(messages, federation.states())
+    singly = federation.alone(messages, federation.states())
+    assert all(difference(a, b) == 0 for a, b in zip(singly, at_once, strict=True))
+    (line,) = caplog.messages
+    assert line.startswith("clients are trained one by one: torch cannot stack them (vmap: ")
+
+
+class Words(torch.nn.Module):
+    """The words of a text, of which the first is padding and learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(256, 4, padding_idx=0, dtype=torch.float64)
+        self.fc = torch.nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids = ((x.flatten(1) + 1) * 8).long()  # 0 ... 16
+        return self.fc(self.words(ids).sum(1))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_torch_stacks_wrongly_is_noticed(monkeypatch, caplog, known: bool):
+    """torch 2.13 forgets `padding_idx` of all clients but the first.  We know, and if we did not
+    the first step would tell."""
+    torch.manual_seed(0)
+    net = Words()
+    monkeypatch.setattr(assembly, "new_model", lambda *args: net)
+    federation = Federation(monkeypatch)
+    federation.clients.data.train.x[:, :, :6] = 0
+    if not known:
+        monkeypatch.setattr(stacked, "_embedding", torch.nn.functional.embedding)
+    messages = federation.messages()
+    if known:
+        same(federation, 1e-11)
+        return
+    at_once = federation.together(messages, federation.states())
+    singly = federation.alone(messages, federation.states())
+    assert all(difference(a, b) == 0 for a, b in zip(singly, at_once, strict=True))
+    (line,) = caplog.messages
+    assert "it gives another gradient than for a client alone" in line
+
+
+def test_a_loss_of_its_own(monkeypatch, caplog):
+    toy.install(monkeypatch, (3, 1))
+    pairs = [setting.split("=") for setting in toy.SETTINGS]
+    values = {key: int(v) if v.isdecimal() else v for key, v in pairs} | {"train.lr": toy.LR}
+    clients = Clients(resolve(values))
+    down = wire.pack({PARAMS: torch.zeros(1, dtype=torch.float64)})
+    told = ConfigRecord({"server-round": 1, wire.SAMPLES: 4})
+    message = RecordDict({wire.ARRAYS: down, wire.CONFIG: told})
+    replies = clients.train_together([(i, message, RecordDict()) for i in (0, 1)], 2)
+    # theta - lr a (theta - b) from theta = 0: 0.1 a b.
+    assert [wire.vectors(reply)[PARAMS].item() for reply in replies] == pytest.approx([0, 0.4])
+    assert "a loss of its own" in caplog.text
+
+
+def test_a_failure_stays_its_own(monkeypatch):
+    """One client asks for the memory that it lost, one has no such partition, two train."""
+    federation = Federation(monkeypatch, strategy__name="scaffold")
+    messages = federation.messages()
+    lost = federation.messages(base=1)[1]
+    jobs = [(0, messages[0], RecordDict()), (1, lost, RecordDict()), (7, messages[0], RecordDict())]
+    jobs.append((3, messages[3], RecordDict()))
+    first, asks, fails, last = federation.clients.train_together(jobs, 4)
+    assert dict(asks[wire.METRICS]) == {"server-round": 1, wire.MEMORY_LOST: 1}
+    assert str(fails) == "partition-id 7, but clients.number = 4"
+    for i, reply in ((0, first), (3, last)):
+        assert difference(federation.clients.train(i, messages[i], RecordDict()), reply) < 1e-11
+
+
+def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
+    """A card that is full at three: four are tried, then two and two; later rounds start there."""
+    federation = Federation(monkeypatch, sizes=(8, 8, 8, 8))
+    tried, real = [], together.cohort_round
+
+    def small_card(net, members, *args, **settings):
+        tried.append(len(members))
+        if len(members) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(net, members, *args, **settings)
+
+    monkeypatch.setattr(together, "cohort_round", small_card)
+    jobs = [(i, message, RecordDict()) for i, message in enumerate(federation.messages())]
+    assert "as one of 2" in federation.clients.choose_cohort(jobs)[1]
+    assert tried == [4, 2, 2]
+    federation.clients.together.most = 4
+    tried.clear()
+    for _ in range(2):
+        messages = federation.messages()
+        replies = federation.together(messages, federation.states())
+    assert tried == [4, 2, 2, 2, 2]
+    assert caplog.messages == ["the card holds no 4 clients at once; trying 2"]
+    singly = federation.alone(messages, federation.states())
+    assert all(difference(a, b) < 1e-11 for a, b in zip(singly, replies, strict=True))
+
+
+def test_what_memory_holds(monkeypatch, caplog):
+    """Half of what is free, by what one client's pass keeps."""
+    federation = Federation(monkeypatch, model__name="mlp")
+    clients = federation.clients
+    clients.train(0, federation.messages()[0], RecordDict())
+    each = cohort.bytes_of(clients.net, clients.local_data(0), clients.config.train)
+    # An mlp of 64-64-32-4 keeps x, two activations and the output's like of 8 samples, and the
+    # weights of all layers but the first; all parameters count six times, and 13 images of 64.
+    parameters = sum(p.numel() for p in clients.net.parameters())
+    assert 6 * 8 * parameters < each < 6 * 8 * parameters + 4 * 8 * (parameters + 8 * 200) + 13 * 64
+    monkeypatch.setattr(together, "free_bytes", lambda device: 4 * each + each // 2)
+    tried, real = [], together.cohort_round
+
+    def counting(net, members, *args, **settings):
+        tried.append(len(members))
+        real(net, members, *args, **settings)
+
+    monkeypatch.setattr(together, "cohort_round", counting)
+    federation.together(federation.messages(), federation.states(), at_once=3)
+    assert tried == [2, 2]
+    assert caplog.messages == ["memory holds 2 of these clients at once, not 3"]
+
+
+def test_auto_takes_what_was_faster(monkeypatch):
+    """By a clock that makes one way slow; the measurement leaves no trace in any client."""
+    federation = Federation(monkeypatch, model__name="mlp", train__momentum=0.9)
+    messages = federation.messages()
+    jobs = [(i, m, RecordDict()) for i, m in enumerate(messages)]
+    before = federation.together(messages, federation.states())
+    now = [0.0]
+    monkeypatch.setattr(together.time, "perf_counter", lambda: now[0])
+    for slow, expected in (("_one_by_one", 4), ("_at_once", 1)):
+        with monkeypatch.context() as patch:
+            real = getattr(together.Together, slow)
+
+            def delayed(self, *args, real=real):
+                now[0] += 60
+                return real(self, *args)
+
+            patch.setattr(together.Together, slow, delayed)
+            chosen, why = federation.clients.choose_cohort(jobs)
+        assert chosen == expected
+        assert why.startswith(f"engine.cohort = auto: {expected}; a step took ")
+    assert all(not state for _, _, state in jobs)
+    after = federation.together(messages, federation.states())
+    assert all(difference(a, b) == 0 for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_convolutions_as_a_gpu_does_them(monkeypatch, wide: bool):
+    """Narrow ones are products with patches: strides, padding and all the same numbers."""
+    if wide:
+        monkeypatch.setattr(stacked, "NARROW", 1000)
+    torch.manual_seed(0)
+    for conv in (
+        torch.nn.Conv2d(3, 5, 3, dtype=torch.float64),
+        torch.nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 2), dilation=2, bias=False,
+                        dtype=torch.float64),
+        torch.nn.Conv2d(4, 6, 3, groups=2, padding="same", dtype=torch.float64),
+    ):  # fmt: skip
+        x = torch.randn(2, conv.in_channels, 11, 9, dtype=torch.float64)
+        rules = Rules(unfolds=True)
+        rules.samples = []
+        with rules:
+            ours = conv(x)
+        torch.testing.assert_close(ours, conv(x), rtol=0, atol=1e-13)
+
+
+def test_bad_settings():
+    for values, text in (
+        ({"engine.cohort": "0"}, 'engine.cohort = "0": must be auto, or a number from 1 on'),
+        ({"engine.cohort": "many"}, 'engine.cohort = "many": must be auto, or a number'),
+        ({"engine.cohort": 5, "engine.name": "ray"}, "engine.cohort = 5: belongs to engine.name"),
+        ({"engine.cohort": 5, "engine.workers": 2}, "engine.cohort = 5 with engine.workers = 2"),
+    ):
+        with pytest.raises(ConfigError) as wrong:
+            resolve(values)
+        assert text in str(wrong.value)
+    assert resolve({"engine.cohort": 5}).engine.cohort == "5"
+    assert resolve({"engine.cohort": "auto"}).engine.cohort == "auto"

@@ -1,0 +1,273 @@
+"""Suites: their files, the metrics of a run, the table beside the published numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_report import suite_page, suite_table
+from fl_report.compare import Run
+from fl_report.suite import SuiteError, load
+from fl_report.suite_metrics import KINDS, Metric
+from fl_server.cli import main
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(
+    path for path in (ROOT / "experiments").glob("*.toml") if "[methods." in path.read_text()
+)
+PUBLISHED = sorted((ROOT / "docs" / "results").glob("*.json"))
+
+TEXT = """\
+title = "Two methods"
+source = "nobody"
+seeds = [0, 1]
+metrics = ["accuracy", "rounds-to:0.5"]
+[base]
+clients.number = 3
+run.rounds = 2
+[methods.fedavg]
+[methods.feddyn]
+strategy.name = "feddyn"
+[settings.few]
+[settings.many]
+clients.number = 5
+[reduced]
+about = "one seed"
+seeds = [0]
+settings = ["few"]
+base = { run.rounds = 1 }
+[[published]]
+table = "Table 1"
+metric = "accuracy"
+settings = ["few", "many"]
+values = { fedavg = ["50.0 ± 1.5", ""], feddyn = [60, 61.5] }
+"""
+
+
+def written(folder: Path, text: str = TEXT) -> Path:
+    path = folder / "two.toml"
+    path.write_text(text)
+    return path
+
+
+ROWS = [
+    {"round": 1, "accuracy": 0.4, "seconds": 2.0, "client_cpu_s": 1.0, "bytes_up": 100,
+     "bytes_down": 200, "loss": 1.5},
+    {"round": 2, "accuracy": 0.6, "seconds": 4.0, "client_cpu_s": 9.0, "bytes_up": 300,
+     "bytes_down": 200, "loss": 1.0, "lambda_max": 7.0, "trace": 90.0, "h_n": 3.0, "h_d": 0.5},
+    {"round": 3, "accuracy": 0.5, "accuracy_sel": 0.52, "accuracy_all": 0.54, "seconds": 3.0,
+     "client_cpu_s": 2.0, "bytes_up": 600, "bytes_down": 200, "loss": 1.25},
+]  # fmt: skip
+SUMMARY = {"wall_s": 12.5, "cpu_s": 20.0, "bytes_up": 1000, "bytes_down": 600}
+EXPECTED = {
+    "accuracy": 50.0,  # of the last round
+    "accuracy-best": 60.0,
+    "accuracy-at:1": 40.0,
+    "accuracy-at:4": None,
+    "accuracy-mean:2": 100 * 0.55,  # (0.6 + 0.5) / 2
+    "accuracy-sel": 52.0,
+    "accuracy-all": 54.0,
+    "loss": 1.25,
+    "lambda-max": 7.0,
+    "trace": 90.0,
+    "h-n": 3.0,
+    "h-d": 0.5,
+    "rounds-to:0.6": 2.0,
+    "rounds-to:0.61": None,
+    "mb-to:0.6": 800 / 1e6,  # 100 + 200 + 300 + 200 B
+    "mb-up": 1000 / 1e6,
+    "mb-down": 600 / 1e6,
+    "poster-gb-up:2": 400 / 1.024e9,
+    "poster-gb-up:4": None,
+    "seconds": 12.5,
+    "cpu-seconds": 20.0,
+    "seconds-per-round": 3.0,  # (2 + 4 + 3) / 3
+    "client-cpu-per-round": 2.0,  # the median of 1, 9, 2
+    "memory-mb": 512.0,
+}
+
+
+def test_every_metric_of_a_run_whose_numbers_are_known():
+    run = Run("one", SUMMARY, ROWS)
+    found = {n: Metric.of(n).value(run, {"max_rss_bytes": 512_000_000}) for n in EXPECTED}
+    assert found == EXPECTED
+    assert {name.partition(":")[0] for name in EXPECTED} == set(KINDS)
+
+
+def test_a_run_without_numbers_has_none():
+    empty = Run("none", {}, [])
+    assert {Metric.of(name).value(empty, {}) for name in EXPECTED} == {None}
+
+
+def test_the_cells_are_the_matrix_and_later_settings_win(tmp_path):
+    text = TEXT.replace("[settings.few]", '[cells]\n"many_feddyn" = { feddyn.alpha = 0.5 }\n'
+        '[only]\nfedavg = ["few"]\n[settings.few]')  # fmt: skip
+    cells = load(written(tmp_path, text), overrides={"train.lr": 0.2}).cells
+    assert [cell.name for cell in cells] == [
+        "few_fedavg_seed0", "few_feddyn_seed0", "many_feddyn_seed0",
+        "few_fedavg_seed1", "few_feddyn_seed1", "many_feddyn_seed1",
+    ]  # fmt: skip
+    assert cells[2].values == {
+        "clients.number": 5, "run.rounds": 2, "strategy.name": "feddyn", "feddyn.alpha": 0.5,
+        "train.lr": 0.2, "run.seed": 0,
+    }  # fmt: skip
+
+
+def test_reduced_takes_fewer_cells_and_its_own_settings(tmp_path):
+    plan = load(written(tmp_path), reduced=True)
+    assert plan.folder_name == "two-reduced"
+    assert [cell.name for cell in plan.cells] == ["few_fedavg_seed0", "few_feddyn_seed0"]
+    assert {cell.values["run.rounds"] for cell in plan.cells} == {1}
+
+
+def test_a_configuration_beside_the_suite_is_under_its_base(tmp_path):
+    (tmp_path / "plain.toml").write_text("[run]\nrounds = 9\n[train]\nlr = 0.3\n")
+    text = TEXT.replace("title", 'config = "plain.toml"\ntitle', 1)
+    [values, *_] = (cell.values for cell in load(written(tmp_path, text)).cells)
+    assert (values["run.rounds"], values["train.lr"]) == (2, 0.3)
+
+
+BAD = {
+    "unknown key": ("run.rounds = 2", "run.ronds = 2",
+        "few_fedavg_seed0 and 3 more: run.ronds: unknown key; did you mean run.rounds?"),
+    "wrong value": ("run.rounds = 2", "run.rounds = 0",
+        "few_fedavg_seed0 and 3 more: run.rounds = 0: must be at least 1"),
+    "method": ('strategy.name = "feddyn"', 'strategy.name = "fedyn"',
+        'few_feddyn_seed0 and 1 more: strategy.name = "fedyn": unknown; did you mean feddyn?'),
+    "own key": ("run.rounds = 2", 'run.name = "a"', "few_fedavg_seed0 and 3 more: run.name: a "
+        "suite sets it itself; leave it out"),
+    "metric": ('"accuracy",', '"acuracy",', "metrics: acuracy is unknown; did you mean accuracy?"),
+    "no argument": ("rounds-to:0.5", "rounds-to", "metrics: rounds-to: needs a target in (0, 1]"),
+    "argument": ('"accuracy",', '"accuracy:3",', "metrics: accuracy:3: accuracy has no argument"),
+    "suite key": ("title", "tilte", "tilte: unknown key; docs/suites.md lists those of a suite"),
+    "missing": ('seeds = [0, 1]\n', "", "seeds: is missing; docs/suites.md tells what it holds"),
+    "no column": ('"few", "many"]\nv', '"few", "mayn"]\nv',
+        "published, Table 1: no setting mayn; this suite has few, many"),
+    "no method": ("fedavg = [", "fedavgg = [",
+        "published, Table 1: no method fedavgg; this suite has fedavg, feddyn"),
+    "row": ("[60, 61.5]", "[60]", "published, Table 1: feddyn has 1 values for 2 settings"),
+    "no number": ("[60, 61.5]", '[60, "61..5"]', '"61..5" is no number; write 52.9'),
+    "name": ("[settings.few]", "[settings.Few]", "a name has small letters, digits, dots"),
+    "toml": ("[settings.few]", "[settings.few", "not a TOML file: "),
+    "cell": ("[settings.few]", '[cells."few_fedav"]\n[settings.few]', "cells: no few_fedav; write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_nothing_starts(case, tmp_path, capsys):
+    old, new, told = BAD[case]
+    assert old in TEXT
+    path = written(tmp_path, TEXT.replace(old, new, 1))
+    out = tmp_path / "out"
+    assert main(["suite", str(path), "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"error: {path}: ") and told in line for line in lines), lines
+    assert not out.exists()
+
+
+def test_other_mistakes_of_the_call(tmp_path, capsys):
+    def error(*words: str) -> str:
+        assert main(["suite", *words, "--out", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    plain = tmp_path / "plain.toml"
+    plain.write_text("[run]\nrounds = 3\n")
+    assert f"no suite (it has no [methods]); run a plain configuration with flatfed run " \
+        f"--config {plain}" in error(str(plain))  # fmt: skip
+    assert "No such file" in error(str(tmp_path / "none.toml"))
+    path = str(written(tmp_path))
+    assert "--jobs 0: must be at least 1" in error(path, "--jobs", "0")
+    assert "train.device: given twice" in error(path, "train.device=cpu", "--device", "cpu")
+    assert "trian.lr: unknown key; did you mean train.lr?" in error(path, "trian.lr=1")
+    bare = written(tmp_path, TEXT[: TEXT.index("[reduced]")])
+    assert "[reduced]: there is none; leave out --reduced" in error(str(bare), "--reduced")
+
+
+def cell(method: str, seed: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
+    done = {
+        "values": {"accuracy": accuracy, "rounds-to:0.5": None, "seconds": 3.0},
+        "rounds": 2, "wall_s": 1.5, "cpu_s": 1.0, "device": "cpu", "date": "2026-01-31",
+        "model_sha256": "ab" * 32, "code": "cd" * 32, "versions": {"torch": "2.13.0"},
+    }  # fmt: skip
+    name, status = f"{method}_seed{seed}", "missing" if accuracy is None else "completed"
+    told = {"cell": name, "method": method, "setting": "", "seed": seed, "status": status}
+    return told | (done if status == "completed" else {}) | more
+
+
+def a_table(**more: Any) -> dict[str, Any]:
+    block = {"table": "Table 1", "metric": "accuracy", "settings": [], "differs": "", "note": "",
+        "values": {"fedavg": ["50.0 ± 1.5"], "feddyn": [60]}}  # fmt: skip
+    return {
+        "name": "two", "title": "Two methods", "source": "nobody", "about": "", "reduced": False,
+        "command": "flatfed suite two.toml", "reduced_about": "", "overrides": [],
+        "metrics": ["accuracy", "rounds-to:0.5"], "published": [block],
+        "cells": [cell("fedavg", 0, 52.0), cell("fedavg", 1, 54.0), cell("feddyn", 0, 59.0),
+                  cell("feddyn", 1, None)],
+    } | more  # fmt: skip
+
+
+def texts(table: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str, str, int]]:
+    return {
+        (row.method, row.metric): (row.published, row.ours, row.difference, row.missing)
+        for row in suite_table.rows(table)
+    }
+
+
+def test_published_ours_and_the_difference():
+    # 53 is the mean of 52 and 54, sqrt(2) their deviation with n - 1; 53 - 50 = 3, 59 - 60 = -1.
+    assert texts(a_table()) == {
+        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5 [1]", "53.0 ± 1.4 (n = 2)", "+3.0", 0),
+        ("feddyn", "accuracy [%]"): ("60 [1]", "59.0 (n = 1)", "-1.0", 1),
+        ("fedavg", "rounds to accuracy 0.5"): ("-", "never", "-", 0),
+        ("feddyn", "rounds to accuracy 0.5"): ("-", "never", "-", 1),
+    }
+    page = suite_page.markdown(a_table())
+    assert "| fedavg | accuracy [%] | 50.0 ± 1.5 [1] | 53.0 ± 1.4 (n = 2) | +3.0 |" in page
+    assert "**1 of 4 runs are missing.**" in page and "| feddyn_seed1 | - |" in page
+
+
+def test_of_runs_that_never_reach_a_target_the_others_are_told():
+    table = a_table()
+    table["cells"][0]["values"]["rounds-to:0.5"] = 4.0
+    told = texts(table)["fedavg", "rounds to accuracy 0.5"]
+    assert told == ("-", "4.0 (n = 1 of 2)", "-", 0)
+
+
+def test_other_conditions_than_the_published_ones_have_no_difference():
+    differs = a_table()["published"][0] | {"differs": "other data"}
+    seconds = a_table()["published"][0] | {"metric": "seconds"}
+    for other, word in (
+        ({"reduced": True, "reduced_about": "smaller"}, "ours, reduced"),
+        ({"overrides": ["run.rounds"]}, "ours, other settings"),
+        ({"published": [differs]}, "no difference is told: other data"),
+        ({"published": [seconds], "metrics": ["seconds"]}, "wall time"),
+    ):
+        table = a_table(**other)
+        assert {row.difference for row in suite_table.rows(table)} == {"-"}
+        assert word in suite_page.markdown(table)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_suites_that_come_with_it_are_right(path):
+    for reduced in (False, True):
+        try:
+            assert load(path, reduced=reduced).cells
+        except SuiteError as error:  # those that need a folder, or have no reduced form
+            assert all("data.path" in e or "[reduced]: there is none" in e for e in error.errors)
+
+
+def test_there_are_suites():
+    assert len(SHIPPED) >= 15
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_page_is_made_from_the_numbers_beside_it(path):
+    assert path.with_suffix(".md").read_text() == suite_page.markdown(json.loads(path.read_text()))
+
+
+def test_every_published_page_has_its_numbers():
+    pages = {path.stem for path in (ROOT / "docs" / "results").glob("*.md")}
+    assert pages - {"README"} == {path.stem for path in PUBLISHED}

@@ -1,0 +1,112 @@
+"""Clients trained at once by the in-process engine: the wiring of `engine.cohort`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fl_client.client import Clients
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Result, Runner
+
+
+def difference(one: Result, other: Result) -> float:
+    return max(float((one.model[k].double() - other.model[k].double()).abs().max())
+               for k in one.model)  # fmt: skip
+
+
+def test_a_cohort_trains_what_one_by_one_trains(runner: Runner) -> None:
+    """10 clients, 4 at once: 4 + 4 + 2.  Equal but for the rounding of sums, and not by luck: the
+    bits differ."""
+    settings = ("run.rounds=2", "strategy.name=scaffold", "regularizers=man", "model.norm=group")
+    alone, together = (runner(*settings, f"engine.cohort={k}") for k in ("1", "4"))
+    assert together.code == 0
+    assert 0 < difference(alone, together) < 1e-5
+    for a, b in zip(alone.history, together.history, strict=True):
+        assert a["cohort"] == b["cohort"] and a["bytes_up"] == b["bytes_up"]
+        assert a["client_loss"] == pytest.approx(b["client_loss"], abs=1e-5)
+
+
+def test_one_client_that_fails_does_not_fail_the_others(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(self: Clients, partition: int, *message: object) -> object:
+        if partition == 2:
+            raise RuntimeError("its disk is gone")
+        return whole(self, partition, *message)
+
+    whole = Clients.begin
+    monkeypatch.setattr(Clients, "begin", begin)
+    run = runner("run.rounds=1", "engine.cohort=10")
+    assert run.code == 0
+    assert run.history[0]["failed"] == {"2": "RuntimeError: its disk is gone"}
+    assert run.history[0]["replies"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_auto_writes_what_it_chose_and_keeps_it(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, chosen: int
+) -> None:
+    """The measurement is `Clients.choose_cohort`'s; here it says a number, once.  With 1 the run
+    goes on one by one."""
+    asked, sizes = [], []
+
+    def choose(self: Clients, jobs: list[object]) -> tuple[int, str]:
+        asked.append(len(jobs))
+        return chosen, f"engine.cohort = auto: {chosen}"
+
+    def together(self: Clients, jobs: list[object], at_once: int) -> list[object]:
+        sizes.append(len(jobs))
+        return whole(self, jobs, at_once)
+
+    whole = Clients.train_together
+    monkeypatch.setattr(Clients, "choose_cohort", choose)
+    monkeypatch.setattr(Clients, "train_together", together)
+    run = runner("run.rounds=2", "engine.cohort=auto")
+    assert run.code == 0 and asked == [10]
+    assert sizes == ([3, 3, 3, 1] * 2 if chosen == 3 else [1])
+    assert stored(run.folder)["engine.cohort"] == str(chosen)
+
+
+def stored(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_auto_on_this_machine_says_why(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runner("run.rounds=1", "engine.cohort=auto")
+    assert run.code == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if "engine.cohort" in line)
+    number = stored(run.folder)["engine.cohort"]
+    assert told.startswith(f"engine.cohort = auto: {number}; ")
+
+
+def test_a_resumed_run_keeps_its_cohort(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    from fl_server.cli import main
+
+    whole = runner("run.rounds=4", "engine.cohort=5")
+    half = runner("run.rounds=2", "engine.cohort=5")
+    assert main(["resume", str(half.folder), "run.rounds=4", "engine.cohort=2"]) == 2
+    assert "engine.cohort = 2: the run in" in capsys.readouterr().err
+    assert main(["resume", str(half.folder), "run.rounds=4"]) == 0
+    assert half.summary["model_sha256"] == whole.summary["model_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("engine.cohort=0",), 'engine.cohort = "0": must be auto, or a number from 1 on'),
+        (("engine.cohort=4", "engine.name=ray"), "belongs to engine.name=inprocess"),
+        (("engine.cohort=4", "engine.workers=2"), "leave one of them out"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(
+    runner: Runner, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], told: str
+) -> None:
+    runner.always = []
+    assert runner(*settings).code == 2
+    assert told in capsys.readouterr().err

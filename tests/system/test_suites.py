@@ -1,0 +1,240 @@
+"""`flatfed suite` on a suite in miniature: the whole path, and what it does after it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+from living import wait_for
+
+from fl_common import processes
+from fl_server.cli import main
+
+FLATFED = Path(sys.executable).with_name("flatfed")
+ROUNDS = 40
+SUITE = f"""\
+title = "Miniature"
+source = "nobody"
+seeds = [0, 1]
+metrics = ["accuracy", "mb-up", "memory-mb"]
+[base]
+clients.number = 3
+run.rounds = {ROUNDS}
+eval.every = {ROUNDS // 2}
+run.pictures = false
+[methods.fedavg]
+[methods.feddyn]
+strategy.name = "feddyn"
+[[published]]
+table = "Table 1"
+metric = "accuracy"
+values = {{ fedavg = [90.0] }}
+"""
+CELLS = ["fedavg_seed0", "feddyn_seed0", "fedavg_seed1", "feddyn_seed1"]
+
+
+class Suite:
+    """A suite's file, and processes that run it."""
+
+    def __init__(self, base: Path, text: str = SUITE) -> None:
+        self.file, self.out = base / "mini.toml", base / "out"
+        self.file.write_text(text)
+        self.folder, self.log = self.out / "mini", base / "log.txt"
+
+    def call(self, *words: str) -> int:
+        return main(["suite", str(self.file), "--out", str(self.out), *words])
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [FLATFED, "suite", self.file, "--out", self.out],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def rounds(self, cell: str) -> int:
+        path = self.folder / cell / "history.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def until(self, cell: str, process: subprocess.Popen[bytes]) -> None:
+        """Waits until this cell is in its middle."""
+        held = wait_for(lambda: self.rounds(cell) >= 3 or process.poll() is not None, 240)
+        assert held and process.poll() is None, self.log.read_text()
+
+    def summary(self, cell: str) -> dict[str, Any]:
+        return json.loads((self.folder / cell / "summary.json").read_text())
+
+    def files(self, cell: str) -> dict[str, tuple[str, int]]:
+        """Digest and time of every file of a cell."""
+        return {
+            str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+            for path in (self.folder / cell).rglob("*")
+            if path.is_file()
+        }
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    return [p for p, row in processes.living().items() if row.parent == process.pid]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="a child's end with its parent is Linux's")
+def test_killed_and_interrupted_it_redoes_what_is_not_finished(tmp_path, capfd):
+    suite = Suite(tmp_path)
+
+    # Ctrl-C in the first cell: the child ends cleanly, and the way on is told.
+    process = suite.start()
+    suite.until(CELLS[0], process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "interrupted; go on with: flatfed suite" in suite.log.read_text()
+    assert suite.summary(CELLS[0])["error"] == "interrupted"
+
+    # SIGKILL of the suite alone: its child does not stay behind.
+    process = suite.start()
+    wait_for(lambda: "goes on" in suite.log.read_text() and bool(children(process)), 60)
+    suite.until(CELLS[1], process)
+    [child] = children(process)
+    process.kill()
+    process.wait(60)
+
+    # SIGKILL of both, in a suite that was started again before the child had ended.
+    process = suite.start()
+    suite.until(CELLS[2], process)
+    assert child not in processes.living()
+    [child] = children(process)
+    process.kill()
+    os.kill(child, signal.SIGKILL)
+    process.wait(60)
+    assert wait_for(lambda: child not in processes.living(), 60)
+    before = {cell: suite.files(cell) for cell in CELLS[:2]}
+    assert all(suite.summary(cell)["status"] == "completed" for cell in CELLS[:2])
+    assert suite.summary(CELLS[2])["status"] == "running"
+    done = suite.rounds(CELLS[2])
+    capfd.readouterr()
+
+    assert suite.call() == 0
+    told = capfd.readouterr().out
+    assert "4 cells, 2 done, 2 to run" in told
+    started = [line for line in told.splitlines() if ": begins" in line or ": goes on" in line]
+    assert len(started) == 2
+    assert started[0].startswith(f"{CELLS[2]}: goes on from its checkpoint")
+    assert started[1] == f"{CELLS[3]}: begins"
+    assert {cell: suite.files(cell) for cell in CELLS[:2]} == before
+    assert done - 1 <= suite.summary(CELLS[2])["resumed_after_rounds"][0] <= done
+
+    # An interrupted cell ends as one that nothing happened to.
+    for cell, strategy in ((CELLS[1], "feddyn"), (CELLS[2], "fedavg")):
+        seed = cell[-1]
+        assert main(["run", f"run.output-dir={tmp_path}", f"run.name={cell}", "clients.number=3",
+            f"run.rounds={ROUNDS}", f"eval.every={ROUNDS // 2}", f"strategy.name={strategy}",
+            f"run.seed={seed}", "run.pictures=false"]) == 0  # fmt: skip
+        whole = json.loads((tmp_path / cell / "summary.json").read_text())
+        assert suite.summary(cell)["model_sha256"] == whole["model_sha256"]
+
+    check_the_table(suite)
+
+    # Once more: nothing is left, and nothing is touched.
+    before, started = {cell: suite.files(cell) for cell in CELLS}, time.monotonic()
+    capfd.readouterr()
+    assert suite.call() == 0
+    assert "4 done, 0 to run" in capfd.readouterr().out
+    assert {cell: suite.files(cell) for cell in CELLS} == before
+    assert time.monotonic() - started < 60
+
+    # Other settings are another suite: refused by name, nothing is lost.
+    assert suite.call("run.rounds=41") == 2
+    error = capfd.readouterr().err
+    assert f"error: {suite.folder / CELLS[0]}: holds another run: run.rounds is {ROUNDS} there " \
+        "and 41 here; give another --out" in error  # fmt: skip
+    assert {cell: suite.files(cell) for cell in CELLS} == before
+
+
+def check_the_table(suite: Suite) -> None:
+    """Its numbers, recomputed from the histories."""
+    table = json.loads((suite.folder / "table.json").read_text())
+    rows = {}
+    for cell in CELLS:
+        history = (suite.folder / cell / "history.jsonl").read_text().splitlines()
+        rows[cell] = [json.loads(line) for line in history]
+    for told in table["cells"]:
+        history = rows[told["cell"]]
+        assert told["values"]["accuracy"] == 100 * history[-1]["accuracy"]
+        assert told["values"]["mb-up"] == sum(row["bytes_up"] for row in history) / 1e6
+        assert told["rounds"] == ROUNDS and len(told["code"]) == 64
+    # Python with torch takes more than 100 MB; the second cell alone was seen by no one at its
+    # end only if it was killed, and none was.
+    assert all(cell["values"]["memory-mb"] > 100 for cell in table["cells"])
+    [one, two] = (100 * rows[f"fedavg_seed{seed}"][-1]["accuracy"] for seed in (0, 1))
+    ours = f"{fmean([one, two]):.1f} ± {stdev([one, two]):.1f} (n = 2)"
+    page = (suite.folder / "table.md").read_text()
+    line = f"| fedavg | accuracy [%] | 90.0 [1] | {ours} | {fmean([one, two]) - 90:+.1f} |"
+    assert line in page
+    assert f"flatfed suite {suite.file}" in page and table["cells"][0]["code"][:12] in page
+    report = (suite.folder / "report.html").read_text()
+    assert all(cell in report for cell in CELLS)
+
+
+# The first cell's parameters overflow in its first round, and no update is accepted.
+FAILING = """\
+title = "Miniature"
+seeds = [0]
+metrics = ["accuracy"]
+[base]
+clients.number = 3
+run.rounds = 2
+clients.max-failed-rounds = 1
+run.pictures = false
+[methods.broken]
+train.weight-decay = 1e30
+[methods.fedavg]
+[[published]]
+table = "Table 1"
+metric = "accuracy"
+values = { fedavg = [90.0] }
+"""
+
+
+def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path, capfd):
+    suite = Suite(tmp_path, FAILING)
+    assert suite.call() == 3
+    told = capfd.readouterr()
+    assert "broken_seed0: failed (3): run failed: " in told.out
+    assert f"error: broken_seed0 failed; its log: {suite.folder}/logs/broken_seed0.txt" in told.err
+    assert suite.summary("fedavg_seed0")["status"] == "completed"
+    assert "1 of 2 runs are missing" in (suite.folder / "table.md").read_text()
+
+    # The table alone, with the accuracies that are there; published, it is made from its JSON.
+    docs = tmp_path / "docs"
+    assert suite.call("--publish", str(docs)) == 0
+    assert (docs / "mini.md").read_text() == (suite.folder / "table.md").read_text()
+    assert str(tmp_path) not in json.loads((docs / "mini.json").read_text())["about"]
+
+
+def test_a_folder_with_something_else_is_refused_before_anything_starts(tmp_path, capfd):
+    suite = Suite(tmp_path)
+    foreign = suite.folder / CELLS[3]
+    foreign.mkdir(parents=True)
+    (foreign / "letter.txt").write_text("dear")
+    assert suite.call() == 2
+    assert f"error: {foreign}: holds no run; give another --out" in capfd.readouterr().err
+    assert (foreign / "letter.txt").read_text() == "dear"
+    assert not (suite.folder / CELLS[0]).exists()
+
+
+def test_another_suite_at_work_is_told(tmp_path, capfd):
+    from fl_server.suites import lock
+
+    suite = Suite(tmp_path)
+    with lock(suite.folder):
+        assert suite.call() == 2
+    assert "another flatfed suite is at work here" in capfd.readouterr().err
