@@ -62,8 +62,8 @@ class Done:
 class _Worker:
     process: int
     connection: socket.socket
-    job: Job | None = None
-    sent: Sequence[torch.Tensor] = ()
+    jobs: deque[tuple[Job, Sequence[torch.Tensor]]] = field(default_factory=deque)
+    """What it was sent, with the tensors; it works on the first."""
 
 
 def count(config: CoreConfig) -> int:
@@ -108,13 +108,9 @@ class Pool:
         self.jobs.extend(jobs)
         self._hand_out()
 
-    @property
-    def busy(self) -> bool:
-        return any(worker.job for worker in self.workers)
-
     def collect(self) -> list[Done]:
         """What is done, at least one if a job is under way, unless it takes longer than WAIT_S."""
-        working = {worker.connection: worker for worker in self.workers if worker.job}
+        working = {worker.connection: worker for worker in self.workers if worker.jobs}
         if not working:
             return []
         ready, _, _ = select.select(list(working), [], [], WAIT_S)
@@ -133,32 +129,39 @@ class Pool:
             self.common = None
 
     def _hand_out(self) -> None:
-        for i, worker in enumerate(self.workers):
-            while self.jobs and worker.job is None:
-                job = self.jobs.popleft()
-                try:
-                    worker.sent = shared.send(
-                        worker.connection,
-                        job.header,
-                        [job.content, job.state],
-                        self.common,
-                    )
-                    worker.job = job
-                except OSError:  # it died idle: the job goes to a new one
-                    self._end(worker)
-                    self.jobs.appendleft(job)
-                    worker = self.workers[i] = self._fork()
+        """A job for every worker, and while many are left a second one, which it begins without
+        waiting for us; not at the end, where it may be the slower of two."""
+        for ahead in (1, 2):
+            for i in range(len(self.workers)):
+                plenty = ahead == 1 or len(self.jobs) > 2 * len(self.workers)
+                while self.jobs and plenty and len(self.workers[i].jobs) < ahead:
+                    if not self._send(i):
+                        break
+
+    def _send(self, i: int) -> bool:
+        """Give worker i the next job; False if it died at another, of which `_take` tells."""
+        worker, job = self.workers[i], self.jobs[0]
+        records = [job.content, job.state]
+        try:
+            sent = shared.send(worker.connection, job.header, records, self.common)
+        except OSError:
+            if worker.jobs:
+                return False
+            self._end(worker)
+            self.workers[i] = self._fork()
+            return True
+        worker.jobs.append((self.jobs.popleft(), sent))
+        return True
 
     def _take(self, worker: _Worker) -> Done:
-        job, worker.job = worker.job, None
+        job, sent = worker.jobs.popleft()
         try:
-            header, (content, state), _ = shared.receive(worker.connection, worker.sent)
+            header, (content, state), _ = shared.receive(worker.connection, sent)
         except (EOFError, OSError):
             status = self._end(worker)
+            self.jobs.extendleft(job for job, _ in reversed(worker.jobs))  # it had not begun them
             self.workers[self.workers.index(worker)] = self._fork()
             return Done(job.key, error=f"its worker process died ({_how(status)})")
-        finally:
-            worker.sent = ()
         return Done(job.key, content, state, header.get("error", ""))
 
     def _fork(self) -> _Worker:
