@@ -148,6 +148,7 @@ def test_three_runs_at_once(app: Path, tmp_path: Path) -> None:
     assert len({seen["home"] for _, seen, _, _ in outcomes}) == 3
 
 
+@pytest.mark.long
 def test_terminated_caller_leaves_nothing(app: Path, tmp_path: Path) -> None:
     env = mark()
     job = json.dumps([str(app), {"probe.folder": str(tmp_path), "probe.mode": "wait"}, env])

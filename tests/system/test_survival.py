@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,11 +176,8 @@ def test_a_client_that_is_killed_in_the_middle_of_training(tmp_path: Path):
             at = rounds_done(folder) + 1
             state = json.loads((place.folder / "home/up/state.json").read_text())
             node = int(list(state["processes"])[2])  # the SuperLink, node 0, node 1
-            process = Path(f"/proc/{node}")
-            command = (process / "cmdline").read_text().split("\0")[:-1]
+            command, env = started_as(node)
             assert "--partition 1 " in " ".join(command)
-            entries = (process / "environ").read_text().split("\0")
-            env = dict(entry.split("=", 1) for entry in entries if entry)
             end(node)
             (place.modules / "hold").unlink()
             assert come(folder, at, 120)
@@ -203,6 +201,70 @@ def test_a_client_that_is_killed_in_the_middle_of_training(tmp_path: Path):
         (place.modules / "absent").write_text(json.dumps(absent))
         alone = place.run("alone", "inprocess", *settings)
         assert summary(alone)["model_sha256"] == summary(folder)["model_sha256"]
+
+
+@pytest.mark.long
+def test_ten_nodes_shrink_to_one(tmp_path: Path):
+    """Too few: waited for, told, ended by the deadline with a checkpoint, and resumed by ten nodes
+    to the model of an unharmed run.  Enough: the one that is left goes on alone."""
+    settings = ["clients.number=10", "run.rounds=40", "model.name=mlp", "train.device=cpu"]
+    for place in federation(tmp_path, "--clients", "10", "--insecure"):
+        state = json.loads((place.folder / "home/up/state.json").read_text())
+        nodes = [int(pid) for pid in list(state["processes"])[2:]]  # not the SuperLink, nor node 0
+        again = [started_as(node) for node in nodes]
+        limits = ["clients.deadline-s=20", "clients.return-s=1"]
+        run = submit(place, "few", *settings, *limits, "clients.min-replies=5")
+        folder = place.folder / "few"
+        try:
+            assert come(folder, 2, 300)
+            for node in nodes:
+                os.kill(node, signal.SIGTERM)
+            output, _ = run.communicate(timeout=300)
+        finally:
+            run.kill()
+        assert run.returncode == 3, output
+        assert summary(folder)["status"] == "failed"
+        reason = summary(folder)["error"]
+        assert "1 good replies, clients.min-replies = 5" in reason
+        assert re.search(r"waiting, \d+ s at most \(clients.deadline-s\)", output)
+        started = []
+        try:
+            for i, (command, env) in enumerate(again):
+                with (place.folder / f"again-{i}.log").open("wb") as log:
+                    started.append(
+                        subprocess.Popen(
+                            command, cwd=place.folder, env=env, stdout=log, stderr=log,
+                            start_new_session=True,
+                        )
+                    )  # fmt: skip
+            done = place.flatfed("resume", str(folder), "clients.deadline-s=300")
+            assert done.returncode == 0, done.stdout + done.stderr
+            alone = place.run("whole", "inprocess", *settings)
+            assert summary(folder)["model_sha256"] == summary(alone)["model_sha256"]
+
+            limits = ["clients.deadline-s=300", "clients.return-s=1"]
+            run, folder = submit(place, "one", *settings, *limits), place.folder / "one"
+            try:
+                assert come(folder, 2, 300)
+                for process in started:
+                    process.terminate()
+                output, _ = run.communicate(timeout=500)
+            finally:
+                run.kill()
+            assert run.returncode == 0, output
+            assert less_times(folder)[-1]["replies"] == [0]
+        finally:
+            for process in started:
+                process.terminate()
+                process.wait(60)
+
+
+def started_as(process: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a process."""
+    place = Path(f"/proc/{process}")
+    entries = (place / "environ").read_text().split("\0")
+    env = dict(entry.split("=", 1) for entry in entries if entry)
+    return (place / "cmdline").read_text().split("\0")[:-1], env
 
 
 class Lasting(Federation):
