@@ -28,6 +28,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fl_common.fingerprint import code_sha256
+from fl_common.processes import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -198,23 +199,12 @@ def _send(
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict, RecordDict]:
-    lengths = LENGTHS.unpack(_read(connection, LENGTHS.size))
-    header, *records = (_read(connection, length) for length in lengths)
+    lengths = LENGTHS.unpack(read(connection, LENGTHS.size))
+    header, *records = (read(connection, length) for length in lengths)
     content, state = (
         recorddict_from_proto(ProtoRecordDict.FromString(bytes(data))) for data in records
     )
     return json.loads(header), content, state
-
-
-def _read(connection: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view, start = memoryview(data), 0
-    while start < length:
-        count = connection.recv_into(view[start:])
-        if not count:
-            raise EOFError
-        start += count
-    return data
 
 
 def _outlive_not(node: int) -> None:

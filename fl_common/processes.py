@@ -33,6 +33,18 @@ LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given
 POLL = 0.025  # s
 
 
+def read(connection: socket.socket, length: int) -> bytearray:
+    """Exactly so many bytes.  Raises EOFError if the other side is gone, OSError."""
+    data = bytearray(length)
+    view, start = memoryview(data), 0
+    while start < length:
+        count = connection.recv_into(view[start:])
+        if not count:
+            raise EOFError
+        start += count
+    return data
+
+
 def free_port() -> int:
     """A loopback port that nobody used a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -108,6 +120,17 @@ def adopt_orphans() -> None:
         subreaper = 36  # PR_SET_CHILD_SUBREAPER
         if ctypes.CDLL(None, use_errno=True).prctl(subreaper, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def end_with(parent: int, number: int) -> bool:
+    """Have the kernel (Linux) send this process a signal when its parent ends; gives whether
+    `parent` still is that."""
+    if sys.platform == "linux":
+        import ctypes
+
+        parent_death = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death, number, 0, 0, 0)
+    return os.getppid() == parent
 
 
 def end_descendants(grace: float = GRACE) -> None:

@@ -20,6 +20,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fl_common import wire
 from fl_common.deferred import torch
+from fl_common.processes import read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -159,8 +160,8 @@ def receive(
     try:
         if not data:
             raise EOFError
-        data += _read(connection, LENGTHS.size - len(data))
-        text, body = (_read(connection, length) for length in LENGTHS.unpack(data))
+        data += read(connection, LENGTHS.size - len(data))
+        text, body = (read(connection, length) for length in LENGTHS.unpack(data))
         maps = [_map(file) for file in files]
     finally:
         for file in files:
@@ -200,14 +201,3 @@ def _view(
     if not prod(shape):
         return empty.reshape(shape)
     return empty.set_(memory, at // empty.itemsize, shape)
-
-
-def _read(connection: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view, start = memoryview(data), 0
-    while start < length:
-        count = connection.recv_into(view[start:])
-        if not count:
-            raise EOFError
-        start += count
-    return data

@@ -165,11 +165,11 @@ class InProcessGrid(Grid):
         """The replies to as many of these as are trained at once, the first one's among them."""
         from fl_client.app import partition_of, resident
 
+        messages = [m for m in messages if m.metadata.message_type == "train"]
         contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
         jobs = [
             (partition_of(context), message.content, context.state)
             for message, context in zip(messages, contexts, strict=True)
-            if message.metadata.message_type == "train"
         ]
         try:
             clients = resident(contexts[0])

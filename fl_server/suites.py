@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fl_common import processes
 from fl_common.config import resolve
 from fl_common.files import write_atomically
 from fl_common.fingerprint import code_sha256
@@ -270,13 +271,8 @@ CHILD = "from fl_server.suites import child; child()"
 
 def child() -> None:
     """The process of a cell: `flatfed`, interrupted when the suite is no more."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pdeathsig, suite = 1, os.getppid()
-        ctypes.CDLL(None).prctl(pdeathsig, signal.SIGINT, 0, 0, 0)
-        if os.getppid() != suite:
-            sys.exit("the suite is no more")
+    if not processes.end_with(os.getppid(), signal.SIGINT):
+        sys.exit("the suite is no more")
     from fl_server.cli import entry_point
 
     entry_point()

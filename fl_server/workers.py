@@ -6,7 +6,6 @@ with the process that forked them, however that ends.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -17,10 +16,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 from flwr.app import RecordDict
 
-from fl_common import shared
+from fl_common import processes, shared
 from fl_common.assembly import training_device
 from fl_common.config import AUTO
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
     Answer = Callable[[dict[str, Any], RecordDict, RecordDict], tuple[RecordDict, RecordDict]]
 
-PR_SET_PDEATHSIG = 1
 WAIT_S = 30.0
 """How long `collect` waits at most; then its caller looks at the deadline [s]."""
 
@@ -178,9 +175,11 @@ class Pool:
             for worker in self.workers:
                 worker.connection.close()
             ours.close()
-            _live_no_longer_than(parent)
-            np.random.seed()  # noqa: NPY002  (Flower's noise: not the same in every worker)
-            _serve(theirs, self.answer)
+            # Ctrl-C is for the process that has the run; it ends us.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if processes.end_with(parent, signal.SIGKILL):
+                _serve(theirs, self.answer)
         except (EOFError, OSError):
             pass
         except BaseException:
@@ -205,16 +204,6 @@ def _how(status: int) -> str:
         hint = "; out of memory?" if number == signal.SIGKILL else ""
         return f"{signal.Signals(number).name}{hint}"
     return f"exit code {os.WEXITSTATUS(status)}"
-
-
-def _live_no_longer_than(parent: int) -> None:
-    # Ctrl-C is for the process that has the run; it ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)
 
 
 def _serve(connection: socket.socket, answer: Answer) -> NoReturn:

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -136,25 +135,6 @@ def test_a_clients_state_is_its_own_wherever_it_is_trained() -> None:
                 assert torch.equal(
                     wire.vectors(reply.content)["w"], torch.full((3,), r * (i + 1.0))
                 )
-    finally:
-        grid.close()
-
-
-def test_noise_differs_between_workers() -> None:
-    """Flower's privacy draws from NumPy's global generator, which a fork would copy."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        time.sleep(0.05)
-        noise = float(np.random.normal())  # noqa: NPY002
-        return Message(RecordDict({wire.METRICS: MetricRecord({"x": noise})}), reply_to=message)
-
-    np.random.seed(1)  # noqa: NPY002
-    grid = grid_of(app, count=4)
-    try:
-        replies = grid.send_and_receive(questions(grid))
-        assert len({reply.content[wire.METRICS]["x"] for reply in replies}) == 4
     finally:
         grid.close()
 
