@@ -117,10 +117,9 @@ def _bare_seconds(model: str, cohort: Cohort, rounds: int) -> float:
     train, device = cohort.config.train, cohort.clients.device
     loop = bare.Bare(getattr(bare, model)().to(device), train.lr)
     ready = [
-        (data.transform(x), y)
+        batch
         for i in range(cohort.count)
-        for data in [cohort.clients.local_data(i)]
-        for x, y in batches(data, train, (0, 1, i))
+        for batch in batches(cohort.clients.local_data(i), train, (0, 1, i))
     ]
     return median([cohort.seconds(lambda: loop.steps(ready)) for _ in range(2 + rounds)][2:])
 
@@ -199,7 +198,7 @@ def _flops(cohort: Cohort) -> float:
     """Of a round's forward and backward passes, by the plain network's operations."""
     config, clients = cohort.config, cohort.clients
     data = clients.local_data(0)
-    x = data.transform(data.x[: config.train.batch_size])
+    x, _ = next(batches(data, config.train, (0, 1, 0)))
     net = clients.net.train()
     with FlopCounterMode(display=False) as counter:
         net(x).sum().backward()

@@ -102,7 +102,7 @@ class Pairs(Silent):
     def _batches(self, partition: int, server_round: int) -> list[tuple[torch.Tensor, Any]]:
         data = client._resident[0][1].local_data(partition)
         key = (self.config.run.seed, server_round, partition)
-        return [(data.transform(x), y) for x, y in batches(data, self.config.train, key)]
+        return list(batches(data, self.config.train, key))
 
 
 def pairs(model: str, rounds: int, folder: Path, own: dict[str, Any]) -> Pairs:

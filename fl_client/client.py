@@ -323,7 +323,7 @@ class Clients:
             indices, train = torch.from_numpy(self.share(partition).train), self.data.train
             x, y = (torch.from_numpy(a).index_select(0, indices) for a in (train.x, train.y))
             x, y = x.to(self.device), y.to(self.device)
-            data = LocalData(x, y, self.transform.train, self.transform.random)
+            data = LocalData(x, y, self.transform.train, self.transform.draws)
             if self.device.type == "cpu":
                 return data
             self.on_device[partition] = data

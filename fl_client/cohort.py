@@ -24,6 +24,7 @@ from fl_client.stacked import Batches, Corrections, Dropouts, Rules, first_of, p
 from fl_client.trainer import (
     LocalResult,
     Step,
+    batches,
     frozen_statistics,
     overriding,
     perturbation_of,
@@ -98,7 +99,7 @@ def bytes_of(net: torch.nn.Module, data: LocalData, settings: Train) -> int:
     draws = generator_state(device)
     keep = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with keep, frozen_statistics(net), precision_of(settings, device)():
-        output = net(data.transform(data.x[: settings.batch_size]))
+        output = net(next(batches(data, settings, (0, 0, 0)))[0])
     set_generator_state(device, draws)
     del output
     parameters = sum(p.nbytes for p in net.parameters())
@@ -295,24 +296,19 @@ class _Cohort:
         """x (A, B, ...), y (A, B) and the masks of dropouts (A, B, ...) of a step."""
         x, y, sizes = self.batches.at(number)
         members = self.members[: len(x)]
-        alike = not members[0].data.random
-        if alike:
-            x = members[0].data.transform(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        if alike and not (self.dropouts or self._transforms(members[0])):
+        if not (self.dropouts or self._transforms(members[0])):
             return x, y, []
         xs, ys, masks = [], [], [[] for _ in self.dropouts]
         for member, size, own_x, own_y in zip(members, sizes, x, y, strict=True):
             seed_device(self.device.type, seed_of("step", *self.key, member.partition, number))
             own_x, own_y = own_x[:size], own_y[:size]
-            if not alike:
-                own_x = member.data.transform(own_x)
             for transform in self._transforms(member):
                 own_x, own_y = transform(own_x, own_y)
             xs.append(own_x)
             ys.append(own_y)
             for mask, (ones, p) in zip(masks, self.dropouts, strict=True):
                 mask.append(functional.dropout(ones[:size], p))
-        if alike and not self._transforms(members[0]):
+        if not self._transforms(members[0]):
             return x, y, [padded(mask) for mask in masks]
         return padded(xs), padded(ys, PADDING), [padded(mask) for mask in masks]
 
@@ -329,7 +325,7 @@ class _Cohort:
         draws = generator_state(self.device.type)
         found = Dropouts()
         with torch.no_grad(), frozen_statistics(self.net), self.precision(), found:
-            self.net(self.members[0].data.transform(x[0]))
+            self.net(x[0])
         set_generator_state(self.device.type, draws)
         if any(len(ones) != len(x[0]) for ones, _ in found.seen):
             raise NotImplementedError("a dropout of something else than samples")

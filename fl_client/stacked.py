@@ -6,14 +6,14 @@ those who still have steps to take are always the first.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
-from fl_client.trainer import epoch_order
+from fl_common.determinism import seed_of, uniform, words
 from fl_common.local import PADDING, per_tensor
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     Tensors = list[torch.Tensor]
     State = dict[str, Tensors] | None
+
+END = torch.iinfo(torch.int64).max
 
 NARROW = 64
 """Input channels under which a GPU's convolutions are products with patches: its kernels for many
@@ -42,38 +44,74 @@ class Batches:
         key: tuple[int, int],
         device: torch.device,
     ) -> None:
-        size, samples = settings.batch_size, [len(member.data.y) for member in members]
+        size, epochs = settings.batch_size, settings.epochs
+        samples = [len(member.data.y) for member in members]
+        self.data, self.total = members[0].data, sum(samples)
         self.x = torch.cat([member.data.x for member in members])
         ends = [member.data.y for member in members]
         self.y = torch.cat([*ends, ends[0].new_full((1,), PADDING)])
         self.steps = [settings.steps(n) for n in samples]
         """K_i."""
-        rows, start = [], 0
-        for member, n in zip(members, samples, strict=True):
-            keys = (*key, member.partition)
-            orders = [start + epoch_order(n, keys, e) for e in range(settings.epochs)]
-            split = [part for order in orders for part in order.split(size)]
-            rows.append(padded(split, sum(samples), size))
-            start += n
-        index = pad_sequence(rows, padding_value=sum(samples))
-        self.index = index.to(device)  # (S, K, B)
-        self.sizes = (index < sum(samples)).sum(2).tolist()
+        each = [steps // epochs for steps in self.steps]  # of an epoch
+        self.sizes = [
+            [_size(n, size, t, epochs * own, own) for n, own in zip(samples, each, strict=True)]
+            for t in range(self.steps[0])
+        ]
         """Of the batches by step and client; 0: no steps left."""
         self.padded = False
         """Whether the last batch that was taken has clients with fewer samples than others."""
+
+        keys = [seed_of("epoch", *key, m.partition, e) for m in members for e in range(epochs)]
+        keys = numbers(keys, device).view(len(members), epochs)
+        most, draws = samples[0], self.data.draws
+        drawn = words(keys, most * (1 + draws), device).unflatten(-1, (most, 1 + draws))
+        n, each, start = (
+            numbers(values, device)[:, None]
+            for values in (samples, each, [0, *accumulate(samples)][:-1])
+        )
+        outside = torch.arange(most, device=device) >= n[..., None]
+        order = drawn[..., 0].masked_fill(outside, END).argsort(stable=True)  # (K, E, most)
+        step = torch.arange(self.steps[0], device=device)[:, None, None]
+        place = step % each * size + torch.arange(size, device=device)  # (S, K, B)
+        epoch = step // each
+        held = (epoch < epochs) & (place < n)
+        client = torch.arange(len(members), device=device)[:, None]
+        self._seen = (client, epoch.clamp(max=epochs - 1), place.clamp(max=most - 1))
+        self.index = torch.where(held, order[self._seen] + start, self.total)  # (S, K, B)
+        u = uniform(drawn[..., 1:])
+        self._u = u.gather(2, order[..., None].expand_as(u))
 
     def count(self, number: int) -> int:
         """A, the clients that take this step."""
         return sum(steps > number for steps in self.steps)
 
     def at(self, number: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """x (A, B, ...) as it is stored, y (A, B) and each client's true batch size."""
+        """x (A, B, ...) as the networks see it, y (A, B) and each client's true batch size."""
         sizes = self.sizes[number][: self.count(number)]
         self.padded = min(sizes) < max(sizes)
-        index = self.index[number, : len(sizes), : max(sizes)]
-        rows = index.flatten().clamp(max=len(self.x) - 1) if self.padded else index.flatten()
-        x = self.x.index_select(0, rows).unflatten(0, index.shape)
-        return x, self.y.index_select(0, index.flatten()).view_as(index), sizes
+        clients, most = len(sizes), max(sizes)
+        index = self.index[number, :clients, :most]
+        rows = index.flatten().clamp(max=self.total - 1) if self.padded else index.flatten()
+        client, epoch, place = self._seen
+        u = self._u[client[:clients], epoch[number, :clients], place[number, :clients, :most]]
+        x = self.data.seen(self.x.index_select(0, rows), u.flatten(0, 1))
+        y = self.y.index_select(0, index.flatten()).view_as(index)
+        return x.unflatten(0, index.shape), y, sizes
+
+
+def _size(samples: int, size: int, step: int, steps: int, each: int) -> int:
+    """Of a client's batch, with `each` steps in an epoch and `steps` in all."""
+    return min(size, samples - step % each * size) if step < steps else 0
+
+
+def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 (n,) on the device; a GPU takes them with the work itself, not as a copy."""
+    if device.type == "cpu":
+        return torch.tensor(values)
+    found = torch.empty(len(values), dtype=torch.int64, device=device)
+    for cell, value in zip(found.unbind(), values, strict=True):
+        cell.fill_(value)
+    return found
 
 
 class Corrections:

@@ -14,7 +14,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
 
-from fl_common.determinism import generator_state, seed_device, seed_of, set_generator_state
+from fl_common.determinism import (
+    generator_state,
+    seed_device,
+    seed_of,
+    set_generator_state,
+    uniform,
+    words,
+)
 from fl_common.layout import PARAMS, Layout
 from fl_common.local import norm_of, norms_of, per_tensor
 from regularizers.base import Regularizer
@@ -38,10 +45,14 @@ class LocalData:
     """(n, C, H, W) uint8 images, (n, F) features, or (n, L) token ids."""
     y: torch.Tensor
     """(n,) int64 labels."""
-    transform: Callable[[torch.Tensor], torch.Tensor]
-    """Normalises and augments a batch; draws from the device's default generator."""
-    random: bool = True
-    """Whether it draws; if not, a sample becomes the same in any batch."""
+    transform: Callable[..., torch.Tensor]
+    """What becomes of a batch x (B, ...), given u (B, D) too if it draws."""
+    draws: int = 0
+    """D, the numbers from U[0, 1) that a sample draws in every epoch."""
+
+    def seen(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """A batch as the network sees it; u (B, D)."""
+        return self.transform(x, u) if self.draws else self.transform(x)
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,11 @@ def local_round(
 ) -> LocalResult:
     """Train `net` in place for `settings.epochs` epochs over `data`.
 
-    Randomness: the order of an epoch comes from (seed, round, partition, epoch), all draws of a
-    step, dropout included, from (seed, round, partition, step).  `methods`, of which at most one
-    has a perturbation, have begun; `correction`: their closed-form terms.  A network with a `loss`
-    method, (output, y) -> scalar, is trained on that instead of the cross-entropy.  `norms`: record
-    the gradient's.
+    Randomness: the order and the augmentation of an epoch come from (seed, round, partition,
+    epoch), all other draws of a step, dropout's too, from (seed, round, partition, step).
+    `methods`, of which at most one has a perturbation, have begun; `correction`: their closed-form
+    terms.  A network with a `loss` method, (output, y) -> scalar, is trained on that instead of the
+    cross-entropy.  `norms`: record the gradient's.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     if not params:
@@ -109,7 +120,6 @@ def local_round(
     key = (seed, server_round, partition)
     for number, (x, y) in enumerate(batches(data, settings, key)):
         seed_device(device, seed_of("step", *key, number))
-        x = data.transform(x)
         for transform in transforms:
             x, y = transform(x, y)
         repeated = partial(_repeated, net, device, step.perturbation and generator_state(device))
@@ -125,17 +135,17 @@ def local_round(
 def batches(
     data: LocalData, settings: Train, key: tuple[int, int, int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of every epoch in its own order; the last one of an epoch may be smaller."""
+    """Batches of every epoch in its own order, as the network sees them; the last one of an epoch
+    may be smaller.  `key`: seed, round, partition."""
+    size, n, device = settings.batch_size, len(data.y), data.y.device
     for epoch in range(settings.epochs):
-        order = epoch_order(len(data.y), key, epoch).to(data.y.device)
+        numbers = words(seed_of("epoch", *key, epoch), n * (1 + data.draws), device)
+        numbers = numbers.view(n, 1 + data.draws)
+        order = numbers[:, 0].argsort(stable=True)
+        u = uniform(numbers[:, 1:].index_select(0, order))
         x, y = data.x.index_select(0, order), data.y.index_select(0, order)
-        yield from zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
-
-
-def epoch_order(samples: int, key: tuple[int, int, int], epoch: int) -> torch.Tensor:
-    """The order (n,) in which an epoch goes through a partition, on the CPU."""
-    generator = torch.Generator().manual_seed(seed_of("order", *key, epoch))
-    return torch.randperm(samples, generator=generator)
+        for x_b, y_b, u_b in zip(x.split(size), y.split(size), u.split(size), strict=True):
+            yield data.seen(x_b, u_b), y_b
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Seed streams, and the process settings without which equal seeds give unequal bits.
 
 Every random draw belongs to a stream named by what it is for and by (seed, round, partition,
-step): never by node id, arrival order, process or wall time.
+step): never by node id, arrival order, process or wall time.  What samples draw (their order, their
+augmentation) comes from `words`, the same on every device and for any number of clients at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # cuBLAS is deterministic only with a fixed workspace; it reads this when a handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+"""SplitMix64's increment, as a signed number."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -27,6 +31,31 @@ def seed_of(purpose: str, *key: int) -> int:
     """A 63-bit seed for the stream `purpose` at `key`, e.g. `seed_of("step", seed, round, ...)`."""
     text = f"{purpose}:{','.join(map(str, key))}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def words(keys: torch.Tensor | int, count: int, device: torch.device) -> torch.Tensor:
+    """The first `count` 64-bit numbers (..., count) int64 of the stream of each key (...) int64.
+
+    By integer operations on `device`, so that they are the same on every device and whatever else
+    is drawn beside them: SplitMix64 (Steele et al., Fast Splittable Pseudorandom Number Generators,
+    OOPSLA 2014, https://doi.org/10.1145/2660193.2660195, figure 17) seeded with the key.
+    """
+    import torch
+
+    z = torch.arange(1, count + 1, device=device).mul_(_GOLDEN)
+    z = z.add_(keys) if isinstance(keys, int) else keys.unsqueeze(-1) + z
+    # Products wrap; right shifts of signed numbers bring in the sign, which is masked away.
+    z ^= z >> 30 & (1 << 34) - 1
+    z *= 0xBF58476D1CE4E5B9 - (1 << 64)
+    z ^= z >> 27 & (1 << 37) - 1
+    z *= 0x94D049BB133111EB - (1 << 64)
+    z ^= z >> 31 & (1 << 33) - 1
+    return z
+
+
+def uniform(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers from U[0, 1), float32 multiples of 2^-24, of `words`."""
+    return (numbers >> 40 & 0xFFFFFF).float().mul_(2.0**-24)
 
 
 def prepare_process(threads: int = 1, deterministic: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Normalisation and augmentation of whole batches, on the device that holds them.
 
-Every published row is data in `RECIPES`. Random numbers come per sample from torch's default
-generator of the batch's device, which the caller seeds; nothing waits for the device.
+Every published row is data in `RECIPES`. Operations that draw get u (B, D), numbers from U[0, 1),
+as many for each sample as they say with `draws(D)`; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -15,11 +15,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Op = Callable[[Tensor], Tensor]
-"""(B, C, H, W) to (B, C, H', W'): pixels 0..255, uint8 or float, or normalised values."""
+Op = Callable[..., Tensor]
+"""(B, C, H, W) to (B, C, H', W'): pixels 0..255, uint8 or float, or normalised values; of x and
+u (B, D) if it draws."""
 
 
-def crop(x: Tensor, pad: int = 0, mode: str = "constant", probability: float = 1.0) -> Tensor:
+def draws(count: int) -> Callable[[Op], Op]:
+    """Marks an operation that draws so many numbers for each sample."""
+
+    def mark(op: Op) -> Op:
+        op.draws = count
+        return op
+
+    return mark
+
+
+def drawn_by(op: Op) -> int:
+    """D of an operation; 0 if it does not draw."""
+    return getattr(op.func if isinstance(op, partial) else op, "draws", 0)
+
+
+def choices(u: Tensor, count: int) -> Tensor:
+    """Each of 0 .. count - 1 with equal probability, int64, of u in [0, 1)."""
+    return (u * count).long()
+
+
+@draws(3)
+def crop(
+    x: Tensor, u: Tensor, pad: int = 0, mode: str = "constant", probability: float = 1.0
+) -> Tensor:
     """A random window of the input's size out of the input padded by `pad` on all sides.
 
     pad: pixels, an eighth of the height by default. mode: as in torch's pad: constant (0) or
@@ -28,26 +52,27 @@ def crop(x: Tensor, pad: int = 0, mode: str = "constant", probability: float = 1
     batch, _, height, width = x.shape
     pad = pad or max(1, height // 8)
     windows = F.pad(x, [pad] * 4, mode=mode).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = torch.randint(2 * pad + 1, (2, batch), device=x.device)
+    top, left = choices(u[:, :2], 2 * pad + 1).unbind(1)
     if probability < 1:
-        cropped = torch.rand(batch, device=x.device) < probability
+        cropped = u[:, 2] < probability
         top, left = torch.where(cropped, top, pad), torch.where(cropped, left, pad)
     return windows[torch.arange(batch, device=x.device), :, top, left]
 
 
-def flip(x: Tensor) -> Tensor:
+@draws(1)
+def flip(x: Tensor, u: Tensor) -> Tensor:
     """Left and right exchanged with probability 1/2."""
-    flipped = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    flipped = u.view(-1, 1, 1, 1) < 0.5
     return torch.where(flipped, x.flip(3), x)
 
 
-def rotate(x: Tensor, degrees: float) -> Tensor:
+@draws(1)
+def rotate(x: Tensor, u: Tensor, degrees: float) -> Tensor:
     """Rotation about the centre by an angle from U(-degrees, degrees), as float.
 
     As torchvision's RandomRotation: nearest pixel, same size, 0 outside.
     """
-    angle = torch.rand(len(x), device=x.device).sub_(0.5).mul_(2 * math.radians(degrees))
-    return rotated(x, angle)
+    return rotated(x, (u[:, 0] - 0.5) * (2 * math.radians(degrees)))
 
 
 def rotated(x: Tensor, angle: Tensor) -> Tensor:
@@ -63,22 +88,23 @@ def rotated(x: Tensor, angle: Tensor) -> Tensor:
     return F.grid_sample(x, grid.to(x.dtype), mode="nearest", align_corners=False)
 
 
-def resized_crop(x: Tensor, size: int) -> Tensor:
+@draws(22)
+def resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
     """torchvision's RandomResizedCrop with its defaults: area 0.08 to 1, ratio 3/4 to 4/3.
 
     Of square images, so that its fallback after ten tries is the whole image; bilinear without
     antialiasing (a window shrinks by 8/7 at most), as float.
     """
     batch, side = len(x), x.shape[3]
-    area = torch.empty(batch, 10, device=x.device).uniform_(0.08, 1.0) * side**2
-    ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp_()
+    area = (0.08 + (1 - 0.08) * u[:, :10]) * side**2
+    ratio = (math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20]).exp_()
     extents = torch.stack([(area / ratio).sqrt_(), (area * ratio).sqrt_()]).round_()  # h, w
     fits = (extents <= side).all(dim=0)
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     chosen = extents.gather(2, first.expand(2, batch, 1)).squeeze(2)
     extent = torch.where(fits.any(dim=1), chosen, float(side))
     room = side - extent
-    start = torch.minimum((torch.rand_like(extent) * (room + 1)).floor_(), room)
+    start = torch.minimum((u[:, 20:].T * (room + 1)).floor_(), room)
     return resized_windows(x, start, extent, size)
 
 
@@ -95,15 +121,14 @@ def resized_windows(x: Tensor, start: Tensor, extent: Tensor, size: int) -> Tens
     return F.grid_sample(x, grid.to(x.dtype), padding_mode="border", align_corners=False)
 
 
-def jitter(x: Tensor, strength: float) -> Tensor:
+@draws(6)
+def jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """torchvision's ColorJitter of brightness, contrast and saturation, as float.
 
     Three factors from U(1 - strength, 1 + strength), applied in random order.
     """
-    batch = len(x)
-    factors = torch.empty(batch, 3, device=x.device).uniform_(1 - strength, 1 + strength)
-    order = torch.rand(batch, 3, device=x.device).argsort(dim=1)
-    return jittered(x, factors, order)
+    factors = 1 - strength + 2 * strength * u[:, :3]
+    return jittered(x, factors, order=u[:, 3:].argsort(dim=1, stable=True))
 
 
 def jittered(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -127,6 +152,10 @@ def jittered(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 def centre_crop(x: Tensor, size: int) -> Tensor:
     top, left = ((side - size) // 2 for side in x.shape[2:])
     return x[:, :, top : top + size, left : left + size]
+
+
+def _done(op: Op, x: Tensor, u: Tensor | None) -> Tensor:
+    return op(x, u) if drawn_by(op) else op(x)
 
 
 def _float(x: Tensor) -> Tensor:
@@ -167,13 +196,13 @@ class Transform:
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
-    def random(self) -> bool:
-        """Whether training batches are augmented, not only normalised."""
-        return bool(self.recipe.train or self.recipe.after)
+    def draws(self) -> int:
+        """D, the numbers that each sample of a training batch draws."""
+        return sum(map(drawn_by, (*self.recipe.train, *self.recipe.after)))
 
-    def train(self, x: Tensor) -> Tensor:
-        """The batch of a training step, augmented."""
-        return self._apply(x, self.recipe.train, self.recipe.after)
+    def train(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """The batch of a training step, augmented by u (B, D); None where D = 0."""
+        return self._apply(x, self.recipe.train, self.recipe.after, u)
 
     def eval(self, x: Tensor) -> Tensor:
         return self._apply(x, self.recipe.eval, ())
@@ -184,18 +213,22 @@ class Transform:
             return stored
         return tuple(self.eval(torch.zeros(1, *stored, dtype=torch.uint8)).shape[1:])
 
-    def _apply(self, x: Tensor, before: tuple[Op, ...], after: tuple[Op, ...]) -> Tensor:
+    def _apply(
+        self, x: Tensor, before: tuple[Op, ...], after: tuple[Op, ...], u: Tensor | None = None
+    ) -> Tensor:
         if x.is_floating_point() or x.dim() == 2:
             if before or after:
                 kind = "features" if x.is_floating_point() else "token ids"
                 raise ValueError(f"augmentation needs images, {kind} have none; use none")
             return x.to(self._dtype) if x.is_floating_point() else x.long()
+        counts = [drawn_by(op) for op in (*before, *after)]
+        own = iter(u.split(counts, dim=1) if any(counts) else [None] * len(counts))
         for op in before:
-            x = op(x)
+            x = _done(op, x, next(own))
         scale, shift = self._constants(x.device)
         x = x.to(self._dtype, memory_format=self._order).mul_(scale).add_(shift)
         for op in after:
-            x = op(x)
+            x = _done(op, x, next(own))
         return x.contiguous(memory_format=self._order) if after and self._reorders else x
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_common.determinism import seed_of
+from fl_common.determinism import seed_of, uniform, words
 
 KEYS = st.lists(st.integers(0, 2**40), max_size=4)
 
@@ -44,3 +46,28 @@ assert torch.get_num_threads() == 1
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_words_are_splitmix64():
+    """The first numbers of seed 1234567, as its public test vectors have them."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = words(1234567, 4, torch.device("cpu"))
+    assert [number % 2**64 for number in found.tolist()] == known
+    several = words(torch.tensor([[5], [1234567]]), 4, torch.device("cpu"))
+    assert torch.equal(several[1, 0], found)
+
+
+def test_uniform_numbers():
+    u = uniform(words(7, 100_000, torch.device("cpu")))
+    assert 0 <= u.min() < 1e-4
+    assert 1 - 1e-4 < u.max() < 1
+    assert abs(u.double().mean() - 0.5) < 0.003  # three standard deviations
+    assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]) < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_words_are_the_same_on_a_card():
+    keys = torch.tensor([3, -5, 2**62])
+    on_cpu = words(keys, 1000, torch.device("cpu"))
+    assert torch.equal(words(keys.cuda(), 1000, torch.device("cuda")).cpu(), on_cpu)
+    assert torch.equal(uniform(on_cpu.cuda()).cpu(), uniform(on_cpu))

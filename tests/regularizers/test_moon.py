@@ -185,6 +185,7 @@ def test_the_head_stands_before_the_classifier_of_any_model():
 
 
 RUN = (
+    "train.dtype=float64",  # a rounding that meets a kink of a ReLU would grow
     "model.head=moon",
     "clients.number=3",
     "clients.per-round=2",
@@ -216,7 +217,6 @@ def loops(name: str, mu: float, cohorts: list[list[int]]) -> tuple[nn.Module, di
             local, key = LocalData(*map(torch.from_numpy, arrays), train), (0, number, i)
             for step, (x, y) in enumerate(batches(local, config.train, key)):
                 seed_device("cpu", seed_of("step", *key, step))
-                x = train(x)
                 z = net.represent(x)
                 loss = cross_entropy(net.fc(z), y)
                 if previous:
@@ -253,7 +253,7 @@ def test_rounds_with_partial_participation_by_hand(name, runner, tmp_path):
     def agree(ours: dict, net: nn.Module) -> bool:
         theirs = net.state_dict()
         floats = [key for key in theirs if theirs[key].is_floating_point()]
-        return all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in floats)
+        return all(torch.allclose(ours[key], theirs[key], atol=1e-9) for key in floats)
 
     assert agree(result.model, w)
     assert not agree(result.model, loops(name, 0.0, cohorts)[0])

@@ -26,6 +26,17 @@ def images(n: int, side: int = 32, channels: int = 3, seed: int = 0) -> torch.Te
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
+def drawn(op, n: int, seed: int = 0) -> torch.Tensor:
+    """u (n, D) for an operation, or for a whole transform."""
+    count = op.draws if isinstance(op, transforms.Transform) else transforms.drawn_by(op)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, count, generator=generator)
+
+
+def trained(transform: transforms.Transform, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return transform.train(x, drawn(transform, len(x), seed))
+
+
 # Normalisation: value of a pixel, mean and std as published
 
 HUNDRED = [  # source, pipeline, value of a red, green and blue pixel of 100
@@ -66,7 +77,7 @@ def test_normalisation(source, name, expected):
 def test_the_input_is_left_as_it_is():
     x = images(4)
     for name in SOURCES["cifar10"].pipelines:
-        pipeline("cifar10", name).train(x)
+        trained(pipeline("cifar10", name), x)
     assert torch.equal(x, images(4))
 
 
@@ -77,7 +88,7 @@ def test_features_pass_through():
     assert pipeline("huggingface", "none", torch.float64).eval(x).dtype == torch.float64
     assert transform.shape((30,)) == (30,)
     with pytest.raises(ValueError, match="features"):
-        pipeline("huggingface", "crop-flip").train(x)
+        trained(pipeline("huggingface", "crop-flip"), x)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -128,8 +139,10 @@ def seen(x, batch, pad, mode="constant"):
 
 def raw_ops(source, name, x):
     """What a pipeline does to pixels, before normalising."""
-    for op in pipeline(source, name).recipe.train:
-        x = op(x)
+    transform = pipeline(source, name)
+    ops, u = transform.recipe.train, drawn(transform, len(x))
+    for op, own in zip(ops, u.split([transforms.drawn_by(op) for op in ops], 1), strict=True):
+        x = op(x, own)
     return x
 
 
@@ -149,7 +162,6 @@ def test_crops_are_windows_of_the_padded_image_with_independent_flips(
     source, name, side, pad, mode
 ):
     x = images(60, side, seed=1)
-    torch.manual_seed(0)
     top, left, mirrored = seen(x, raw_ops(source, name, x), pad, mode)
     for offset in (top, left):
         assert set(offset.tolist()) <= set(range(2 * pad + 1))
@@ -162,8 +174,7 @@ def test_crops_are_windows_of_the_padded_image_with_independent_flips(
 def test_offsets_are_uniform():
     ramp = torch.arange(32, dtype=torch.uint8) + 100
     x = ramp.expand(1, 1, 32, 32).expand(9000, 1, 32, 32)
-    torch.manual_seed(0)
-    left = transforms.crop(x, pad=4)[:, 0, 16, 16].int() - 116 + 4
+    left = transforms.crop(x, drawn(transforms.crop, 9000), pad=4)[:, 0, 16, 16].int() - 116 + 4
     counts = np.bincount(left, minlength=9)
     # 1,000 expected of each, standard deviation 30.
     assert counts.min() > 880 and counts.max() < 1120
@@ -171,9 +182,8 @@ def test_offsets_are_uniform():
 
 def test_feddc_pads_with_zeros_after_normalising_and_only_half_of_the_samples():
     x = images(200, seed=2)
-    torch.manual_seed(0)
     transform = pipeline("cifar10", "feddc")
-    batch, plain = transform.train(x), transform.eval(x)
+    batch, plain = trained(transform, x), transform.eval(x)
     top, left, mirrored = seen(plain, batch, pad=4)
     whole = (top == 4) & (left == 4)
     # A half, and of the rest one in 81.
@@ -184,9 +194,7 @@ def test_feddc_pads_with_zeros_after_normalising_and_only_half_of_the_samples():
 
 def test_fedalign_pads_with_black_before_normalising():
     x = images(200, seed=2)
-    torch.manual_seed(0)
-    batch = pipeline("cifar10", "fedalign").train(x)
-    torch.manual_seed(0)
+    batch = trained(pipeline("cifar10", "fedalign"), x)
     top, _, _ = seen(x, raw_ops("cifar10", "fedalign", x), pad=4)
     black = -0.49139968 / 0.24703233
     edge = batch[torch.from_numpy(top == 0)][:, 0, :4]
@@ -196,8 +204,7 @@ def test_fedalign_pads_with_black_before_normalising():
 
 def test_fling_on_cifar100_rotates_pixels_and_crops_normalised_values():
     x = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
-    torch.manual_seed(0)
-    batch = pipeline("cifar100", "fling").train(x)[:, 0]
+    batch = trained(pipeline("cifar100", "fling"), x)[:, 0]
     white, black = (1 - 0.507) / 0.267, -0.507 / 0.267
     values = {round(v, 4) for v in batch.unique().tolist()}
     assert values == {round(white, 4), round(black, 4), 0.0}
@@ -216,11 +223,10 @@ def test_rotation_is_that_of_pil(degrees, side):
 
 
 def test_rotation_angles():
-    torch.manual_seed(0)
     # A single bright pixel at the right edge of the middle row moves up by radius sin(angle).
     x = torch.zeros(2000, 1, 65, 65, dtype=torch.uint8)
     x[:, :, 28:37, 60:] = 255
-    moved = transforms.rotate(x, 15).squeeze(1)
+    moved = transforms.rotate(x, drawn(transforms.rotate, 2000), 15).squeeze(1)
     rows = torch.arange(65.0)[None, :, None]
     centre = (moved * rows).sum(dim=(1, 2)) / moved.sum(dim=(1, 2))
     angle = torch.rad2deg(torch.asin((32 - centre) / 30))
@@ -241,15 +247,15 @@ def test_imagenet_windows_are_resized_crops():
 
 
 def test_imagenet_windows_have_the_published_distribution(monkeypatch):
-    drawn = {}
+    found = {}
     monkeypatch.setattr(
         transforms,
         "resized_windows",
-        lambda x, start, extent, size: drawn.update(start=start, extent=extent) or x,
+        lambda x, start, extent, size: found.update(start=start, extent=extent) or x,
     )
-    torch.manual_seed(0)
-    transforms.resized_crop(torch.empty(20_000, 1, 1, 256), 224)
-    start, extent = drawn["start"], drawn["extent"]
+    u = drawn(transforms.resized_crop, 20_000)
+    transforms.resized_crop(torch.empty(20_000, 1, 1, 256), u, 224)
+    start, extent = found["start"], found["extent"]
     assert torch.equal(start, start.round()) and torch.equal(extent, extent.round())
     assert (start >= 0).all() and (start + extent <= 256).all()
     area, ratio = extent.prod(dim=0) / 256**2, extent[1] / extent[0]
@@ -287,9 +293,8 @@ def test_jitter_contrast_by_hand():
 
 
 def test_jitter_factors_and_order_differ_by_sample():
-    torch.manual_seed(0)
     x = torch.full((300, 3, 2, 2), 100, dtype=torch.uint8)
-    brightness = transforms.jitter(x, 0.4)[:, 0, 0, 0] / 100
+    brightness = transforms.jitter(x, drawn(transforms.jitter, 300), 0.4)[:, 0, 0, 0] / 100
     assert 0.59 < brightness.min() < 0.63 and 1.37 < brightness.max() < 1.41
 
 
@@ -308,18 +313,24 @@ def sample(source: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("source", "name"), ALL)
-def test_equal_seeds_give_equal_batches(source, name):
-    transform, x = pipeline(source, name), sample(source)
-    torch.manual_seed(7)
-    first = transform.train(x)
-    torch.manual_seed(7)
-    assert torch.equal(transform.train(x), first)
+def test_equal_numbers_give_equal_batches(source, name):
+    transform, x, state = pipeline(source, name), sample(source), torch.get_rng_state()
+    first = trained(transform, x, seed=7)
+    assert torch.equal(trained(transform, x, seed=7), first)
     augmented = bool(transform.recipe.train or transform.recipe.after)
     augmented &= (source, name) != ("imagenet-200", "none")
-    assert torch.equal(transform.train(x), first) != augmented
-    state = torch.get_rng_state()
+    assert bool(transform.draws) == augmented
+    assert torch.equal(trained(transform, x, seed=8), first) != augmented
     transform.eval(x)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("source", "name"), ALL)
+def test_a_sample_is_augmented_the_same_in_any_batch(source, name):
+    transform, x = pipeline(source, name), sample(source)
+    u = drawn(transform, len(x))
+    alone = [transform.train(x[i : i + 1], u[i : i + 1]) for i in range(len(x))]
+    assert torch.equal(torch.cat(alone), transform.train(x, u))
 
 
 @pytest.mark.parametrize(("source", "name"), ALL)
@@ -329,18 +340,17 @@ def test_nothing_waits_for_the_device(source, name):
     shape = SOURCES[source].shape
     if shape and len(shape) == 2:  # (V, L), of which ids (L,) come
         shape = shape[1:]
-    assert transform.train(x).shape[1:] == shape or SOURCES[source].resizable
+    u = torch.empty(len(x), transform.draws, device="meta")
+    assert transform.train(x, u).shape[1:] == shape or SOURCES[source].resizable
     assert transform.eval(x).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", ["none", "default", "moon"])
 def test_channels_last_is_an_order_in_memory_alone(name):
     x = images(6)
-    for kind in ("train", "eval"):
-        found = []
-        for channels_last in (False, True):
-            torch.manual_seed(1)
-            found.append(getattr(pipeline("cifar10", name, channels_last=channels_last), kind)(x))
+    for kind in (trained, transforms.Transform.eval):
+        orders = [pipeline("cifar10", name, channels_last=last) for last in (False, True)]
+        found = [kind(transform, x) for transform in orders]
         assert torch.equal(*found)
         assert found[1].is_contiguous(memory_format=torch.channels_last)
         assert not found[0].is_contiguous(memory_format=torch.channels_last)
@@ -351,9 +361,9 @@ def test_it_is_cheap():
     x = images(10)
     for name, bound in (("none", 1e-4), ("default", 1e-3)):
         transform = pipeline("cifar10", name)
-        times = []
+        u, times = drawn(transform, 10), []
         for _ in range(200):
             begin = time.perf_counter()
-            transform.train(x)
+            transform.train(x, u)
             times.append(time.perf_counter() - begin)
         assert sorted(times)[20] < bound
