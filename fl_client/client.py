@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fl_client.graphs import Graphs, records
 from fl_client.optimizers import SGD, Adam
 from fl_client.state import Memory, MemoryLost
 from fl_client.together import Together
@@ -92,6 +93,7 @@ class Clients:
         self.shares: dict[int, Share] = {}
         self.on_device: dict[int, LocalData] = {}
         self.net: torch.nn.Module | None = None
+        self.graphs: Graphs | None = None
         self.uploaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.together = Together(self)
 
@@ -176,7 +178,8 @@ class Clients:
         started = time.process_time()
         self.evaluate_job(job, job.start, "-before")
         result = self.local_round(job, self.config.train)
-        trained = {kind: concatenate(tensors) for kind, tensors in self.tensors.items()}
+        place = job.sent[PARAMS].device
+        trained = {kind: concatenate(t).to(place) for kind, t in self.tensors.items()}
         self.evaluate_job(job, None, "-after")
         job.cpu_s += time.process_time() - started
         return self.finish(job, trained, result, self.optimizer.state())
@@ -202,6 +205,7 @@ class Clients:
                     server_round=job.server_round,
                     partition=job.partition,
                     norms=self.config.eval.grad_norm,
+                    graphs=self.graphs,
                 )
             finally:
                 for regularizer in regularizers:
@@ -333,6 +337,7 @@ class Clients:
         config, train = self.config, self.config.train
         shape = assembly.input_shape(config, self.data)
         self.net = assembly.new_model(config, len(self.data.classes), shape, self.device)
+        self.graphs = Graphs() if records(train, config.model.name, self.device) else None
         self.layout = Layout.of(self.net)
         self.groups = assembly.groups_of(config, self.net, shape)
         if config.eval.grad_norm:
@@ -359,7 +364,7 @@ class Clients:
 
     def _uploaded(self, kind: str, vector: torch.Tensor) -> torch.Tensor:
         """On the training device; a model that many clients get goes to a GPU once."""
-        if self.device.type == "cpu":
+        if vector.device == self.device:
             return vector
         if kind not in self.uploaded or self.uploaded[kind][0] is not vector:
             self.uploaded[kind] = (vector, vector.to(self.device))

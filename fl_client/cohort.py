@@ -39,6 +39,7 @@ from regularizers.base import Regularizer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from fl_client.graphs import Graphs
     from fl_client.optimizers import Optimizer
     from fl_client.trainer import LocalData
     from fl_common.config import Train
@@ -63,7 +64,7 @@ class Member:
     methods: Sequence[LocalMethod]
     correction: Affine
     start: Flat
-    """The model that it starts from, on the CPU."""
+    """The model that it starts from; what it comes to will lie on the same device."""
     optimizer: State = None
     """What its optimizer kept; as long as the others', `steps` included."""
     result: LocalResult | None = None
@@ -116,13 +117,14 @@ def cohort_round(
     server_round: int,
     norms: bool = False,
     check: bool = False,
+    graphs: Graphs | None = None,
 ) -> None:
     """Train all members at once; their `result`, `trained` and `optimizer` are set.
 
     `net`: the resident network, whose parameters that require a gradient are trained; its own
     tensors stay as they are.  `check`: before the first step, compare the last member's gradient
-    with that of a pass of its own.  Raises RuntimeError or the like where torch cannot stack the
-    network, or stacks it wrongly; then no member has changed.
+    with that of a pass of its own.  `graphs`: passes that were recorded.  Raises RuntimeError or
+    the like where torch cannot stack the network, or stacks it wrongly; then no member has changed.
     """
     order = sorted(members, key=lambda member: len(member.data.y), reverse=True)
     first = order[0]
@@ -131,7 +133,9 @@ def cohort_round(
         for regularizer in regularizers:
             regularizer.stacked, regularizer.seen = True, []
             regularizer.begin(net, first.start, {})
-        _Cohort(net, order, optimizer, settings, (seed, server_round), norms).train(check)
+        if graphs and not graphs.fit(first.methods):
+            graphs = None
+        _Cohort(net, order, optimizer, settings, (seed, server_round), norms, graphs).train(check)
     finally:
         for regularizer in regularizers:
             regularizer.finish()
@@ -147,6 +151,7 @@ class _Cohort:
         settings: Train,
         key: tuple[int, int],
         norms: bool,
+        graphs: Graphs | None,
     ) -> None:
         self.net, self.members, self.optimizer, self.settings = net, members, optimizer, settings
         self.key = key
@@ -156,6 +161,11 @@ class _Cohort:
             kind: stack([member.start[kind] for member in members], slots, self.device)
             for kind, slots in self.layout.slots.items()
         }
+        if graphs:
+            self.stacks = {
+                kind: graphs.in_place((kind, len(members)), tensors)
+                for kind, tensors in self.stacks.items()
+            }
         self.trained = [p.requires_grad for p in net.parameters()]
         if not any(self.trained):
             raise ValueError("no parameter of this round's groups requires a gradient")
@@ -185,6 +195,11 @@ class _Cohort:
         self.precision = precision_of(settings, self.device.type)
         self.rules = Rules(unfolds=self.device.type == "cuda")
         self.dropouts = self._dropouts()
+        self.gradient = self._gradient
+        if graphs:
+            self.gradient = graphs.of(
+                self._gradient, net, len(members), lambda: self.leaves, perturbation
+            )
 
     def train(self, check: bool) -> None:
         clients, batches = len(self.members), self.batches
@@ -197,9 +212,10 @@ class _Cohort:
                 self.optimizer.load(first_of(state, count))
                 self._takefirst_of(count)
             x, y, masks = self._batch(number)
+            samples = [(y != PADDING).to(torch.float32)] if batches.padded else []
             if check and not number:
-                self._check(x, y, masks)
-            gradient = partial(self._gradient, x, y, masks)
+                self._check(x, y, masks, samples)
+            gradient = partial(self.gradient, x, y, *masks, *samples)
             repeated = partial(frozen_statistics, self.net)
             loss = self.step(self.leaves, gradient, repeated)
             losses.append(functional.pad(loss, (0, clients - count)))
@@ -228,10 +244,11 @@ class _Cohort:
             self.step.perturbation.kept = []
 
     def _gradient(
-        self, x: torch.Tensor, y: torch.Tensor, masks: Tensors
+        self, x: torch.Tensor, y: torch.Tensor, *more: torch.Tensor
     ) -> tuple[torch.Tensor, Tensors]:
+        """Of the clients' batches; `more`: the masks of dropouts, and which samples count."""
         each = [methods[: len(x)] for methods in self.terms]
-        samples = self._samples(y)
+        masks, samples = list(more[: len(self.dropouts)]), list(more[len(self.dropouts) :])
         with self.precision():
             output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
             losses = mean_losses(output, y)
@@ -243,12 +260,9 @@ class _Cohort:
             losses.sum().backward()
         return losses.detach(), taken_gradients(self.leaves)
 
-    def _samples(self, y: torch.Tensor) -> Tensors:
-        return [(y != PADDING).to(torch.float32)] if self.batches.padded else []
-
-    def _check(self, x: torch.Tensor, y: torch.Tensor, masks: Tensors) -> None:
+    def _check(self, x: torch.Tensor, y: torch.Tensor, masks: Tensors, samples: Tensors) -> None:
         """Layers unknown to us are stacked by torch's rules, and not all of these are right."""
-        last, samples = slice(len(x) - 1, len(x)), self._samples(y)
+        last = slice(len(x) - 1, len(x))
 
         def grads(of: slice, stacked: bool) -> Tensors:
             params = {
@@ -363,7 +377,7 @@ class _Cohort:
         vectors = {}
         for kind, tensors in self.stacks.items():
             rows = torch.cat([tensor.detach().reshape(len(tensor), -1) for tensor in tensors], 1)
-            vectors[kind] = rows.cpu()
+            vectors[kind] = rows.to(self.members[0].start[kind].device)
         for k, (member, steps) in enumerate(zip(self.members, batches.steps, strict=True)):
             member.trained = {kind: rows[k].clone() for kind, rows in vectors.items()}
             norms = None if recorded is None else recorded[:steps, :, k].clone()

@@ -144,6 +144,8 @@ class Together:
 
     def _halve(self, count: int) -> None:
         """So many clients were too many for the card."""
+        if self.clients.graphs:
+            self.clients.graphs.forget()
         torch.cuda.empty_cache()
         self.most = count // 2
         self._say(f"the card holds no {count} clients at once; trying {self.most}")
@@ -171,6 +173,7 @@ class Together:
                 server_round=jobs[0].server_round,
                 norms=clients.config.eval.grad_norm,
                 check=not self.checked,
+                graphs=clients.graphs,
             )
         self.checked = True
         return members

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
+    from fl_client.graphs import Graphs
     from fl_client.optimizers import Optimizer
     from fl_common.config import Train
     from fl_common.local import Affine, LocalMethod, Perturbation
@@ -78,6 +79,7 @@ def local_round(
     server_round: int,
     partition: int,
     norms: bool = False,
+    graphs: Graphs | None = None,
 ) -> LocalResult:
     """Train `net` in place for `settings.epochs` epochs over `data`.
 
@@ -86,6 +88,7 @@ def local_round(
     `methods`, of which at most one has a perturbation, have begun; `correction`: their closed-form
     terms.  A network with a `loss` method, (output, y) -> scalar, is trained on that instead of the
     cross-entropy.  `norms`: record the gradient's.
+    `graphs`: passes of this network that were recorded.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     if not params:
@@ -116,6 +119,8 @@ def local_round(
 
     if not net.training:
         net.train()
+    if graphs and graphs.fit(methods):
+        gradient = graphs.of(gradient, net, 0, lambda: params, step.perturbation)
     losses, sizes = [], []
     key = (seed, server_round, partition)
     for number, (x, y) in enumerate(batches(data, settings, key)):

@@ -151,4 +151,4 @@ def training_device(config: CoreConfig) -> torch.device:
             f"train.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices "
             "that torch can use; set cpu, or auto"
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -166,6 +166,12 @@ class Train(Group):
         description="images and convolutions with channels innermost in memory: faster on a GPU "
         "with bfloat16, and for some models on a CPU; sums are rounded otherwise",
     )
+    graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on a GPU, record a step's forward and backward pass as a CUDA graph and "
+        "launch it as one, with the same bits; auto: networks of the catalogue; on: your own too, "
+        "if it does the same in every step",
+    )
 
     @property
     def keeps_state(self) -> bool:

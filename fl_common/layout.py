@@ -89,6 +89,11 @@ def tensors_of(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     return kinds
 
 
+def on(device: torch.device, flat: Flat) -> Flat:
+    """The vectors on this device, those that lie there as they are."""
+    return {kind: vector.to(device) for kind, vector in flat.items()}
+
+
 def concatenate(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A new vector (d,) on the CPU holding a copy of all elements in order."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).cpu()
+    """A new vector (d,) on the tensors' device, holding a copy of all elements in order."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

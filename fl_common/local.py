@@ -175,6 +175,11 @@ class LocalMethod:
     """Why clients with this method are trained one by one, whatever `engine.cohort` says; "": they
     need not be, as where all it does is `start`, `correction` and `perturbation`."""
 
+    replays: ClassVar[bool] = False
+    """Whether a step's pass is the same for every instance and batch, so that it can be recorded:
+    its data term depends on the batch, the output and the network alone, and its `transform`, if it
+    has one, leaves the network alone."""
+
     def __init__(self, params: Group, work: Work) -> None:
         self.params, self.work = params, work
 

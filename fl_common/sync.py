@@ -37,8 +37,8 @@ CACHE = "cache"
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """The contents' name, 63 bits of their BLAKE2b digest; of a CPU tensor."""
-    array = tensor.contiguous().numpy()
+    """The contents' name, 63 bits of their BLAKE2b digest."""
+    array = tensor.contiguous().cpu().numpy()
     digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=8)
     digest.update(array.data if array.ndim else array.tobytes())
     return int.from_bytes(digest.digest(), "big") >> 1

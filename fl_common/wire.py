@@ -65,8 +65,8 @@ class TensorArray(Array):
         return b"".join((head.getvalue(), elements))
 
     def numpy(self) -> np.ndarray:
-        """The tensor's own memory as an array."""
-        return self.tensor.numpy()
+        """The tensor's own memory as an array; a copy of what lies on a GPU."""
+        return self.tensor.cpu().numpy()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
@@ -180,7 +180,7 @@ def _arrays(messages: Iterable[Message]) -> list[tuple[TensorArray, ArrayRecord,
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """An ArrayRecord of CPU tensors, sharing their memory."""
+    """An ArrayRecord of tensors, sharing their memory."""
     record = ArrayRecord()
     for name, tensor in tensors.items():
         record[name] = TensorArray(tensor)

@@ -19,7 +19,7 @@ from fl_common.config import ConfigError, methods, resolve
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.guards import Expected
-from fl_common.layout import Layout, concatenate, tensors_of
+from fl_common.layout import Layout, concatenate, on, tensors_of
 from fl_common.sync import Holdings
 from fl_server import tracking
 from fl_server.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         recorder.track(config, progress.note)
         run.play()
         layout = run.layout
-        model = layout.named(run.model)
+        model = layout.named(on(torch.device("cpu"), run.model))
         del run  # the test set is not in memory while pictures are drawn
         summary = recorder.finish(model)
     finally:
@@ -180,7 +180,7 @@ class Rounds:
         except Exception as error:  # the model may be the user's own
             raise RunFailed(f"model.name = {config.model.name}: {error}") from error
         self.layout = Layout.of(self.net)
-        self.model: Flat = {k: concatenate(t.values()) for k, t in tensors_of(self.net).items()}
+        model = {k: concatenate(t.values()).cpu() for k, t in tensors_of(self.net).items()}
         self.strategy = methods("strategies")[config.strategy.name](config)
         try:
             groups = assembly.groups_of(config, self.net, first.shape)
@@ -204,9 +204,20 @@ class Rounds:
         self.failures = 0
         """Rounds in a row that changed nothing."""
         self.ledger = Ledger(
-            recorder.folder / "ledger", config, self.model, groups, uuid4().hex, progress.note
+            recorder.folder / "ledger", config, model, groups, uuid4().hex, progress.note
         )
+        self.place = self._place()
+        """Where the global model is kept and replies are summed."""
+        self.model: Flat = on(self.place, model)
         recorder.summary["experiment"] = self.ledger.experiment
+
+    def _place(self) -> torch.device:
+        """The card on which this very process trains, so that nothing goes to and fro; the CPU
+        where replies come from elsewhere, or what clients remember goes to the disk."""
+        apart = getattr(self.exchange.grid, "clients_apart", True)
+        kept = self.ledger.needed or self.ledger.sum
+        usable = self.strategy.on_card and not (apart or kept)
+        return self.device if usable else torch.device("cpu")
 
     def play(self) -> None:
         """The rounds that are left; afterwards `model` is the final one."""
@@ -278,11 +289,11 @@ class Rounds:
             if facts[what] != now:
                 self.progress.note(f"warning: other {what} than before: bits may differ")
         self.model, self.done, self.failures = (
-            saved.tensors["model"],
+            on(self.place, saved.tensors["model"]),
             saved.round,
             facts["failures"],
         )
-        self.strategy.load_state(saved.tensors.get("strategy", {}))
+        self.strategy.load_state(on(self.place, saved.tensors.get("strategy", {})))
         self.ledger.experiment = self.recorder.summary["experiment"] = facts["experiment"]
         self.ledger.rounds = {int(name): r for name, r in facts["clients"].items()}
         self.holdings.load_state(facts.get("held", {}))

@@ -184,9 +184,10 @@ class InProcessGrid(Grid):
         replies = []
         for message, answer in zip(messages, answers, strict=False):
             del self._queue[message.metadata.message_id]
-            failed = isinstance(answer, Exception)
-            told = f"{type(answer).__name__}: {answer}"
-            replies.append(_failure(told, message) if failed else Message(answer, reply_to=message))
+            if isinstance(answer, Exception):
+                replies.append(_failure(f"{type(answer).__name__}: {answer}", message))
+            else:
+                replies.append(Message(answer, reply_to=message))
         return [_named(reply) for reply in replies]
 
     def _of_workers(self) -> list[Message]:

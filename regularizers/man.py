@@ -71,6 +71,7 @@ class MAN(Regularizer):
 
     name = "man"
     alone = ""
+    replays = True
     Params = MANParams
     params: MANParams
     neutral = "man.zeta=0"

@@ -76,7 +76,7 @@ class WeightedMean:
 
     def add(self, vector: torch.Tensor, weight: float = 1.0) -> None:
         if self._sum is None:
-            self._sum = torch.zeros(vector.shape, dtype=torch.float64)
+            self._sum = torch.zeros_like(vector, dtype=torch.float64)
         parts = zip(*(v.reshape(-1).split(BLOCK) for v in (self._sum, vector)), strict=True)
         for total, part in parts:
             total.add_(part, alpha=weight)
@@ -149,6 +149,8 @@ class FederatedStrategy(Strategy):
     """Whether a round may train and send some groups of layers only."""
     tracked: ClassVar[bool] = True
     """Whether messages may leave out what their receivers have."""
+    on_card: ClassVar[bool] = True
+    """Whether all it does with vectors is torch's, on whatever device they lie."""
 
     def __init_subclass__(cls) -> None:
         METHODS[cls.name] = cls

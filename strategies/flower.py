@@ -117,7 +117,7 @@ class FlowerStrategy:
     name: ClassVar[str]
     Params = NoParams
     refuses = FederatedStrategy.refuses
-    partial, tracked = False, False
+    partial, tracked, on_card = False, False, False
 
     regularizers = FederatedStrategy.regularizers
     warnings = FederatedStrategy.warnings

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from fl_common.models.layers import Chain, norm2d, with_head
+from fl_common.models.layers import Chain, GroupNorm, norm2d, with_head
 
 
 def _dense(widths, classes, first_relu):
@@ -85,7 +85,7 @@ def tiny_convnet(shape, classes, norm):
     for i in (1, 2, 3):
         relu, pool = (f"relu{i}", nn.ReLU()), (f"pool{i}", nn.MaxPool2d(2))
         layers.append((f"conv{i}", nn.Conv2d(inputs, 64, 3, padding=1)))
-        layers.append((f"norm{i}", nn.GroupNorm(4, 64)))
+        layers.append((f"norm{i}", GroupNorm(4, 64)))
         layers += [pool, relu] if i == 3 else [relu, pool]
         inputs = 64
     features = 64 * (shape[1] // 8) * (shape[2] // 8)

@@ -58,10 +58,22 @@ def with_head(model: Chain, width: int = 256) -> Chain:
     return Chain([*body, ("head", head), ("fc", nn.Linear(width, fc.out_features))])
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, which under bfloat16 autocast reads and writes what convolutions do, with statistics
+    in float32.  Autocast by itself makes a float32 copy of every activation for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (x.is_cuda and x.dtype == torch.bfloat16):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 def norm2d(norm: str, channels: int, groups: int = 2) -> nn.Module:
     """BatchNorm2d for `batch`; for `group`, GroupNorm of 2 groups at every width by default.
 
     2 is the group count that FedDC (gaoliang13/FedDC, utils_models.py) puts in place of each
     BatchNorm of its ResNet-18, whatever its width.
     """
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(groups, channels)
+    return nn.BatchNorm2d(channels) if norm == "batch" else GroupNorm(groups, channels)

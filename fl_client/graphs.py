@@ -1,0 +1,143 @@
+"""Recorded passes: on a GPU, a step's forward and backward pass launched as one.
+
+A step of a small model is a hundred kernels of a few microseconds, and starting them one by one
+takes longer than running them.  A CUDA graph starts the same kernels on the same tensors together,
+so that bits do not change.  A pass is recorded when it comes for the second time with the same
+shapes: the first one lets libraries choose their kernels.  What differs from step to step goes
+through tensors that stay where they are; closed-form terms and the optimizer are not recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from fl_client.trainer import overriding
+from fl_common.config import AUTO
+from fl_common.models.catalogue import MODELS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from fl_common.config import Train
+    from fl_common.local import LocalMethod, Perturbation
+
+    Tensors = list[torch.Tensor]
+    Gradient = Callable[..., tuple[torch.Tensor, Tensors]]
+    """Of a batch: the loss, or each client's, and gradients that may be overwritten."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Recorded:
+    """One pass."""
+
+    inputs: Tensors
+    replay: Callable[[], None]
+    """Runs it on `inputs`."""
+    loss: torch.Tensor
+    grads: Tensors
+
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], copied: bool
+    ) -> tuple[torch.Tensor, Tensors]:
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self.replay()
+        grads = [grad.clone() for grad in self.grads] if copied else self.grads
+        return self.loss.clone(), grads
+
+
+class Graphs:
+    """The recorded passes of a network whose parameters stay where they are."""
+
+    def __init__(self) -> None:
+        self.passes: dict[Hashable, Recorded | None] = {}
+        """None: came once."""
+        self.stacks: dict[Hashable, Tensors] = {}
+        self.refused = ""
+        """Why nothing is recorded any more."""
+        self.pool: Any = None
+
+    @staticmethod
+    def fit(methods: Sequence[LocalMethod]) -> bool:
+        """Whether a pass with these methods is the same kernels in every step."""
+        return all(
+            method.replays
+            for method in methods
+            if overriding("transform", [method]) or overriding("data_term", [method])
+        )
+
+    def of(
+        self,
+        gradient: Gradient,
+        net: torch.nn.Module,
+        clients: int,
+        leaves: Callable[[], Tensors],
+        perturbation: Perturbation | None,
+    ) -> Gradient:
+        """`gradient`, recorded: a pass of `net` that sets the gradients of `leaves`; of so many
+        clients at once, whose stacked parameters are `in_place`, or 0."""
+        trained = tuple(p.requires_grad for p in net.parameters())
+        norms = [module for module in net.modules() if isinstance(module, _NormBase)]
+        # A step that mixes its two gradients needs the first one after the second pass.
+        copied = perturbation is not None and perturbation.share != 1.0
+
+        def replayed(*inputs: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+            if self.refused:
+                return gradient(*inputs)
+            what_norms_do = tuple((norm.training, norm.track_running_stats) for norm in norms)
+            shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+            key = (clients, trained, what_norms_do, shapes)
+            if key not in self.passes:
+                self.passes[key] = None
+                return gradient(*inputs)
+            if self.passes[key] is None:
+                try:
+                    self.passes[key] = self.record(gradient, inputs)
+                except torch.OutOfMemoryError:
+                    raise  # there may be room for fewer clients
+                except Exception as error:
+                    lines = str(error).strip().splitlines()
+                    self.refused = lines[0] if lines else type(error).__name__
+                    _log.warning("train.graphs: passes are not recorded (%s)", self.refused)
+                    for leaf in leaves():
+                        leaf.grad = None
+                    return gradient(*inputs)
+            return self.passes[key](inputs, copied)
+
+        return replayed
+
+    def record(self, gradient: Gradient, inputs: Sequence[torch.Tensor]) -> Recorded:
+        held = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss, grads = gradient(*held)
+        return Recorded(held, graph.replay, loss, grads)
+
+    def forget(self) -> None:
+        """Let go of everything that was recorded, and of its memory."""
+        self.passes, self.stacks, self.pool = {}, {}, None
+
+    def in_place(self, name: Hashable, tensors: Tensors) -> Tensors:
+        """These tensors, where those of the last call by this name are."""
+        kept = self.stacks.get(name)
+        if kept is None or [t.shape for t in kept] != [t.shape for t in tensors]:
+            self.stacks[name] = tensors
+            return tensors
+        with torch.no_grad():
+            torch._foreach_copy_(kept, tensors)
+        return kept
+
+
+def records(train: Train, model: str, device: torch.device) -> bool:
+    """Whether passes are recorded; with `auto`, those of networks that are known to be the same
+    kernels every time."""
+    on = train.graphs == "on" or (train.graphs == AUTO and model in MODELS)
+    return on and device.type == "cuda"

@@ -1,0 +1,165 @@
+"""Recorded passes give the bits of those that are not.
+
+Without a GPU the recording itself is replaced by running the pass again on the same tensors, which
+is what a replay does: what is held in place, what is copied, and when a pass is recorded is ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from fl_client import client
+from fl_client.graphs import Graphs, Recorded, records
+from fl_common import wire
+from fl_common.config import Train
+from fl_common.data.transforms import Recipe, crop, flip
+from tests.fl_client.test_cohort import Federation, difference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VIEWS = ("params", "leaves", "buffers")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Repeating(Graphs):
+    """Runs the pass anew into the tensors that the first run gave."""
+
+    recorded = 0
+
+    def record(self, gradient, inputs: Sequence[torch.Tensor]) -> Recorded:
+        self.recorded += 1
+        held = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
+        kept: list = []
+
+        cohort = getattr(gradient, "__self__", None)
+        views = {k: v for k, v in vars(cohort or self).items() if k in VIEWS}
+
+        def replay() -> None:
+            if cohort:  # kernels go where they went
+                vars(cohort).update(views)
+            loss, grads = gradient(*held)
+            with torch.no_grad():
+                kept[0].copy_(loss)
+                torch._foreach_copy_(kept[1], grads)
+
+        draws = torch.get_rng_state()  # to record runs nothing
+        buffers = [b.clone() for b in self.net.buffers()]
+        loss, grads = gradient(*held)
+        kept += [loss.clone(), [torch.full_like(grad, torch.nan) for grad in grads]]
+        torch.set_rng_state(draws)
+        for b, before in zip(self.net.buffers(), buffers, strict=True):
+            b.copy_(before)
+        return Recorded(held, replay, *kept)
+
+
+METHODS = {
+    "plain": {},
+    "sam": {"regularizers": "sam"},
+    "fedspeed": {"strategy__name": "fedspeed"},
+    "man": {"regularizers": "man"},
+    "clipped momentum": {"train__momentum": 0.9, "train__clip_norm": 0.5},
+    "adam": {"train__optimizer": "adam"},
+    "BatchNorm": {"model__norm": "batch", "regularizers": "sam"},
+}
+
+
+def replies(federation: Federation, graphs: Graphs | None, way: str, rounds: int, **more):
+    """Of the last of some rounds."""
+    states, found = federation.states(), []
+    for t in range(1, rounds + 1):
+        messages = federation.messages(t, base=t - 1, **more)
+        federation.clients.begin(0, messages[0], federation.states()[0])  # makes the network
+        federation.clients.graphs = graphs
+        if graphs:
+            graphs.net = federation.clients.net
+        found = getattr(federation, way)(messages, states)
+        assert not federation.clients.together.said
+    return found
+
+
+@pytest.mark.parametrize("way", ["alone", "together"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "man"])  # its hooks would be gone
+def test_bits_are_those_of_a_pass_that_is_not_recorded(monkeypatch, method: str, way: str):
+    """Over rounds of clients with unequal batches, so that shapes alternate."""
+    settings = {
+        "train__dtype": "float32",
+        "model__norm": "group",
+        "recipe": Recipe((0.5,), (0.5,), train=(crop, flip)),
+        **METHODS[method],
+    }
+    expected = replies(Federation(monkeypatch, **settings), None, way, rounds=3)
+    graphs = Repeating()
+    found = replies(Federation(monkeypatch, **settings), graphs, way, rounds=3)
+    assert graphs.recorded > 1
+    assert not graphs.refused
+    assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
+
+
+def test_partial_rounds_have_passes_of_their_own(monkeypatch):
+    graphs, settings = Repeating(), {"strategy__name": "fedpart", "train__dtype": "float32"}
+    for group in ("conv2", "fc"):
+        one = Federation(monkeypatch, sizes=(16, 16), **settings)
+        expected = replies(one, None, "alone", rounds=2, **{wire.ACTIVE: [group]})
+        two = Federation(monkeypatch, sizes=(16, 16), **settings)
+        graphs = Repeating()
+        found = replies(two, graphs, "alone", rounds=2, **{wire.ACTIVE: [group]})
+        assert graphs.recorded == 1
+        assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
+
+
+def test_passes_that_differ_from_step_to_step_are_not_recorded(monkeypatch):
+    graphs = Repeating()
+    federation = Federation(monkeypatch, regularizers="mixup")
+    replies(federation, graphs, "alone", rounds=2)
+    assert not graphs.passes
+
+
+def test_what_cannot_be_recorded_is_run(monkeypatch, caplog):
+    class Refusing(Graphs):
+        def record(self, gradient, inputs):
+            gradient(*inputs)  # leaves gradients behind, as a recording that breaks off
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    expected = replies(Federation(monkeypatch), None, "alone", rounds=2)
+    graphs = Refusing()
+    with caplog.at_level(logging.WARNING):
+        found = replies(Federation(monkeypatch), graphs, "alone", rounds=2)
+    assert graphs.refused == "operation not permitted"
+    assert caplog.text.count("passes are not recorded") == 1
+    assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
+
+
+def test_whose_passes_are_recorded():
+    card, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert records(Train(), "lenet", card)
+    assert not records(Train(), "lenet", cpu)
+    assert not records(Train(), "package.module:Net", card)
+    assert records(Train(graphs="on"), "package.module:Net", card)
+    assert not records(Train(graphs="off"), "lenet", card)
+
+
+@GPU
+@pytest.mark.parametrize("way", ["alone", "together"])
+@pytest.mark.parametrize("method", [*METHODS, "dropout"])
+def test_bits_on_a_card(monkeypatch, method: str, way: str):
+    settings = {
+        "train__dtype": "float32",
+        "train__device": "cuda",
+        "train__deterministic": False,
+        "model__norm": "group",
+        "recipe": Recipe((0.5,), (0.5,), train=(crop, flip)),
+        **METHODS.get(method, {"model__name": "cnn", "model__norm": "batch", "shape": (3, 10, 10)}),
+    }
+    monkeypatch.setattr(client, "prepare_process", lambda *args: None)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    expected = replies(Federation(monkeypatch, **settings), None, way, rounds=3)
+    graphs = Graphs()
+    found = replies(Federation(monkeypatch, **settings), graphs, way, rounds=3)
+    assert any(graphs.passes.values())
+    assert not graphs.refused
+    assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
