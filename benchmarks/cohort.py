@@ -22,7 +22,7 @@ from rich.table import Table
 from fl_client.client import Clients
 from fl_common import assembly, wire
 from fl_common.config import resolve
-from fl_common.layout import concatenate, tensors_of
+from fl_common.layout import concatenate, on, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +52,7 @@ class Cohort:
         net = assembly.new_model(self.config, len(data.classes), shape, cpu)
         self.groups = assembly.groups_of(self.config, net, shape)
         vectors = {kind: concatenate(t.values()) for kind, t in tensors_of(net).items()}
+        vectors = on(self.clients.device, vectors)  # as the in-process engine has them
         self.down, self.samples = wire.pack(vectors), len(data.train)
         self.states = [RecordDict() for _ in range(count)]
         self.played = 0

@@ -323,15 +323,27 @@ class Clients:
 
     def local_data(self, partition: int) -> LocalData:
         """The partition's tensors; a GPU keeps them, on the CPU the mapped cache is near."""
+        if self.device.type == "cpu":
+            return self._brought(partition)
         if partition not in self.on_device:
-            indices, train = torch.from_numpy(self.share(partition).train), self.data.train
-            x, y = (torch.from_numpy(a).index_select(0, indices) for a in (train.x, train.y))
-            x, y = x.to(self.device), y.to(self.device)
-            data = LocalData(x, y, self.transform.train, self.transform.draws)
-            if self.device.type == "cpu":
-                return data
-            self.on_device[partition] = data
+            several = bool(self.on_device) and self._holds_all()
+            for name in range(len(self.partitions)) if several else [partition]:
+                if name not in self.on_device:
+                    self.on_device[name] = self._brought(name)
         return self.on_device[partition]
+
+    def _brought(self, partition: int) -> LocalData:
+        """The partition's samples, copied to the training device."""
+        indices, train = torch.from_numpy(self.share(partition).train), self.data.train
+        x, y = (torch.from_numpy(a).index_select(0, indices) for a in (train.x, train.y))
+        x, y = x.to(self.device), y.to(self.device)
+        return LocalData(x, y, self.transform.train, self.transform.draws)
+
+    def _holds_all(self) -> bool:
+        """Whether a GPU that trains more than one partition is brought all of them at once: where
+        they are a small part of its memory, so that later rounds bring nothing."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return self.partitions is not None and self.data.train.x.nbytes < free / 10
 
     def _make_resident(self) -> None:
         config, train = self.config, self.config.train

@@ -160,7 +160,9 @@ class Train(Group):
         "float32", description="bfloat16: autocast over float32 parameters"
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads per process")
-    deterministic: bool = Field(True, description="only kernels that repeat their sums")
+    deterministic: bool = Field(
+        True, description="only kernels that repeat their sums; a GPU warns where torch has none"
+    )
     channels_last: bool = Field(
         False,
         description="images and convolutions with channels innermost in memory: faster on a GPU "

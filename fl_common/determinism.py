@@ -63,7 +63,8 @@ def prepare_process(threads: int = 1, deterministic: bool = True) -> None:
 
     `threads` torch threads (two on a busy two-core machine can be fifteen times slower than
     one); large blocks stay with the allocator instead of going back to the system after every
-    step; with `deterministic`, only kernels that repeat their sums.
+    step; with `deterministic`, only kernels that repeat their sums, and on a GPU a warning for each
+    that torch has in no such form (the gradient of max pooling, say).
     """
     import torch
 
@@ -75,7 +76,8 @@ def prepare_process(threads: int = 1, deterministic: bool = True) -> None:
     torch.set_num_threads(threads)
     # The same switch as torch.use_deterministic_algorithms, without its import of the compiler
     # (a CPU second and 75 MiB).
-    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    strict = "warn" if torch.cuda.is_available() else "error"
+    torch.set_deterministic_debug_mode(strict if deterministic else "default")
     # Filling fresh memory is a debugging aid; it costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False
     if torch.cuda.is_available():

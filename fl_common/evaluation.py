@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
+    from collections.abc import Callable, Iterator
 
     from fl_common.data.sources import Split
 
@@ -34,11 +33,32 @@ def evaluate(
     criterion = getattr(net, "loss", cross_entropy)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(indices), BATCH):
-        part = indices[start : start + BATCH]
-        x = transform(torch.from_numpy(split.x[part]).to(device))
-        y = torch.from_numpy(split.y[part]).to(device)
-        output = net(x)
+    for x, y in _batches(split, indices, device):
+        output = net(transform(x))
         loss += criterion(output, y).double() * len(y)
         correct += (output.argmax(1) == y).sum()
     return int(correct) / len(indices), float(loss) / len(indices)
+
+
+_on_card: dict[tuple[int, torch.device], tuple[Split, torch.Tensor, torch.Tensor]] = {}
+"""What a GPU keeps; with the split, so that its id stays its own."""
+
+
+def _batches(
+    split: Split, indices: np.ndarray, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """On the device.  A GPU keeps a split that is a small part of its memory."""
+    key = (id(split), device)
+    if key not in _on_card:
+        if device.type == "cpu" or split.x.nbytes > torch.cuda.mem_get_info(device)[0] / 10:
+            for start in range(0, len(indices), BATCH):
+                part = indices[start : start + BATCH]
+                yield tuple(torch.from_numpy(a[part]).to(device) for a in (split.x, split.y))
+            return
+        _on_card[key] = (split, *(torch.from_numpy(a).to(device) for a in (split.x, split.y)))
+    _, *kept = _on_card[key]
+    if np.array_equal(indices, np.arange(len(split))):
+        yield from zip(*(whole.split(BATCH) for whole in kept), strict=True)
+    else:
+        for part in torch.from_numpy(indices).to(device).split(BATCH):
+            yield tuple(whole.index_select(0, part) for whole in kept)

@@ -47,6 +47,7 @@ class FedAlign(Regularizer):
     """The value of the term is mu CE; its gradient is mu (CE / L_lip) grad L_lip."""
 
     name = "fedalign"
+    replays = True
     alone = "its slim pass takes the network's own tensors"
     Params = FedAlignParams
     params: FedAlignParams
