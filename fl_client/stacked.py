@@ -74,10 +74,10 @@ class Batches:
         step = torch.arange(self.steps[0], device=device)[:, None, None]
         place = step % each * size + torch.arange(size, device=device)  # (S, K, B)
         epoch = step // each
-        held = (epoch < epochs) & (place < n)
+        outside = (epoch >= epochs) | (place >= n)
         client = torch.arange(len(members), device=device)[:, None]
         self._seen = (client, epoch.clamp(max=epochs - 1), place.clamp(max=most - 1))
-        self.index = torch.where(held, order[self._seen] + start, self.total)  # (S, K, B)
+        self.index = (order[self._seen] + start).masked_fill(outside, self.total)  # (S, K, B)
         u = uniform(drawn[..., 1:])
         self._u = u.gather(2, order[..., None].expand_as(u))
 
