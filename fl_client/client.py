@@ -90,6 +90,7 @@ class Clients:
         self.data = assembly.load_data(config)
         self.partitions = assembly.split_data(config, self.data)
         self.transform = assembly.transform(config)
+        self.shape = assembly.input_shape(config, self.data)
         self.shares: dict[int, Share] = {}
         self.on_device: dict[int, LocalData] = {}
         self.net: torch.nn.Module | None = None
@@ -110,7 +111,7 @@ class Clients:
         }
         words = {
             "classes": classes,
-            "shape": list(assembly.input_shape(self.config, self.data)),
+            "shape": list(self.shape),
             "data": self.data.fingerprint,
             "code": code_sha256(),
             **versions(),
@@ -346,8 +347,7 @@ class Clients:
         return self.partitions is not None and self.data.train.x.nbytes < free / 10
 
     def _make_resident(self) -> None:
-        config, train = self.config, self.config.train
-        shape = assembly.input_shape(config, self.data)
+        config, train, shape = self.config, self.config.train, self.shape
         self.net = assembly.new_model(config, len(self.data.classes), shape, self.device)
         self.graphs = Graphs() if records(train, config.model.name, self.device) else None
         self.layout = Layout.of(self.net)

@@ -20,7 +20,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
-from fl_client.stacked import Batches, Corrections, Dropouts, Rules, first_of, padded, stack
+from fl_client import stacked
+from fl_client.stacked import (
+    Batches,
+    Corrections,
+    Dropouts,
+    Rules,
+    first_of,
+    padded,
+    products_rounded_as_convolutions,
+    stack,
+)
 from fl_client.trainer import (
     LocalResult,
     Step,
@@ -193,7 +203,7 @@ class _Cohort:
             if overriding("stacked_term", [method])
         ]
         self.precision = precision_of(settings, self.device.type)
-        self.rules = Rules(unfolds=self.device.type == "cuda")
+        self.rules = Rules(unfolds=stacked.PRODUCTS and self.device.type == "cuda")
         self.dropouts = self._dropouts()
         self.gradient = self._gradient
         if graphs:
@@ -249,15 +259,16 @@ class _Cohort:
         """Of the clients' batches; `more`: the masks of dropouts, and which samples count."""
         each = [methods[: len(x)] for methods in self.terms]
         masks, samples = list(more[: len(self.dropouts)]), list(more[len(self.dropouts) :])
-        with self.precision():
-            output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
-            losses = mean_losses(output, y)
-            for methods, noted in zip(each, seen, strict=True):
-                methods[0].seen = noted
-                losses = losses + methods[0].stacked_term(methods, output, y)
-                methods[0].seen = []
-        if losses.requires_grad:
-            losses.sum().backward()
+        with products_rounded_as_convolutions():
+            with self.precision():
+                output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
+                losses = mean_losses(output, y)
+                for methods, noted in zip(each, seen, strict=True):
+                    methods[0].seen = noted
+                    losses = losses + methods[0].stacked_term(methods, output, y)
+                    methods[0].seen = []
+            if losses.requires_grad:
+                losses.sum().backward()
         return losses.detach(), taken_gradients(self.leaves)
 
     def _check(self, x: torch.Tensor, y: torch.Tensor, masks: Tensors, samples: Tensors) -> None:

@@ -6,6 +6,7 @@ those who still have steps to take are always the first.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
 END = torch.iinfo(torch.int64).max
 
-NARROW = 64
-"""Input channels under which a GPU's convolutions are products with patches: its kernels for many
-groups want wider ones.  The CPU's do not (patches take 1.2 to 3 times as long)."""
+PRODUCTS = True
+"""Whether a GPU computes convolutions as products with patches.  Its own for many groups are run
+one group after the other; the CPU's are not (and patches take 1.2 to 3 times as long there)."""
 
 
 class Batches:
@@ -261,16 +262,30 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """torch's conv2d; that of narrow images as a product with their patches."""
-    if groups != 1 or isinstance(padding, str) or x.dim() != 4 or x.shape[1] >= NARROW:
+    """torch's conv2d of x (B, C, H, W) as one product with all patches of the batch, so that under
+    vmap there is one for each client, whatever the size of its batch."""
+    if groups != 1 or isinstance(padding, str) or x.dim() != 4 or _pair(dilation) != (1, 1):
         return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    patches = functional.unfold(x, weight.shape[2:], dilation, padding, stride)
-    out = weight.flatten(1) @ patches  # (B, O, positions)
-    if bias is not None:
-        out = out + bias[:, None]
-    (down, _), (pad_y, _), (dilation_y, _) = map(_pair, (stride, padding, dilation))
-    height = (x.shape[2] + 2 * pad_y - dilation_y * (weight.shape[2] - 1) - 1) // down + 1
-    return out.unflatten(2, (height, -1))
+    pad_y, pad_x = _pair(padding)
+    (down, right), (height, width) = _pair(stride), weight.shape[2:]
+    if pad_y or pad_x:
+        x = functional.pad(x, (pad_x, pad_x, pad_y, pad_y))
+    patches = x.unfold(2, height, down).unfold(3, width, right)  # (B, C, H', W', height, width)
+    size = (len(weight), len(x), *patches.shape[2:4])
+    patches = patches.permute(1, 4, 5, 0, 2, 3).reshape(weight[0].numel(), -1)
+    out = (weight.flatten(1) @ patches).view(size).transpose(0, 1)
+    return out if bias is None else out + bias[:, None, None]
+
+
+@contextmanager
+def products_rounded_as_convolutions() -> Iterator[None]:
+    """On a GPU, TF32 for matrix products where it is allowed for convolutions."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -196,7 +196,7 @@ class Recorder:
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
-            except OSError:
+            except BaseException:  # a full disk, Ctrl-C: the row is there as a whole or not at all
                 os.truncate(file.fileno(), self._length)
                 raise
         self.rows.append(row)

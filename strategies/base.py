@@ -64,6 +64,11 @@ class Reply:
         )
 
 
+def over(vector: torch.Tensor, number: float) -> torch.Tensor:
+    """vector / number, to the same bits on every device: CUDA would multiply by 1 / number."""
+    return vector / vector.new_full((), number)
+
+
 class WeightedMean:
     """A mean of vectors, summed in float64 in the order they come.
 
@@ -94,7 +99,7 @@ class WeightedMean:
         mean = torch.empty_like(self.sum, dtype=dtype)
         parts = zip(*(v.view(-1).split(BLOCK) for v in (mean, self.sum)), strict=True)
         for part, total in parts:
-            part.copy_(total / self.weight)
+            part.copy_(over(total, self.weight))
         return mean
 
     def take(self, dtype: torch.dtype) -> torch.Tensor:

@@ -49,14 +49,14 @@ class FedNova(FederatedStrategy):
 
     def begin(self, w: torch.Tensor) -> None:
         self.directions = WeightedMean()
-        self.weighted_steps = 0.0
+        self.samples, self.weighted_steps = 0, 0.0
 
     def add(self, reply: Reply) -> None:
         a = effective_steps(reply.steps, self.config.train.momentum if self.config else 0.0)
-        self.directions.add(self.delta(reply) / a, reply.samples)
+        self.directions.add(self.delta(reply), reply.samples / a)
+        self.samples += reply.samples
         self.weighted_steps += reply.samples * a
 
     def step(self) -> torch.Tensor:
-        w, samples = self.w[PARAMS], self.directions.weight
-        tau_eff = self.weighted_steps / samples
-        return (w + tau_eff * (self.directions.sum / samples)).to(w.dtype)
+        w, tau_eff = self.w[PARAMS], self.weighted_steps / self.samples
+        return (w + self.directions.sum * (tau_eff / self.samples)).to(w.dtype)

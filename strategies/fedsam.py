@@ -15,7 +15,7 @@ from pydantic import Field
 from fl_common.config import Group
 from fl_common.layout import PARAMS
 from fl_common.local import Affine
-from strategies.base import ClientRule, FederatedStrategy, WeightedMean
+from strategies.base import ClientRule, FederatedStrategy, WeightedMean, over
 from strategies.fedavg import FedAvg
 
 if TYPE_CHECKING:
@@ -77,6 +77,5 @@ class MoFedSAM(FederatedStrategy):
 
     def step(self) -> torch.Tensor:
         w, replies = self.w[PARAMS], self.deltas.weight
-        mean = self.deltas.sum / replies
-        self.kept["m"] = (-self.directions.sum / replies).to(w.dtype)
-        return (w + mean).to(w.dtype)
+        self.kept["m"] = over(-self.directions.sum, replies).to(w.dtype)
+        return (w + over(self.deltas.sum, replies)).to(w.dtype)
