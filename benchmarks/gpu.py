@@ -62,6 +62,12 @@ class Bench:
     folder: Path
     console: Console
 
+    def add(self, table: Table, *cells: str) -> None:
+        """A row, which is told at once: a part takes a while."""
+        table.add_row(*cells)
+        told = zip((column.header for column in table.columns), cells, strict=True)
+        print("; ".join(f"{name} {cell}".strip() for name, cell in told), file=sys.stderr)
+
     @property
     def card(self) -> bool:
         return self.device != "cpu"
@@ -119,7 +125,8 @@ def overhead(bench: Bench) -> int:
         )
         loop = _bare_seconds(model, Cohort(values, count), rounds)
         missed += bench.card and plain / at_once < bar
-        table.add_row(
+        bench.add(
+            table,
             model, f"{plain:.4f}", f"{recorded:.4f}", f"{at_once:.4f}", f"{60 / at_once:.0f}",
             f"{plain / at_once:.2f}", f"{bar:.0f}", f"{recorded / at_once:.2f}", f"{loop:.4f}",
             f"{loop / at_once:.2f}",
@@ -158,7 +165,7 @@ def convolutions(bench: Bench) -> int:
                 values |= {"clients.number": 100}
             cohort = Cohort(bench.settings(values), 4 if bench.small else count)
             seconds.append(median([cohort.together() for _ in range(4 if bench.small else 6)][3:]))
-        table.add_row(model, f"{cohort.count}", *(f"{s:.4f}" for s in seconds))
+        bench.add(table, model, f"{cohort.count}", *(f"{s:.4f}" for s in seconds))
     stacked.PRODUCTS = chosen
     bench.console.print(table)
     return 0
@@ -190,7 +197,8 @@ def resnet(bench: Bench) -> int:
         mfu = f"{100 * rate / bench.peak:.1f}" if bench.peak else "-"
         met = seconds <= ROUND_BAR and found["idle"] <= IDLE_BAR and not found["to_device"]
         best = best or met
-        table.add_row(
+        bench.add(
+            table,
             f"{at_once} at once", f"{seconds:.3f}", f"{ROUND_BAR}", mfu,
             f"{100 * found['idle']:.1f}" if card else "-", f"{100 * IDLE_BAR:.0f}",
             f"{found['to_device']:.0f}" if card else "-", f"{found['launches']}" if card else "-",
@@ -282,7 +290,8 @@ def costs(bench: Bench) -> int:
         for warm in (plain, other):
             warm.alone()
         seconds = [(plain.alone(), other.alone()) for _ in range(turns)]
-        table.add_row(
+        bench.add(
+            table,
             case.model, case.label, f"{1000 * median(p for p, _ in seconds):.1f}",
             f"{median(o / p for p, o in seconds):.2f}", f"{case.bar:.2f}" if case.bar else "",
         )  # fmt: skip
@@ -316,11 +325,11 @@ def partial_rounds(bench: Bench) -> int:
     )  # fmt: skip
     for name in names:
         if (name,) in cost:
-            table.add_row(name, f"{cost[name,]:.3f}", "")
+            bench.add(table, name, f"{cost[name,]:.3f}", "")
     if len(cost) > len(names):
         schedule = Schedule(FedPartParams(), names, seed=0)
         played = [cost[schedule.active(1 + t)] for t in range(schedule.cycle)]
-        table.add_row("a cycle", f"{sum(played) / len(played):.3f}", f"{fedpart.BAR}")
+        bench.add(table, "a cycle", f"{sum(played) / len(played):.3f}", f"{fedpart.BAR}")
     bench.console.print(table)
     return 0
 
