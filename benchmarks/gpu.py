@@ -29,7 +29,6 @@ from benchmarks import bare, fedpart, regularizers
 from benchmarks.cohort import Cohort
 from benchmarks.overhead import Silent
 from fl_client import app as client
-from fl_client import stacked
 from fl_client.trainer import batches
 from fl_common import wire
 from fl_common.config import resolve
@@ -145,30 +144,6 @@ def _bare_seconds(model: str, cohort: Cohort, rounds: int) -> float:
         for batch in batches(cohort.clients.local_data(i), train, (0, 1, i))
     ]
     return median([cohort.seconds(lambda: loop.steps(ready)) for _ in range(2 + rounds)][2:])
-
-
-def convolutions(bench: Bench) -> int:
-    """(a'): whether convolutions of several clients are rightly products with patches."""
-    table = _table(
-        "(a') clients at once, convolutions grouped or as products with patches: seconds per round",
-        "model", "clients", "grouped", "products",
-    )  # fmt: skip
-    chosen = stacked.PRODUCTS
-    cases = {"lenet": (10, 50), "resnet8": (32, 40), "resnet18": (50, 10)}
-    for model, (size, count) in [*cases.items()][: 1 if bench.small else None]:
-        seconds = []
-        for stacked.PRODUCTS in (False, True):
-            values = {"model.name": model, "train.batch-size": size}
-            if model == "resnet18":
-                values |= {"model.norm": "group", "train.dtype": "bfloat16"}
-            if model != "lenet":
-                values |= {"clients.number": 100}
-            cohort = Cohort(bench.settings(values), 4 if bench.small else count)
-            seconds.append(median([cohort.together() for _ in range(4 if bench.small else 6)][3:]))
-        bench.add(table, model, f"{cohort.count}", *(f"{s:.4f}" for s in seconds))
-    stacked.PRODUCTS = chosen
-    bench.console.print(table)
-    return 0
 
 
 def resnet(bench: Bench) -> int:
@@ -335,7 +310,7 @@ def partial_rounds(bench: Bench) -> int:
 
 
 PARTS = {
-    "a": (overhead, convolutions),
+    "a": (overhead,),
     "b": (resnet,),
     "c": (costs,),
     "d": (partial_rounds,),

@@ -9,6 +9,7 @@ nothing.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
-from fl_client import stacked
-from fl_client.stacked import (
-    Batches,
-    Corrections,
-    Dropouts,
-    Rules,
-    first_of,
-    padded,
-    products_rounded_as_convolutions,
-    stack,
-)
+from fl_client.stacked import Batches, Corrections, Dropouts, Rules, first_of, padded, stack
 from fl_client.trainer import (
     LocalResult,
     Step,
@@ -47,7 +38,7 @@ from fl_common.local import PADDING, mean_losses, norm_of
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fl_client.graphs import Graphs
     from fl_client.optimizers import Optimizer
@@ -152,6 +143,17 @@ def cohort_round(
             regularizer.stacked = False
 
 
+@contextmanager
+def _unrounded() -> Iterator[None]:
+    """A GPU's convolutions without TF32, which alone can make gradients differ by a few percent."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class _Cohort:
     def __init__(
         self,
@@ -203,7 +205,7 @@ class _Cohort:
             if overriding("stacked_term", [method])
         ]
         self.precision = precision_of(settings, self.device.type)
-        self.rules = Rules(unfolds=stacked.PRODUCTS and self.device.type == "cuda")
+        self.rules = Rules()
         self.dropouts = self._dropouts()
         self.gradient = self._gradient
         if graphs:
@@ -259,16 +261,15 @@ class _Cohort:
         """Of the clients' batches; `more`: the masks of dropouts, and which samples count."""
         each = [methods[: len(x)] for methods in self.terms]
         masks, samples = list(more[: len(self.dropouts)]), list(more[len(self.dropouts) :])
-        with products_rounded_as_convolutions():
-            with self.precision():
-                output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
-                losses = mean_losses(output, y)
-                for methods, noted in zip(each, seen, strict=True):
-                    methods[0].seen = noted
-                    losses = losses + methods[0].stacked_term(methods, output, y)
-                    methods[0].seen = []
-            if losses.requires_grad:
-                losses.sum().backward()
+        with self.precision():
+            output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
+            losses = mean_losses(output, y)
+            for methods, noted in zip(each, seen, strict=True):
+                methods[0].seen = noted
+                losses = losses + methods[0].stacked_term(methods, output, y)
+                methods[0].seen = []
+        if losses.requires_grad:
+            losses.sum().backward()
         return losses.detach(), taken_gradients(self.leaves)
 
     def _check(self, x: torch.Tensor, y: torch.Tensor, masks: Tensors, samples: Tensors) -> None:
@@ -295,7 +296,8 @@ class _Cohort:
             found = torch.autograd.grad(loss, leaves, materialize_grads=True)
             return [grad[-1] for grad in found]
 
-        ours, alone = grads(slice(None), stacked=True), grads(last, stacked=False)
+        with _unrounded():
+            ours, alone = grads(slice(None), stacked=True), grads(last, stacked=False)
         if ours:
             apart = norm_of([a - b for a, b in zip(ours, alone, strict=True)])
             if not apart <= ALIKE[self.settings.dtype] * norm_of(alone):

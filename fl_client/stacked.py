@@ -6,7 +6,6 @@ those who still have steps to take are always the first.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     State = dict[str, Tensors] | None
 
 END = torch.iinfo(torch.int64).max
-
-PRODUCTS = True
-"""Whether a GPU computes convolutions as products with patches.  Its own for many groups are run
-one group after the other; the CPU's are not (and patches take 1.2 to 3 times as long there)."""
 
 
 class Batches:
@@ -168,10 +163,6 @@ class Rules(TorchFunctionMode):
     samples: Tensors
     """(B,) 0 for padding; empty if there is none."""
 
-    def __init__(self, unfolds: bool) -> None:
-        super().__init__()
-        self.unfolds = unfolds
-
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> torch.Tensor:
@@ -182,8 +173,6 @@ class Rules(TorchFunctionMode):
             return _batch_norm(self.samples[0], *args, **kwargs)
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
-        if func is functional.conv2d and self.unfolds:
-            return _conv2d(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -251,45 +240,6 @@ def _embedding(
         return vectors
     padding = (input == padding_idx % len(weight)).unsqueeze(-1)
     return torch.where(padding, vectors.detach(), vectors)
-
-
-def _conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> torch.Tensor:
-    """torch's conv2d of x (B, C, H, W) as one product with all patches of the batch, so that under
-    vmap there is one for each client, whatever the size of its batch."""
-    if groups != 1 or isinstance(padding, str) or x.dim() != 4 or _pair(dilation) != (1, 1):
-        return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    pad_y, pad_x = _pair(padding)
-    (down, right), (height, width) = _pair(stride), weight.shape[2:]
-    if pad_y or pad_x:
-        x = functional.pad(x, (pad_x, pad_x, pad_y, pad_y))
-    patches = x.unfold(2, height, down).unfold(3, width, right)  # (B, C, H', W', height, width)
-    size = (len(weight), len(x), *patches.shape[2:4])
-    patches = patches.permute(1, 4, 5, 0, 2, 3).reshape(weight[0].numel(), -1)
-    out = (weight.flatten(1) @ patches).view(size).transpose(0, 1)
-    return out if bias is None else out + bias[:, None, None]
-
-
-@contextmanager
-def products_rounded_as_convolutions() -> Iterator[None]:
-    """On a GPU, TF32 for matrix products where it is allowed for convolutions."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _of(value: Any, count: int) -> Any:

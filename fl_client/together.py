@@ -122,15 +122,11 @@ class Together:
         started = time.process_time()
         for job in jobs:
             clients.evaluate_job(job, job.start, "-before")
-        try:
-            members = self._at_once(jobs, clients.config.train)
-        except torch.OutOfMemoryError:
-            self._halve(len(jobs))
-            return []
-        except Exception as error:
-            self.most = 1
-            self._say(f"clients are trained one by one: {_reason(error)}")
+        members, refused = self._tried(jobs)
+        if refused:
             return [_attempt(clients.train_alone, job) for job in jobs]
+        if not members:
+            return []
         for job, member in zip(jobs, members, strict=True):
             clients.evaluate_job(job, member.trained, "-after")
         spent = time.process_time() - started
@@ -141,6 +137,19 @@ class Together:
             _attempt(clients.finish, job, member.trained, member.result, member.optimizer)
             for job, member in zip(jobs, members, strict=True)
         ]
+
+    def _tried(self, jobs: list[Job]) -> tuple[list[Member], bool]:
+        """The trained members, none if they are too many, and whether torch cannot stack them.
+        What failed is let go of with the error, before clients are trained otherwise."""
+        try:
+            return self._at_once(jobs, self.clients.config.train), False
+        except torch.OutOfMemoryError:
+            self._halve(len(jobs))
+            return [], False
+        except Exception as error:
+            self.most = 1
+            self._say(f"clients are trained one by one: {_reason(error)}")
+            return [], True
 
     def _halve(self, count: int) -> None:
         """So many clients were too many for the card."""

@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fl_client import cohort, stacked, together
 from fl_client.client import Clients
-from fl_client.stacked import Batches, Rules
+from fl_client.stacked import Batches
 from fl_client.trainer import LocalData, batches
 from fl_common import assembly, wire
 from fl_common.config import ConfigError, Train, resolve
@@ -175,18 +175,6 @@ def test_models(monkeypatch, model: str, device: str, dtype: str):
         train__epochs=1 if name == "resnet8" else 2, eval__grad_norm=True,
     )  # fmt: skip
     same(federation, {"float64": 1e-11, "float32": 1e-5}[dtype])
-
-
-@pytest.mark.parametrize("model", ["lenet", "cnn", "resnet8 group"])
-def test_products_in_the_place_of_convolutions(monkeypatch, model: str):
-    """As on a GPU."""
-    monkeypatch.setattr(cohort, "Rules", lambda unfolds: Rules(unfolds=True))
-    name, _, norm = model.partition(" ")
-    federation = Federation(
-        monkeypatch, **MODELS[model], model__name=name, model__norm=norm or "batch",
-        train__epochs=1,
-    )  # fmt: skip
-    same(federation, 1e-11)
 
 
 OPTIMIZERS = {
@@ -511,33 +499,6 @@ def test_auto_takes_what_was_faster(monkeypatch):
     assert all(not state for _, _, state in jobs)
     after = federation.together(messages, federation.states())
     assert all(difference(a, b) == 0 for a, b in zip(before, after, strict=True))
-
-
-def test_convolutions_as_a_gpu_does_them():
-    """As products with patches: strides, padding, gradients and all the same numbers."""
-    torch.manual_seed(0)
-    for conv in (
-        torch.nn.Conv2d(3, 5, 3, dtype=torch.float64),
-        torch.nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 2), dilation=2, bias=False,
-                        dtype=torch.float64),
-        torch.nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 2), dtype=torch.float64),
-        torch.nn.Conv2d(3, 5, 1, stride=2, bias=False, dtype=torch.float64),
-        torch.nn.Conv2d(4, 6, 3, groups=2, padding="same", dtype=torch.float64),
-    ):  # fmt: skip
-        x = torch.randn(2, conv.in_channels, 11, 9, dtype=torch.float64)
-        rules = Rules(unfolds=True)
-        rules.samples = []
-        x.requires_grad_()
-        with rules:
-            ours = conv(x)
-        theirs = conv(x)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-        weights = torch.randn_like(theirs)
-        grads = [
-            torch.autograd.grad((out * weights).sum(), (x, *conv.parameters()))
-            for out in (ours, theirs)
-        ]
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
 def test_bad_settings():
