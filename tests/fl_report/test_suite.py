@@ -123,6 +123,13 @@ def test_reduced_takes_fewer_cells_and_its_own_settings(tmp_path):
     assert {cell.values["run.rounds"] for cell in plan.cells} == {1}
 
 
+def test_a_reduced_suite_may_leave_out_a_published_metric_and_blanks_may_overlap(tmp_path):
+    text = TEXT.replace('about = "one seed"', 'about = "one seed"\nmetrics = ["loss"]')
+    text += '[[published]]\ntable = "Table 2"\nmetric = "accuracy"\nsettings = ["many"]\n'
+    text += "values = { fedavg = [51] }\n"  # Table 1 has "" there
+    assert [m.name for m in load(written(tmp_path, text), reduced=True).metrics] == ["loss"]
+
+
 def test_a_configuration_beside_the_suite_is_under_its_base(tmp_path):
     (tmp_path / "plain.toml").write_text("[run]\nrounds = 9\n[train]\nlr = 0.3\n")
     text = TEXT.replace("title", 'config = "plain.toml"\ntitle', 1)
@@ -152,6 +159,15 @@ BAD = {
     "no number": ("[60, 61.5]", '[60, "61..5"]', '"61..5" is no number; write 52.9'),
     "name": ("[settings.few]", "[settings.Few]", "a name has small letters, digits, dots"),
     "toml": ("[settings.few]", "[settings.few", "not a TOML file: "),
+    "not measured": ('metric = "accuracy"', 'metric = "loss"',
+        "published, Table 1: loss is not among metrics; add it there"),
+    "excluded": ("[settings.few]", '[only]\nfedavg = ["many"]\n[settings.few]',
+        'published, Table 1: fedavg in few does not run, as [only] says; write ""'),
+    "twice": ("[[published]]", '[[published]]\ntable = "Table 0"\nmetric = "accuracy"\n'
+        'settings = ["few"]\nvalues = { feddyn = [59] }\n[[published]]',
+        'published, Table 1: feddyn in few has its accuracy in Table 0; write "" there'),
+    "column twice": ('"few", "many"]\nv', '"few", "few"]\nv',
+        "published, Table 1: feddyn in few has its accuracy in Table 1"),
     "cell": ("[settings.few]", '[cells."few_fedav"]\n[settings.few]', "cells: no few_fedav; write"),
 }  # fmt: skip
 
