@@ -235,14 +235,26 @@ def texts(table: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str, str, i
 def test_published_ours_and_the_difference():
     # 53 is the mean of 52 and 54, sqrt(2) their deviation with n - 1; 53 - 50 = 3, 59 - 60 = -1.
     assert texts(a_table()) == {
-        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5 [1]", "53.0 ± 1.4 (n = 2)", "+3.0", 0),
-        ("feddyn", "accuracy [%]"): ("60 [1]", "59.0 (n = 1)", "-1.0", 1),
+        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5", "53.0 ± 1.4 (n = 2)", "+3.0", 0),
+        ("feddyn", "accuracy [%]"): ("60", "59.0 (n = 1)", "-1.0", 1),
         ("fedavg", "rounds to accuracy 0.5"): ("-", "never", "-", 0),
         ("feddyn", "rounds to accuracy 0.5"): ("-", "never", "-", 1),
     }
     page = suite_page.markdown(a_table())
     assert "| fedavg | accuracy [%] | 50.0 ± 1.5 [1] | 53.0 ± 1.4 (n = 2) | +3.0 |" in page
     assert "**1 of 4 runs are missing.**" in page and "| feddyn_seed1 | - |" in page
+
+
+def test_only_remarks_that_a_line_cites_are_told_with_numbers_of_their_own():
+    [first] = a_table()["published"]
+    other = first | {"table": "Table 0", "metric": "loss"}
+    second = first | {"table": "Table 2", "values": {"feddyn": [60]}}
+    first = first | {"values": {"fedavg": [50]}}
+    page = suite_page.markdown(a_table(published=[other, second, first]))
+    assert "| fedavg | accuracy [%] | 50 [2] |" in page
+    assert "| feddyn | accuracy [%] | 60 [1] |" in page
+    assert "[1] Table 2.\n\n[2] Table 1.\n" in page
+    assert "Table 0" not in page and "[3]" not in page
 
 
 def test_of_runs_that_never_reach_a_target_the_others_are_told():
