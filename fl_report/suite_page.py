@@ -131,6 +131,7 @@ def _made(done: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"{len(done)} runs, {wall:,.0f} s of wall time and {cpu:,.0f} s of processor time in all; "
         f"device: {', '.join(sorted({cell['device'] for cell in done}))}",
+        "seconds are those of the runs themselves: without the start of their processes",
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
         *sorted(versions),
         "code " + ", ".join(sorted({cell["code"][:12] for cell in done})),

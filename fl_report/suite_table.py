@@ -57,7 +57,7 @@ def gather(
                 "rounds": summary["rounds"],
                 "wall_s": summary["wall_s"],
                 "cpu_s": summary["cpu_s"],
-                "device": run.config.get("train.device", "auto"),
+                "device": summary.get("device") or run.config.get("train.device", "auto"),
                 "date": extra.get("date", "unknown"),
                 "model_sha256": summary["model_sha256"],
                 "code": code_of(folder),

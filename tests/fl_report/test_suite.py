@@ -257,6 +257,19 @@ def test_only_remarks_that_a_line_cites_are_told_with_numbers_of_their_own():
     assert "Table 0" not in page and "[3]" not in page
 
 
+def test_the_device_is_told_by_name_and_as_it_was_set_where_a_run_did_not_record_it(tmp_path):
+    suite = TEXT[: TEXT.index("[settings.few]")] + "[settings.few]\n"
+    plan = load(written(tmp_path, suite.replace("[0, 1]", "[0]")))
+    for cell, told in zip(plan.cells, ({"device": "Card (cuda)"}, {}), strict=True):
+        (tmp_path / cell.name).mkdir()
+        summary = SUMMARY | {"status": "completed", "rounds": 2, "model_sha256": "", "versions": {}}
+        (tmp_path / cell.name / "summary.json").write_text(json.dumps(summary | told))
+        (tmp_path / cell.name / "config.json").write_text('{"train.device": "cuda"}')
+    table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
+    assert [cell["device"] for cell in table["cells"]] == ["Card (cuda)", "cuda"]
+    assert "device: Card (cuda), cuda\n- seconds are those of" in suite_page.markdown(table)
+
+
 def test_of_runs_that_never_reach_a_target_the_others_are_told():
     table = a_table()
     table["cells"][0]["values"]["rounds-to:0.5"] = 4.0
