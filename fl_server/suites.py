@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from fl_report.suite import Cell, Plan
 
 MEASURED = "cell.json"
-"""In a cell's results folder: what the suite saw of it from outside."""
+"""In a cell's results folder: what its process measured at its end."""
 REMEMBERED = "suite.json"
 """In the suite's folder: the last call that ran cells."""
 LOGS = "logs"
@@ -205,7 +206,7 @@ class Runner:
         with path.open("ab") as log:
             written = log.tell()
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", CHILD, *_command(cell, folder, resumes)],
+                [sys.executable, "-P", "-c", CHILD, str(folder), *_command(cell, folder, resumes)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -220,16 +221,14 @@ class Runner:
         self.say(f"{cell.name}: {told}")
 
     def _reap(self, child: Child, jobs: int) -> None:
-        process, status, usage = os.wait4(child.process.pid, os.WNOHANG)
-        if not process:
+        code = child.process.poll()
+        if code is None:
             return
-        child.process.returncode = code = os.waitstatus_to_exitcode(status)
         self.running.remove(child)
         folder, name = self.base / child.cell.name, child.cell.name
         if code == 0 and complete(folder):
             self.finished += 1
             self.seconds.append(time.monotonic() - child.started)
-            self._note(folder, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
             told = f"{_outcome(folder)}, {self.seconds[-1]:.0f} s"
         else:
             self.failed.append(child.cell)
@@ -242,15 +241,6 @@ class Runner:
             return f"{left} left"
         mean = sum(self.seconds) / len(self.seconds)
         return f"{left} left, ETA {_duration(mean * left / jobs)}"
-
-    def _note(self, folder: Path, peak: int) -> None:
-        """What a run does not know of itself: its peak memory, and the day."""
-        before = measured(folder)
-        told = {
-            "max_rss_bytes": max(peak, before.get("max_rss_bytes", 0)),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
 
     def _end(self) -> None:
         """Ctrl-C for the children that are left, and the end of those that do not heed it."""
@@ -270,12 +260,31 @@ CHILD = "from fl_server.suites import child; child()"
 
 
 def child() -> None:
-    """The process of a cell: `flatfed`, interrupted when the suite is no more."""
+    """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first argument
+    is the cell's folder."""
     if not processes.end_with(os.getppid(), signal.SIGINT):
         sys.exit("the suite is no more")
     from fl_server.cli import entry_point
 
-    entry_point()
+    folder = Path(sys.argv.pop(1))
+    try:
+        entry_point()
+    finally:
+        if begun(folder):
+            _measure(folder)
+
+
+def _measure(folder: Path) -> None:
+    """What a run does not tell of itself: its peak memory, workers' too, and the day.  Written by
+    its own process, which may end after a suite that was killed."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    of = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = unit * max(resource.getrusage(who).ru_maxrss for who in of)
+    told = {
+        "max_rss_bytes": max(peak, measured(folder).get("max_rss_bytes", 0)),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
 
 
 def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
@@ -287,7 +296,7 @@ def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What the suite saw of a cell; empty if it did not see its end."""
+    """What a cell's process measured; empty if it was killed."""
     return _read(folder / MEASURED)
 
 

@@ -171,8 +171,7 @@ def check_the_table(suite: Suite) -> None:
         assert told["values"]["accuracy"] == 100 * history[-1]["accuracy"]
         assert told["values"]["mb-up"] == sum(row["bytes_up"] for row in history) / 1e6
         assert told["rounds"] == ROUNDS and len(told["code"]) == 64
-    # Python with torch takes more than 100 MB; the second cell alone was seen by no one at its
-    # end only if it was killed, and none was.
+    # Python with torch takes more than 100 MB.
     assert all(cell["values"]["memory-mb"] > 100 for cell in table["cells"])
     [one, two] = (100 * rows[f"fedavg_seed{seed}"][-1]["accuracy"] for seed in (0, 1))
     ours = f"{fmean([one, two]):.1f} ± {stdev([one, two]):.1f} (n = 2)"
@@ -182,6 +181,23 @@ def check_the_table(suite: Suite) -> None:
     assert f"flatfed suite {suite.file}" in page and table["cells"][0]["code"][:12] in page
     report = (suite.folder / "report.html").read_text()
     assert all(cell in report for cell in CELLS)
+
+
+def test_a_cell_measures_itself_whatever_became_of_the_suite(tmp_path):
+    from fl_server import suites
+
+    folder = tmp_path / "cell"
+    place = [f"run.output-dir={tmp_path}", "run.name=cell"]
+    settings = ["clients.number=2", "run.rounds=1", "run.pictures=false"]
+    command = [sys.executable, "-P", "-c", suites.CHILD, str(folder), "run", *place, *settings]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    told = suites.measured(folder)
+    assert 1e8 < told["max_rss_bytes"] < 1e10 and told["date"] == time.strftime("%Y-%m-%d")
+    # The peak of a cell that went on is that of all its processes.
+    (folder / suites.MEASURED).write_text('{"max_rss_bytes": 12345678901}')
+    resume = [*command[:5], "resume", str(folder), "run.rounds=2"]
+    subprocess.run(resume, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert suites.measured(folder)["max_rss_bytes"] == 12345678901
 
 
 # The first cell's parameters overflow in its first round, and no update is accepted.
