@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MEASURED = "cell.json"
 """In a cell's results folder: what its process measured at its end."""
 REMEMBERED = "suite.json"
-"""In the suite's folder: the last call that ran cells."""
+"""In the suite's folder: the last call that ran cells, with the settings that hold there."""
 LOGS = "logs"
 GRACE = 30.0  # s, from the Ctrl-C that is handed on to the end of a child
 POLL = 0.05  # s
@@ -337,6 +337,8 @@ class OpenSuite:
     """The folder of its cells."""
     out: Path | None
     """As given on the command line."""
+    taken: Mapping[str, Scalar] = field(default_factory=dict)
+    """Settings that an earlier call gave and this one did not."""
 
     def run(self, jobs: int) -> list[str]:
         """What is missing, `jobs` cells at once; gives the names of those that failed.
@@ -352,6 +354,9 @@ class OpenSuite:
             self._remember()
             print(f"{self.plan.suite.title}: {len(self.plan.cells)} cells, {len(state.done)} done, "
                   f"{len(state.left)} to run; results: {self.base}")  # fmt: skip
+            if state.left and self.taken:
+                told = ", ".join(f"{key}={shown(value)}" for key, value in self.taken.items())
+                print(f"settings of the last call: {told}")
             runner = Runner(self.base, state, len(self.plan.cells), print)
             return [cell.name for cell in runner.run(jobs)]
 
@@ -402,14 +407,16 @@ class OpenSuite:
 
 
 def open_suite(
-    file: Path, overrides: Mapping[str, Scalar], reduced: bool, out: Path | None
+    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None
 ) -> OpenSuite:
-    """Every cell's configuration checked.  Settings of an earlier call are taken again where none
-    are given.  Raises SuiteError with every mistake."""
+    """Every cell's configuration checked.  Settings of earlier calls in this folder hold until they
+    are given anew.  Raises SuiteError with every mistake."""
     name = f"{file.stem}-reduced" if reduced else file.stem
     base = (out or Path("results", "suites")).expanduser().absolute() / name
-    overrides = overrides or _read(base / REMEMBERED).get("settings", {})
-    return OpenSuite(file, load(file, reduced=reduced, overrides=overrides), base, out)
+    remembered = _read(base / REMEMBERED).get("settings", {})
+    taken = {key: value for key, value in remembered.items() if key not in overrides}
+    plan = load(file, reduced=reduced, overrides=remembered | overrides)
+    return OpenSuite(file, plan, base, out, taken)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -236,6 +236,37 @@ def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path, capfd):
     assert str(tmp_path) not in json.loads((docs / "mini.json").read_text())["about"]
 
 
+# As many rounds as the call says.
+BRIEF = """\
+title = "Miniature"
+seeds = [0]
+metrics = ["accuracy"]
+[base]
+clients.number = 2
+run.pictures = false
+[methods.fedavg]
+"""
+
+
+def test_settings_of_the_call_hold_for_the_folder_and_are_named(tmp_path, capfd):
+    suite = Suite(tmp_path, BRIEF)
+    assert suite.call("run.rounds=1") == 0
+    assert "settings of the last call" not in capfd.readouterr().out
+    assert suite.call() == 0  # nothing is left to run
+    assert "settings of the last call" not in capfd.readouterr().out
+
+    suite.file.write_text(BRIEF + '[methods.fedprox]\nstrategy.name = "fedprox"\n')
+    assert suite.call("--device", "cpu", "data.max-samples=50") == 2
+    assert "data.max-samples is 0 there and 50 here" in capfd.readouterr().err
+    assert suite.call("--device", "cpu") == 0
+    told = capfd.readouterr().out
+    assert "settings of the last call: run.rounds=1\n" in told
+    assert suite.summary("fedprox_seed0")["rounds"] == 1
+    table = json.loads((suite.folder / "table.json").read_text())
+    assert table["command"].endswith("run.rounds=1 train.device=cpu")
+    assert table["overrides"] == ["run.rounds"]
+
+
 def test_a_folder_with_something_else_is_refused_before_anything_starts(tmp_path, capfd):
     suite = Suite(tmp_path)
     foreign = suite.folder / CELLS[3]
