@@ -46,6 +46,8 @@ LOGS = "logs"
 GRACE = 30.0  # s, from the Ctrl-C that is handed on to the end of a child
 POLL = 0.05  # s
 TOLD = 5  # folders, one line each
+OF_DATA = "DataError: "
+"""In the reason of a run whose clients could not read or split their data."""
 FREE = {*RESUMABLE, *PLACE, "run.pictures", "server.checkpoint-every", "train.device"} - {
     "run.rounds"
 }
@@ -232,8 +234,21 @@ class Runner:
             told = f"{_outcome(folder)}, {self.seconds[-1]:.0f} s"
         else:
             self.failed.append(child.cell)
-            told = f"failed ({code}): {child.said()}; its log: {child.log}"
+            why = child.said()
+            told = f"failed ({code}): {why}; its log: {child.log}"
+            if OF_DATA in why and (alike := self._with_data_of(child.cell)):
+                self.waiting = [cell for cell in self.waiting if cell not in alike]
+                told += f"; with the same data, not tried: {len(alike)}"
         self.say(f"[{self.finished}/{self.total}] {name}: {told}; {self._ahead(jobs)}")
+
+    def _with_data_of(self, failed: Cell) -> list[Cell]:
+        """Those that wait and would read and split the same data: they would fail alike."""
+
+        def data(cell: Cell) -> dict[str, Scalar]:
+            its = cell.values.items()
+            return {k: v for k, v in its if k.startswith("data.") or k == "clients.number"}
+
+        return [cell for cell in self.waiting if data(cell) == data(failed)]
 
     def _ahead(self, jobs: int) -> str:
         left = len(self.waiting) + len(self.running)
