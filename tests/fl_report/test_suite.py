@@ -10,7 +10,7 @@ import pytest
 
 from fl_report import suite_page, suite_table
 from fl_report.compare import Run
-from fl_report.suite import SuiteError, load
+from fl_report.suite import Reduced, SuiteError, _cells, _parse, load
 from fl_report.suite_metrics import KINDS, Metric
 from fl_server.cli import main
 
@@ -82,6 +82,7 @@ EXPECTED = {
     "mb-down": 600 / 1e6,
     "poster-gb-up:2": 400 / 1.024e9,
     "poster-gb-up:4": None,
+    "poster-tmacs:2": None,  # no settings here
     "seconds": 12.5,
     "cpu-seconds": 20.0,
     "seconds-per-round": 3.0,  # (2 + 4 + 3) / 3
@@ -100,6 +101,24 @@ def test_every_metric_of_a_run_whose_numbers_are_known():
 def test_a_run_without_numbers_has_none():
     empty = Run("none", {}, [])
     assert {Metric.of(name).value(empty, {}) for name in EXPECTED} == {None}
+
+
+def test_the_posters_computation_is_that_of_its_table():
+    path = ROOT / "experiments" / "fedpart-main-cifar10.toml"
+    printed = {"fedavg": (4.38, 17.5), "fedavg-part": (3.21, 12.9), "fedprox-part": (3.21, 12.9)}
+    suite = _parse(path)
+    cells = {cell.method: cell for cell in _cells(path, suite, Reduced(), {})}
+    clients = {"samples": [499, 500, 501]}
+    for method, (one, four) in printed.items():
+        run = Run("", {}, [{}] * 100, cells[method].values, clients)
+        found = [Metric.of(f"poster-tmacs:{t}").value(run, {}) for t in (25, 100)]
+        assert found == pytest.approx([one, four], rel=0.005)
+        for other in ([{}] * 24, clients), ([{}] * 100, {}):
+            short = Run("", {}, other[0], cells[method].values, other[1])
+            assert Metric.of("poster-tmacs:25").value(short, {}) is None
+    unknown = cells["fedavg"].values | {"data.source": "folder"}
+    run = Run("", {}, [{}] * 25, unknown, clients)
+    assert Metric.of("poster-tmacs:25").value(run, {}) is None
 
 
 def test_the_cells_are_the_matrix_and_later_settings_win(tmp_path):
