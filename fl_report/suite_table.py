@@ -47,6 +47,8 @@ def gather(
         try:
             [run] = compare.read([folder])
         except ValueError:
+            if (folder / "summary.json").exists():
+                told["status"] = "broken"
             cells.append(told)
             continue
         told["status"] = run.summary.get("status", "unknown")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fl_common.config import methods
 from fl_report import suite_page, suite_table
 from fl_report.compare import Run
 from fl_report.suite import Reduced, SuiteError, _cells, _parse, load
@@ -287,6 +288,23 @@ def test_the_device_is_told_by_name_and_as_it_was_set_where_a_run_did_not_record
     table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
     assert [cell["device"] for cell in table["cells"]] == ["Card (cuda)", "cuda"]
     assert "device: Card (cuda), cuda\n- seconds are those of" in suite_page.markdown(table)
+
+
+def test_a_run_that_is_not_there_and_one_that_cannot_be_read(tmp_path):
+    plan = load(written(tmp_path), reduced=True)
+    (tmp_path / plan.cells[0].name).mkdir()
+    (tmp_path / plan.cells[0].name / "summary.json").write_text("{")
+    table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
+    assert [cell["status"] for cell in table["cells"]] == ["broken", "missing"]
+
+
+def test_the_costs_are_those_of_every_method():
+    """Of ours; the proximal term, SAM and ASAM run as fedprox, fedsam and fedasam."""
+    cells = load(ROOT / "experiments" / "costs.toml").cells
+    ours = {name for name in methods("strategies") if not name.startswith("flwr:")}
+    assert {cell.values.get("strategy.name", "fedavg") for cell in cells} == ours
+    terms = {*methods("regularizers")} - {"proximal", "sam", "asam"}
+    assert {cell.values.get("regularizers", "") for cell in cells} == {"", *terms}
 
 
 def test_of_runs_that_never_reach_a_target_the_others_are_told():
