@@ -346,6 +346,12 @@ def test_a_published_page_is_made_from_the_numbers_beside_it(path):
     assert path.with_suffix(".md").read_text() == suite_page.markdown(json.loads(path.read_text()))
 
 
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_table_is_whole(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert cells and {cell["status"] for cell in cells} == {"completed"}
+
+
 def test_every_published_page_has_its_numbers():
     pages = {path.stem for path in (ROOT / "docs" / "results").glob("*.md")}
     assert pages - {"README"} == {path.stem for path in PUBLISHED}
