@@ -52,16 +52,16 @@ class Run:
 def read(folders: Sequence[Path]) -> list[Run]:
     """The runs of these folders, named by method, or by folder where methods repeat.
 
-    Raises ValueError with one line for a folder that holds no run.
+    Raises ValueError with one line for a folder that holds no run, or one with a broken file.
     """
     runs = []
     for folder in folders:
         try:
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = _json((folder / "summary.json").read_bytes(), folder / "summary.json")
             config = _optional(folder / "config.json")
             clients = _optional(folder / "clients.json")
             rows = _rows(folder / "history.jsonl")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ValueError(f"{folder}: holds no run ({error})") from None
         label = method_of(config) or folder.resolve().name
         runs.append(Run(label, summary, rows, config, clients, folder))
@@ -79,14 +79,23 @@ def method_of(config: Mapping[str, Any]) -> str:
     return "+".join(filter(None, (config.get("strategy.name"), config.get("regularizers"))))
 
 
+def _json(text: bytes, where: object) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        why = getattr(error, "msg", error)
+        raise ValueError(f"{where}: is no JSON ({why}); mend it, or leave this run out") from None
+
+
 def _optional(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _json(path.read_bytes(), path) if path.exists() else {}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """None before the first round; a last line that a crash cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = (line for line in lines if line.endswith(b"\n"))
+    return [_json(line, f"{path}, line {i}") for i, line in enumerate(whole, 1)]
 
 
 def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> Table:

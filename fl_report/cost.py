@@ -16,14 +16,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 
 from fl_common.assembly import groups_of, new_model
-from fl_common.config import methods
+from fl_common.config import methods, resolve
 from fl_common.data.catalogue import SOURCES
 from fl_common.groups import NORMS
 from fl_common.layout import PARAMS, tensors_of
 from fl_common.models.catalogue import check
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -230,6 +230,28 @@ def report(plan: Plan, samples: float, cohort: Callable[[int], list[int]]) -> Re
         "partial_step": sum(passes[(name,)].step for name in names) / len(names),
     }
     return Report(plan, samples, macs, {rounds: of(rounds) for rounds in lengths})
+
+
+def published_tmacs(values: Mapping[str, Any], samples: float, rounds: int) -> float | None:
+    """The published accounting of a run's settings: 1e12 MACs of a client with so many samples
+    that takes part in the first `rounds` rounds.  None where the samples' shape is only known by
+    reading them, or the settings are of another version."""
+    try:  # nodes elsewhere have the data: none is read here
+        config = resolve({**values, "engine.name": "grpc"}, absolute_paths=False)
+        if SOURCES[config.data.source].shape is None:
+            return None
+        plan = Plan.of(config, None, None)
+    except (KeyError, ValueError):
+        return None
+    names, partial = plan.groups.names, 0
+    if config.strategy.name == "fedpart":
+        strategy = methods("strategies")["fedpart"](config)
+        strategy.bind(plan.groups)
+        actives = map(strategy.schedule.active, range(1, rounds + 1))
+        partial = sum(active != names for active in actives)
+    forwards = 3 * rounds - partial
+    forward = passing(plan.net.train(), plan.shape).published
+    return forwards * forward * samples * config.train.epochs / 1e12
 
 
 def _down(

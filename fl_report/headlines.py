@@ -48,12 +48,14 @@ def heading(title: str, runs: Sequence[Run]) -> Markup:
     """The title; for one run, its folder and how it ended."""
     parts = [element("h1", title)]
     if len(runs) == 1:
-        parts += [element("p", runs[0].folder, class_="soft"), _ending(runs[0])]
+        parts += [element("p", runs[0].folder, class_="soft"), element("p", _ending(runs[0]))]
     return element("header", joined(parts))
 
 
 def _ending(run: Run) -> Markup:
     told = _status(run)
+    if "error" in run.summary:
+        told += f": {run.summary['error']}"
     if run.summary.get("status") == "running":
         told += ": it goes on, or was killed without a word"
     again = [number(t) for t in run.summary.get("resumed_after_rounds", ())]
@@ -63,15 +65,14 @@ def _ending(run: Run) -> Markup:
     if back:
         told += text("; clients that lost their memory were given it back: ") + number(len(back))
         told += text(" times, ") + size(sum(back))
-    return element("p", told)
+    return told
 
 
 def _status(run: Run) -> Markup:
-    """How it ended, with the reason if it failed."""
+    """The word alone."""
     status = str(run.summary.get("status", "unknown"))
     kind = {"completed": "good", "failed": "bad"}.get(status, "soft")
-    reason = f": {run.summary['error']}" if "error" in run.summary else ""
-    return element("span", status, class_=kind) + reason
+    return element("span", status, class_=kind)
 
 
 def numbers(run: Run) -> Markup:
@@ -143,7 +144,11 @@ def side_by_side(runs: Sequence[Run]) -> Markup:
             _status(run),
             element("code", run.summary.get("model_sha256", NONE)[:16]),
         ])  # fmt: skip
-    whole = table(head, rows)
+    # Below the table: in a narrow cell of it a line of text is as tall as a page.
+    reasons = [
+        element("p", text(f"{run.label} ") + _ending(run)) for run in runs if "error" in run.summary
+    ]
+    whole = joined([table(head, rows), *reasons])
     if not repeated(groups):
         return section("Runs", whole)
     if len(runs) > MANY:

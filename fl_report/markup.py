@@ -107,7 +107,7 @@ def of_rich(made: Table) -> Markup:
 
 
 def folded(title: str, content: object) -> Markup:
-    """What few readers want: shown at a click, left out in print."""
+    """What few readers want: shown at a click, and in print."""
     return element("details", element("summary", title) + content)
 
 
@@ -124,10 +124,8 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
 
-    def figure(
-        self, name: str, draw: Callable[[Path], None], alt: str, caption: str, wide: bool = False
-    ) -> Markup:
-        """`draw` writes the file it is given; a wide picture scrolls on a phone."""
+    def figure(self, name: str, draw: Callable[[Path], None], alt: str, caption: str) -> Markup:
+        """`draw` writes the file it is given."""
         path = self.folder / f"{name}.png"
         draw(path)
         png = path.read_bytes()
@@ -136,10 +134,7 @@ class Pictures:
         shown = {"width": round(width / DENSITY), "height": round(height / DENSITY)}
         sizes = " ".join(f'{key}="{value}"' for key, value in shown.items())
         image = Markup(f'<img alt="{text(alt)}" {sizes} src="{source}">')
-        if wide:
-            image = element("div", image, class_="scroll", tabindex=0)
-        kind = {"class_": "wide"} if wide else {}
-        return element("figure", image + element("figcaption", caption), **kind)
+        return element("figure", image + element("figcaption", caption))
 
 
 def grid(figures: Sequence[Markup]) -> Markup:
@@ -197,7 +192,10 @@ dt { color: var(--soft); font-size: 0.8rem; }
 dd { margin: 0; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
 small { display: block; }
 dl div.long dd { font: 0.85rem/1.5 ui-monospace, "Liberation Mono", monospace; }
-.scroll { overflow-x: auto; }
+/* A shadow at the right edge, covered by the end of what scrolls. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to left, var(--back) 1.5rem, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.7rem 0.3rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
@@ -214,7 +212,6 @@ mark { background: var(--mark); color: inherit; padding: 0 0.2rem; border-radius
 figure { margin: 0; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 .grid img { width: 100%; }
-.wide img { min-width: 30rem; }
 code, pre { font-family: ui-monospace, "Liberation Mono", monospace; font-size: 0.9em; }
 pre { background: var(--card); border-radius: 6px; padding: 0.7rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
@@ -224,13 +221,15 @@ summary { cursor: pointer; padding: 0.3rem 0; }
   :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --card: #f3f3f3; --mark: #ffe9a0;
     --bad: #900; --good: #060; }
   body { max-width: none; padding: 0; font-size: 10pt; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
   table { font-size: 8.5pt; }
+  mark, dl div, pre { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .grid { grid-template-columns: repeat(3, 1fr); }
-  .wide img { min-width: 0; }
   section { margin-top: 1rem; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, summary, p:has(+ .scroll), thead, tbody tr:first-child { break-after: avoid; }
   tr, dl div { break-inside: avoid; }
-  details { display: none; }
+  details::details-content { content-visibility: visible; }
+  /* A browser that cannot open them leaves them out. */
+  @supports not selector(details::details-content) { details { display: none; } }
 }
 """

@@ -78,7 +78,7 @@ def labels(runs: Sequence[Run], pictures: Pictures) -> Markup:
             plots.label_distribution(counts, classes, path)
 
         name = f"labels-{i + 1}" if i else "labels"
-        figures.append(pictures.figure(name, draw, caption, caption, wide=True))
+        figures.append(pictures.figure(name, draw, caption, caption))
     more, rest = figures[PARTITIONS:], ""
     if more:
         rest = folded(f"{len(more)} more partitions", joined(more))
@@ -219,7 +219,7 @@ def _who(run: Run, pictures: Pictures) -> list[Markup]:
             plots.participation(states, rounds, path)
 
         alt = f"Clients over rounds. {caption}."
-        shown = pictures.figure("participation", draw, alt, caption, wide=True)
+        shown = pictures.figure("participation", draw, alt, caption)
     return [shown, folded(f"All {len(states)} clients as numbers", _each(run, states, drawn))]
 
 

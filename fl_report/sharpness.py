@@ -38,7 +38,7 @@ def gradients(runs: Sequence[Run], pictures: Pictures) -> Markup:
     def draw(path: Path) -> None:
         grad_norm.draw(recorded[:MANY], path)
 
-    figure = pictures.figure("grad-norm", draw, f"Gradient norm. {caption}.", caption, wide=True)
+    figure = pictures.figure("grad-norm", draw, f"Gradient norm. {caption}.", caption)
     return section("Gradient norms", of_rich(grad_norm.table(recorded)), figure)
 
 

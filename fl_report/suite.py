@@ -215,6 +215,27 @@ def _names(suite: Suite, cut: Reduced) -> list[str]:
         )
         if suite.settings and not block.settings:
             errors.append(f"{where}: settings is missing; name its columns")
+    return errors + _never_shown(suite)
+
+
+def _never_shown(suite: Suite) -> list[str]:
+    """Published numbers that no line of the table would have, a line each."""
+    errors, first = [], {}  # the table of each that was seen
+    for block in suite.published:
+        where = f"published, {block.table}"
+        if block.metric not in suite.metrics:
+            errors.append(f"{where}: {block.metric} is not among metrics; add it there")
+        for method, row in block.values.items():
+            for setting, value in zip(block.settings or [""], row, strict=False):
+                if value == "":
+                    continue
+                its = f"{where}: {method}" + (f" in {setting}" if setting else "")
+                if setting not in suite.only.get(method, [setting]):
+                    errors.append(f'{its} does not run, as [only] says; write ""')
+                place = block.metric, method, setting
+                if place in first:
+                    errors.append(f'{its} has its {block.metric} in {first[place]}; write "" there')
+                first[place] = block.table
     return errors
 
 

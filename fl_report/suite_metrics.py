@@ -75,6 +75,15 @@ def _up_until(run: Run, t: float, _: Any) -> float | None:
     return sum(row["bytes_up"] for row in run.rows[: int(t)]) / POSTER_GB
 
 
+def _tmacs_until(run: Run, t: float, _: Any) -> float | None:
+    samples = run.clients.get("samples")
+    if len(run.rows) < t or not samples:
+        return None
+    from fl_report.cost import published_tmacs
+
+    return published_tmacs(run.config, fmean(samples), int(t))
+
+
 def _over_rounds(key: str, mean: Callable[[list[float]], float]) -> Callable[..., float | None]:
     def read(run: Run, _: float, __: Any) -> float | None:
         found = [row[key] for row in run.rows if row.get(key) is not None]
@@ -114,6 +123,9 @@ KINDS: dict[str, Kind] = {
     "mb-up": Kind("MB up", 1, _summed("bytes_up", 1e6)),
     "mb-down": Kind("MB down", 1, _summed("bytes_down", 1e6)),
     "poster-gb-up": Kind("up until round {}, the poster's GB", 2, _up_until, int),
+    "poster-tmacs": Kind(
+        "computation of a client until round {}, the poster's TMACs", 2, _tmacs_until, int
+    ),
     "seconds": Kind("wall time [s]", 1, _summed("wall_s", 1), of_machine=True),
     "cpu-seconds": Kind("processor time [s]", 1, _summed("cpu_s", 1), of_machine=True),
     "seconds-per-round": Kind(

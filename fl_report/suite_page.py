@@ -37,12 +37,19 @@ def _columns(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lines(table: Mapping[str, Any]) -> list[list[str]]:
-    found = []
+    found, numbers = [], _cited(table)
     for row in rows(table):
+        mark = "" if row.block is None else f" [{numbers[row.block]}]"
         missing = f" ({row.missing} missing)" if row.missing else ""
-        told = asdict(row) | {"ours": row.ours + missing}
+        told = asdict(row) | {"published": row.published + mark, "ours": row.ours + missing}
         found.append([told[name] for name in _columns(table).values()])
     return found
+
+
+def _cited(table: Mapping[str, Any]) -> dict[int, int]:
+    """The published blocks that a line is from, each with the number of its remark."""
+    places = sorted({row.block for row in rows(table) if row.block is not None})
+    return {place: number for number, place in enumerate(places, 1)}
 
 
 def terminal(table: Mapping[str, Any]) -> Table:
@@ -87,7 +94,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     parts += [f"**{text}**\n" for text in _conditions(table)]
     parts.append("Mean ± standard deviation over the seeds (n runs).\n")
     parts.append(_grid(list(_columns(table)), _lines(table)))
-    parts += [_remark(i, block) for i, block in enumerate(table["published"], 1)]
+    parts += [_remark(i, table["published"][place]) for place, i in _cited(table).items()]
     done = [cell for cell in table["cells"] if cell["status"] == "completed"]
     parts.append("\n## How it was made\n\n```\n" + table["command"] + "\n```\n")
     parts.append(_made(done))
@@ -124,6 +131,7 @@ def _made(done: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"{len(done)} runs, {wall:,.0f} s of wall time and {cpu:,.0f} s of processor time in all; "
         f"device: {', '.join(sorted({cell['device'] for cell in done}))}",
+        "seconds are those of the runs themselves: without the start of their processes",
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
         *sorted(versions),
         "code " + ", ".join(sorted({cell["code"][:12] for cell in done})),

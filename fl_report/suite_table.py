@@ -47,6 +47,8 @@ def gather(
         try:
             [run] = compare.read([folder])
         except ValueError:
+            if (folder / "summary.json").exists():
+                told["status"] = "broken"
             cells.append(told)
             continue
         told["status"] = run.summary.get("status", "unknown")
@@ -57,7 +59,7 @@ def gather(
                 "rounds": summary["rounds"],
                 "wall_s": summary["wall_s"],
                 "cpu_s": summary["cpu_s"],
-                "device": run.config.get("train.device", "auto"),
+                "device": summary.get("device") or run.config.get("train.device", "auto"),
                 "date": extra.get("date", "unknown"),
                 "model_sha256": summary["model_sha256"],
                 "code": code_of(folder),
@@ -93,7 +95,9 @@ class Row:
     method: str
     metric: str
     published: str
-    """As printed; with the number of the remark that belongs to it."""
+    """As printed."""
+    block: int | None
+    """Which block of `published` it is from."""
     ours: str
     difference: str
     missing: int
@@ -121,7 +125,8 @@ def _row(
     """None where there is nothing: no number is published, and the runs have none."""
     there = [cell for cell in group if cell["status"] == "completed"]
     values = [v for cell in there if (v := cell["values"].get(metric.name)) is not None]
-    printed, block = _published(table, setting, method, metric.name)
+    printed, place = _published(table, setting, method, metric.name)
+    block = None if place is None else table["published"][place]
     if there and not values and not printed and not metric.may_fail:
         return None
     why = _incomparable(table, metric, block)
@@ -129,12 +134,12 @@ def _row(
     difference = NONE
     if match and values and not why:
         difference = f"{fmean(values) - float(match[1]):+.{metric.kind.digits}f}"
-    mark = f" [{table['published'].index(block) + 1}]" if block else ""
     return Row(
         setting,
         method,
         metric.title,
-        printed + mark if printed else NONE,
+        printed or NONE,
+        place,
         _spread(values, metric, len(there)),
         difference,
         len(group) - len(there),
@@ -143,13 +148,14 @@ def _row(
 
 def _published(
     table: Mapping[str, Any], setting: str, method: str, metric: str
-) -> tuple[str, dict[str, Any] | None]:
-    for block in table["published"]:
+) -> tuple[str, int | None]:
+    """The number as printed, and the place of its block."""
+    for place, block in enumerate(table["published"]):
         columns = block["settings"] or [""]
         if block["metric"] == metric and setting in columns and method in block["values"]:
             value = block["values"][method][columns.index(setting)]
             if value != "":
-                return str(value), block
+                return str(value), place
     return "", None
 
 

@@ -168,6 +168,7 @@ class Recorder:
             "regularizers": list(config.regularizer_names),
             "engine": engine,
             "seed": config.run.seed,
+            "device": _device(config),
             "versions": _versions(),
         }
 
@@ -334,6 +335,23 @@ class Recorder:
             page.write([self.folder], self.folder / REPORT)
         except (OSError, ValueError) as error:  # a run is no worse for its page
             print(f"{REPORT}: {error}", flush=True)
+
+
+def _device(config: CoreConfig) -> str:
+    """Where this process evaluates, and the clients in it train: "cpu (2 processors)",
+    "NVIDIA H200 (cuda:0)"."""
+    import torch
+
+    from fl_common.assembly import training_device
+
+    try:
+        device = training_device(config)
+    except ValueError:  # this machine has none: said by whoever needs it
+        return config.train.device
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    count = os.cpu_count()
+    return f"{device} ({count} processor{'s' * (count != 1)})"
 
 
 def _versions() -> dict[str, str]:

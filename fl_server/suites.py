@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -38,13 +39,15 @@ if TYPE_CHECKING:
     from fl_report.suite import Cell, Plan
 
 MEASURED = "cell.json"
-"""In a cell's results folder: what the suite saw of it from outside."""
+"""In a cell's results folder: what its process measured at its end."""
 REMEMBERED = "suite.json"
-"""In the suite's folder: the last call that ran cells."""
+"""In the suite's folder: the last call that ran cells, with the settings that hold there."""
 LOGS = "logs"
 GRACE = 30.0  # s, from the Ctrl-C that is handed on to the end of a child
 POLL = 0.05  # s
 TOLD = 5  # folders, one line each
+OF_DATA = "DataError: "
+"""In the reason of a run whose clients could not read or split their data."""
 FREE = {*RESUMABLE, *PLACE, "run.pictures", "server.checkpoint-every", "train.device"} - {
     "run.rounds"
 }
@@ -205,7 +208,7 @@ class Runner:
         with path.open("ab") as log:
             written = log.tell()
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", CHILD, *_command(cell, folder, resumes)],
+                [sys.executable, "-P", "-c", CHILD, str(folder), *_command(cell, folder, resumes)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -220,21 +223,32 @@ class Runner:
         self.say(f"{cell.name}: {told}")
 
     def _reap(self, child: Child, jobs: int) -> None:
-        process, status, usage = os.wait4(child.process.pid, os.WNOHANG)
-        if not process:
+        code = child.process.poll()
+        if code is None:
             return
-        child.process.returncode = code = os.waitstatus_to_exitcode(status)
         self.running.remove(child)
         folder, name = self.base / child.cell.name, child.cell.name
         if code == 0 and complete(folder):
             self.finished += 1
             self.seconds.append(time.monotonic() - child.started)
-            self._note(folder, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
             told = f"{_outcome(folder)}, {self.seconds[-1]:.0f} s"
         else:
             self.failed.append(child.cell)
-            told = f"failed ({code}): {child.said()}; its log: {child.log}"
+            why = child.said()
+            told = f"failed ({code}): {why}; its log: {child.log}"
+            if OF_DATA in why and (alike := self._with_data_of(child.cell)):
+                self.waiting = [cell for cell in self.waiting if cell not in alike]
+                told += f"; with the same data, not tried: {len(alike)}"
         self.say(f"[{self.finished}/{self.total}] {name}: {told}; {self._ahead(jobs)}")
+
+    def _with_data_of(self, failed: Cell) -> list[Cell]:
+        """Those that wait and would read and split the same data: they would fail alike."""
+
+        def data(cell: Cell) -> dict[str, Scalar]:
+            its = cell.values.items()
+            return {k: v for k, v in its if k.startswith("data.") or k == "clients.number"}
+
+        return [cell for cell in self.waiting if data(cell) == data(failed)]
 
     def _ahead(self, jobs: int) -> str:
         left = len(self.waiting) + len(self.running)
@@ -242,15 +256,6 @@ class Runner:
             return f"{left} left"
         mean = sum(self.seconds) / len(self.seconds)
         return f"{left} left, ETA {_duration(mean * left / jobs)}"
-
-    def _note(self, folder: Path, peak: int) -> None:
-        """What a run does not know of itself: its peak memory, and the day."""
-        before = measured(folder)
-        told = {
-            "max_rss_bytes": max(peak, before.get("max_rss_bytes", 0)),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
 
     def _end(self) -> None:
         """Ctrl-C for the children that are left, and the end of those that do not heed it."""
@@ -270,12 +275,31 @@ CHILD = "from fl_server.suites import child; child()"
 
 
 def child() -> None:
-    """The process of a cell: `flatfed`, interrupted when the suite is no more."""
+    """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first argument
+    is the cell's folder."""
     if not processes.end_with(os.getppid(), signal.SIGINT):
         sys.exit("the suite is no more")
     from fl_server.cli import entry_point
 
-    entry_point()
+    folder = Path(sys.argv.pop(1))
+    try:
+        entry_point()
+    finally:
+        if begun(folder):
+            _measure(folder)
+
+
+def _measure(folder: Path) -> None:
+    """What a run does not tell of itself: its peak memory, workers' too, and the day.  Written by
+    its own process, which may end after a suite that was killed."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    of = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = unit * max(resource.getrusage(who).ru_maxrss for who in of)
+    told = {
+        "max_rss_bytes": max(peak, measured(folder).get("max_rss_bytes", 0)),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
 
 
 def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
@@ -287,7 +311,7 @@ def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What the suite saw of a cell; empty if it did not see its end."""
+    """What a cell's process measured; empty if it was killed."""
     return _read(folder / MEASURED)
 
 
@@ -328,6 +352,8 @@ class OpenSuite:
     """The folder of its cells."""
     out: Path | None
     """As given on the command line."""
+    taken: Mapping[str, Scalar] = field(default_factory=dict)
+    """Settings that an earlier call gave and this one did not."""
 
     def run(self, jobs: int) -> list[str]:
         """What is missing, `jobs` cells at once; gives the names of those that failed.
@@ -343,6 +369,9 @@ class OpenSuite:
             self._remember()
             print(f"{self.plan.suite.title}: {len(self.plan.cells)} cells, {len(state.done)} done, "
                   f"{len(state.left)} to run; results: {self.base}")  # fmt: skip
+            if state.left and self.taken:
+                told = ", ".join(f"{key}={shown(value)}" for key, value in self.taken.items())
+                print(f"settings of the last call: {told}")
             runner = Runner(self.base, state, len(self.plan.cells), print)
             return [cell.name for cell in runner.run(jobs)]
 
@@ -393,14 +422,16 @@ class OpenSuite:
 
 
 def open_suite(
-    file: Path, overrides: Mapping[str, Scalar], reduced: bool, out: Path | None
+    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None
 ) -> OpenSuite:
-    """Every cell's configuration checked.  Settings of an earlier call are taken again where none
-    are given.  Raises SuiteError with every mistake."""
+    """Every cell's configuration checked.  Settings of earlier calls in this folder hold until they
+    are given anew.  Raises SuiteError with every mistake."""
     name = f"{file.stem}-reduced" if reduced else file.stem
     base = (out or Path("results", "suites")).expanduser().absolute() / name
-    overrides = overrides or _read(base / REMEMBERED).get("settings", {})
-    return OpenSuite(file, load(file, reduced=reduced, overrides=overrides), base, out)
+    remembered = _read(base / REMEMBERED).get("settings", {})
+    taken = {key: value for key, value in remembered.items() if key not in overrides}
+    plan = load(file, reduced=reduced, overrides=remembered | overrides)
+    return OpenSuite(file, plan, base, out, taken)
 
 
 def _read(path: Path) -> dict[str, Any]:

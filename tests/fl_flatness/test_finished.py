@@ -269,7 +269,7 @@ SPOILT = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json, which"),
     "no clients": (lambda f: (f / "clients.json").unlink(), "holds no clients.json, which"),
     "no summary": (lambda f: (f / "summary.json").unlink(), "holds no run"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "holds no run"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: is no JSON"),
 }
 
 

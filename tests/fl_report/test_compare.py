@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fl_report.compare import read
 from fl_server.cli import main
 
@@ -30,3 +32,22 @@ def test_runs_of_one_method_are_named_by_their_folders(runner):
 def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: holds no run")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("history.jsonl", b'{"round": 1}\n{"round"\n{"round": 3}\n', ", line 2: is no JSON (Exp"),
+        ("history.jsonl", b'{"round": 1}\n\xff\n', ", line 2: is no JSON ('utf-8' codec"),
+        ("config.json", b"{", ": is no JSON (Exp"),
+        ("summary.json", b"", ": is no JSON (Exp"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    for command in ("compare", "report"):
+        assert main([command, str(tmp_path)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / name}{told}")
+        assert line.endswith("); mend it, or leave this run out")

@@ -427,7 +427,8 @@ def test_many_runs(tmp_path: Path):
     ]  # fmt: skip
     named = [line[0] for line in page.tables["Runs"]]
     assert named == ["run", "●\xa0onefedavg", "●\xa0feddyntwo", "●\xa0nonefedavg"]
-    assert page.tables["Runs"][3][-2] == "failed: broken"
+    assert [line[-2] for line in page.tables["Runs"][1:]] == ["completed", "completed", "failed"]
+    assert page.text.count("none failed: broken") == 1
     assert [line[7] for line in lines] == [None, 7.5, None]
     # 0.9 of 0.9 is 0.81
     reach = [line[1] for line in page.tables["To a target accuracy"]]
@@ -540,6 +541,10 @@ def test_in_a_browser(width: int, real: Path, report: Path, tmp_path: Path):
         loaded = browser("Runtime.evaluate", returnByValue=True, expression=(
             "[...document.images].filter(i => i.complete && i.naturalWidth > 400).length"
         ))  # fmt: skip
+        cut = browser("Runtime.evaluate", returnByValue=True, expression=(
+            "[...document.images].filter(i => i.getBoundingClientRect().right > innerWidth)"
+            ".map(i => i.alt)"
+        ))  # fmt: skip
         said = browser("Runtime.evaluate", returnByValue=True, expression=(
             "Object.fromEntries([...document.querySelectorAll('dl > div')].map(box => "
             "[box.children[0].innerText, box.children[1].innerText.split('\\n')[0]]))"
@@ -558,8 +563,34 @@ def test_in_a_browser(width: int, real: Path, report: Path, tmp_path: Path):
              if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
     assert [url for url in asked if not url.startswith("data:")] == [report.resolve().as_uri()]
     assert wide <= width and screenshot.shape == (800, width)
+    assert cut["result"]["value"] == []
     assert screenshot.std() > 10 and (screenshot < 100).mean() > 0.005  # ink on it
     assert loaded["result"]["value"] == 14
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on the PATH")
+def test_what_is_folded_away_is_printed(report: Path, tmp_path: Path):
+    browser = Browser(tmp_path / "profile")
+    inside = (
+        "[...document.querySelectorAll('details > :not(summary)')].map(it => it.checkVisibility())"
+    )
+    try:
+        browser.show(report, 800)
+        on_screen = browser("Runtime.evaluate", returnByValue=True, expression=inside)
+        browser("Emulation.setEmulatedMedia", media="print")
+        printed = browser("Runtime.evaluate", returnByValue=True, expression=inside)
+        pdf = browser("Page.printToPDF", printBackground=False)["data"]
+    finally:
+        browser.process.kill()
+        browser.process.wait()
+    on_screen, printed = (found["result"]["value"] for found in (on_screen, printed))
+    assert len(on_screen) >= 3 and not any(on_screen) and all(printed)
+    if shutil.which("pdftotext"):
+        (tmp_path / "report.pdf").write_bytes(base64.b64decode(pdf))
+        made = subprocess.run(
+            ["pdftotext", tmp_path / "report.pdf", "-"], check=True, capture_output=True, text=True
+        )
+        assert "package" in made.stdout  # the head of the table of versions
 
 
 def test_the_command(runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from fl_common.config import methods
 from fl_report import suite_page, suite_table
 from fl_report.compare import Run
-from fl_report.suite import SuiteError, load
+from fl_report.suite import Reduced, SuiteError, _cells, _parse, load
 from fl_report.suite_metrics import KINDS, Metric
 from fl_server.cli import main
 
@@ -82,6 +83,7 @@ EXPECTED = {
     "mb-down": 600 / 1e6,
     "poster-gb-up:2": 400 / 1.024e9,
     "poster-gb-up:4": None,
+    "poster-tmacs:2": None,  # no settings here
     "seconds": 12.5,
     "cpu-seconds": 20.0,
     "seconds-per-round": 3.0,  # (2 + 4 + 3) / 3
@@ -100,6 +102,24 @@ def test_every_metric_of_a_run_whose_numbers_are_known():
 def test_a_run_without_numbers_has_none():
     empty = Run("none", {}, [])
     assert {Metric.of(name).value(empty, {}) for name in EXPECTED} == {None}
+
+
+def test_the_posters_computation_is_that_of_its_table():
+    path = ROOT / "experiments" / "fedpart-main-cifar10.toml"
+    printed = {"fedavg": (4.38, 17.5), "fedavg-part": (3.21, 12.9), "fedprox-part": (3.21, 12.9)}
+    suite = _parse(path)
+    cells = {cell.method: cell for cell in _cells(path, suite, Reduced(), {})}
+    clients = {"samples": [499, 500, 501]}
+    for method, (one, four) in printed.items():
+        run = Run("", {}, [{}] * 100, cells[method].values, clients)
+        found = [Metric.of(f"poster-tmacs:{t}").value(run, {}) for t in (25, 100)]
+        assert found == pytest.approx([one, four], rel=0.005)
+        for other in ([{}] * 24, clients), ([{}] * 100, {}):
+            short = Run("", {}, other[0], cells[method].values, other[1])
+            assert Metric.of("poster-tmacs:25").value(short, {}) is None
+    unknown = cells["fedavg"].values | {"data.source": "folder"}
+    run = Run("", {}, [{}] * 25, unknown, clients)
+    assert Metric.of("poster-tmacs:25").value(run, {}) is None
 
 
 def test_the_cells_are_the_matrix_and_later_settings_win(tmp_path):
@@ -121,6 +141,13 @@ def test_reduced_takes_fewer_cells_and_its_own_settings(tmp_path):
     assert plan.folder_name == "two-reduced"
     assert [cell.name for cell in plan.cells] == ["few_fedavg_seed0", "few_feddyn_seed0"]
     assert {cell.values["run.rounds"] for cell in plan.cells} == {1}
+
+
+def test_a_reduced_suite_may_leave_out_a_published_metric_and_blanks_may_overlap(tmp_path):
+    text = TEXT.replace('about = "one seed"', 'about = "one seed"\nmetrics = ["loss"]')
+    text += '[[published]]\ntable = "Table 2"\nmetric = "accuracy"\nsettings = ["many"]\n'
+    text += "values = { fedavg = [51] }\n"  # Table 1 has "" there
+    assert [m.name for m in load(written(tmp_path, text), reduced=True).metrics] == ["loss"]
 
 
 def test_a_configuration_beside_the_suite_is_under_its_base(tmp_path):
@@ -152,6 +179,15 @@ BAD = {
     "no number": ("[60, 61.5]", '[60, "61..5"]', '"61..5" is no number; write 52.9'),
     "name": ("[settings.few]", "[settings.Few]", "a name has small letters, digits, dots"),
     "toml": ("[settings.few]", "[settings.few", "not a TOML file: "),
+    "not measured": ('metric = "accuracy"', 'metric = "loss"',
+        "published, Table 1: loss is not among metrics; add it there"),
+    "excluded": ("[settings.few]", '[only]\nfedavg = ["many"]\n[settings.few]',
+        'published, Table 1: fedavg in few does not run, as [only] says; write ""'),
+    "twice": ("[[published]]", '[[published]]\ntable = "Table 0"\nmetric = "accuracy"\n'
+        'settings = ["few"]\nvalues = { feddyn = [59] }\n[[published]]',
+        'published, Table 1: feddyn in few has its accuracy in Table 0; write "" there'),
+    "column twice": ('"few", "many"]\nv', '"few", "few"]\nv',
+        "published, Table 1: feddyn in few has its accuracy in Table 1"),
     "cell": ("[settings.few]", '[cells."few_fedav"]\n[settings.few]', "cells: no few_fedav; write"),
 }  # fmt: skip
 
@@ -219,14 +255,56 @@ def texts(table: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str, str, i
 def test_published_ours_and_the_difference():
     # 53 is the mean of 52 and 54, sqrt(2) their deviation with n - 1; 53 - 50 = 3, 59 - 60 = -1.
     assert texts(a_table()) == {
-        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5 [1]", "53.0 ± 1.4 (n = 2)", "+3.0", 0),
-        ("feddyn", "accuracy [%]"): ("60 [1]", "59.0 (n = 1)", "-1.0", 1),
+        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5", "53.0 ± 1.4 (n = 2)", "+3.0", 0),
+        ("feddyn", "accuracy [%]"): ("60", "59.0 (n = 1)", "-1.0", 1),
         ("fedavg", "rounds to accuracy 0.5"): ("-", "never", "-", 0),
         ("feddyn", "rounds to accuracy 0.5"): ("-", "never", "-", 1),
     }
     page = suite_page.markdown(a_table())
     assert "| fedavg | accuracy [%] | 50.0 ± 1.5 [1] | 53.0 ± 1.4 (n = 2) | +3.0 |" in page
     assert "**1 of 4 runs are missing.**" in page and "| feddyn_seed1 | - |" in page
+
+
+def test_only_remarks_that_a_line_cites_are_told_with_numbers_of_their_own():
+    [first] = a_table()["published"]
+    other = first | {"table": "Table 0", "metric": "loss"}
+    second = first | {"table": "Table 2", "values": {"feddyn": [60]}}
+    first = first | {"values": {"fedavg": [50]}}
+    page = suite_page.markdown(a_table(published=[other, second, first]))
+    assert "| fedavg | accuracy [%] | 50 [2] |" in page
+    assert "| feddyn | accuracy [%] | 60 [1] |" in page
+    assert "[1] Table 2.\n\n[2] Table 1.\n" in page
+    assert "Table 0" not in page and "[3]" not in page
+
+
+def test_the_device_is_told_by_name_and_as_it_was_set_where_a_run_did_not_record_it(tmp_path):
+    suite = TEXT[: TEXT.index("[settings.few]")] + "[settings.few]\n"
+    plan = load(written(tmp_path, suite.replace("[0, 1]", "[0]")))
+    for cell, told in zip(plan.cells, ({"device": "Card (cuda)"}, {}), strict=True):
+        (tmp_path / cell.name).mkdir()
+        summary = SUMMARY | {"status": "completed", "rounds": 2, "model_sha256": "", "versions": {}}
+        (tmp_path / cell.name / "summary.json").write_text(json.dumps(summary | told))
+        (tmp_path / cell.name / "config.json").write_text('{"train.device": "cuda"}')
+    table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
+    assert [cell["device"] for cell in table["cells"]] == ["Card (cuda)", "cuda"]
+    assert "device: Card (cuda), cuda\n- seconds are those of" in suite_page.markdown(table)
+
+
+def test_a_run_that_is_not_there_and_one_that_cannot_be_read(tmp_path):
+    plan = load(written(tmp_path), reduced=True)
+    (tmp_path / plan.cells[0].name).mkdir()
+    (tmp_path / plan.cells[0].name / "summary.json").write_text("{")
+    table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
+    assert [cell["status"] for cell in table["cells"]] == ["broken", "missing"]
+
+
+def test_the_costs_are_those_of_every_method():
+    """Of ours; the proximal term, SAM and ASAM run as fedprox, fedsam and fedasam."""
+    cells = load(ROOT / "experiments" / "costs.toml").cells
+    ours = {name for name in methods("strategies") if not name.startswith("flwr:")}
+    assert {cell.values.get("strategy.name", "fedavg") for cell in cells} == ours
+    terms = {*methods("regularizers")} - {"proximal", "sam", "asam"}
+    assert {cell.values.get("regularizers", "") for cell in cells} == {"", *terms}
 
 
 def test_of_runs_that_never_reach_a_target_the_others_are_told():
@@ -266,6 +344,12 @@ def test_there_are_suites():
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_published_page_is_made_from_the_numbers_beside_it(path):
     assert path.with_suffix(".md").read_text() == suite_page.markdown(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_table_is_whole(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert cells and {cell["status"] for cell in cells} == {"completed"}
 
 
 def test_every_published_page_has_its_numbers():

@@ -29,7 +29,9 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
+from fl_common.config import resolve
 from fl_server.cli import main
+from fl_server.recorder import Recorder
 
 FLATFED = Path(sys.executable).with_name("flatfed")
 
@@ -145,6 +147,7 @@ def test_every_file_and_every_key(runner, capsys):
     assert summary["bytes_up"] == summary["bytes_down"] == DIGITS_CNN_BYTES * 4 * 3
     assert sum(row["seconds"] for row in rows) - 0.01 <= summary["wall_s"] <= wall + 0.01
     assert 0 < summary["cpu_s"] <= cpu + 0.01
+    assert re.fullmatch(r"cpu \(\d+ processors?\)", summary["device"])
     assert summary["versions"]["flwr"] == version("flwr")
     assert summary["versions"]["torch"] == torch.__version__
     assert re.fullmatch("[0-9a-f]{64}", summary["model_sha256"])
@@ -153,11 +156,24 @@ def test_every_file_and_every_key(runner, capsys):
     label_picture(done.folder)
 
 
+def test_the_device_has_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    told = {"auto": "Card 0 (cuda:0)", "cuda:0": "Card 0 (cuda:0)", "cpu": "cpu (1 processor)",
+            "cuda:1": "cuda:1"}  # fmt: skip
+    for name, device in told.items():  # there is no second card, which the roll call says
+        config = resolve({"train.device": name})
+        recorder = Recorder(tmp_path / name.replace(":", ""))
+        recorder.begin(config, config.flat(), "inprocess")
+        assert recorder.summary["device"] == device
+
+
 def test_best_accuracy_is_the_maximum(runner):
     """Clients of two classes each, one at a time: accuracy goes up and down."""
-    done = runner(
-        "data.partition=pathological", "clients.per-round=1", "run.rounds=5", "run.seed=2"
-    )
+    settings = "data.partition=pathological", "clients.per-round=1", "run.rounds=4", "run.seed=4"
+    done = runner(*settings)
     accuracies = [row["accuracy"] for row in done.history]
     assert max(accuracies) > accuracies[-1], "the case has power"
     assert done.summary["best_accuracy"] == max(accuracies)

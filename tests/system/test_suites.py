@@ -171,8 +171,7 @@ def check_the_table(suite: Suite) -> None:
         assert told["values"]["accuracy"] == 100 * history[-1]["accuracy"]
         assert told["values"]["mb-up"] == sum(row["bytes_up"] for row in history) / 1e6
         assert told["rounds"] == ROUNDS and len(told["code"]) == 64
-    # Python with torch takes more than 100 MB; the second cell alone was seen by no one at its
-    # end only if it was killed, and none was.
+    # Python with torch takes more than 100 MB.
     assert all(cell["values"]["memory-mb"] > 100 for cell in table["cells"])
     [one, two] = (100 * rows[f"fedavg_seed{seed}"][-1]["accuracy"] for seed in (0, 1))
     ours = f"{fmean([one, two]):.1f} ± {stdev([one, two]):.1f} (n = 2)"
@@ -182,6 +181,23 @@ def check_the_table(suite: Suite) -> None:
     assert f"flatfed suite {suite.file}" in page and table["cells"][0]["code"][:12] in page
     report = (suite.folder / "report.html").read_text()
     assert all(cell in report for cell in CELLS)
+
+
+def test_a_cell_measures_itself_whatever_became_of_the_suite(tmp_path):
+    from fl_server import suites
+
+    folder = tmp_path / "cell"
+    place = [f"run.output-dir={tmp_path}", "run.name=cell"]
+    settings = ["clients.number=2", "run.rounds=1", "run.pictures=false"]
+    command = [sys.executable, "-P", "-c", suites.CHILD, str(folder), "run", *place, *settings]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    told = suites.measured(folder)
+    assert 1e8 < told["max_rss_bytes"] < 1e10 and told["date"] == time.strftime("%Y-%m-%d")
+    # The peak of a cell that went on is that of all its processes.
+    (folder / suites.MEASURED).write_text('{"max_rss_bytes": 12345678901}')
+    resume = [*command[:5], "resume", str(folder), "run.rounds=2"]
+    subprocess.run(resume, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert suites.measured(folder)["max_rss_bytes"] == 12345678901
 
 
 # The first cell's parameters overflow in its first round, and no update is accepted.
@@ -218,6 +234,57 @@ def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path, capfd):
     assert suite.call("--publish", str(docs)) == 0
     assert (docs / "mini.md").read_text() == (suite.folder / "table.md").read_text()
     assert str(tmp_path) not in json.loads((docs / "mini.json").read_text())["about"]
+
+
+def test_cells_whose_data_cannot_be_read_are_not_tried_one_after_the_other(tmp_path, capfd):
+    images = [f"{split}/{kind}/1.png" for split in ("train", "test") for kind in "ab"]
+    for path in (tmp_path / "images" / image for image in images):
+        path.parent.mkdir(parents=True)
+        path.write_text("no image")
+    place = f'[base]\nrun.rounds = 1\ndata.path = "{tmp_path}/images"'
+    text = BRIEF.replace("[base]", place)
+    text = text.replace("clients", 'data.source = "folder"\ndata.min-size = 1\nclients')
+    text += '[methods.two]\n[methods.own]\ndata.source = "digits"\ndata.path = ""\n'
+    suite = Suite(tmp_path, text)
+    assert suite.call() == 3
+    told = capfd.readouterr()
+    started = [line for line in told.out.splitlines() if line.endswith(": begins")]
+    assert started == ["fedavg_seed0: begins", "own_seed0: begins"]
+    assert "; with the same data, not tried: 1; 1 left" in told.out
+    assert told.err.count("error: ") == 1
+    assert suite.summary("own_seed0")["status"] == "completed"
+    assert not (suite.folder / "two_seed0").exists()
+
+
+# As many rounds as the call says.
+BRIEF = """\
+title = "Miniature"
+seeds = [0]
+metrics = ["accuracy"]
+[base]
+clients.number = 2
+run.pictures = false
+[methods.fedavg]
+"""
+
+
+def test_settings_of_the_call_hold_for_the_folder_and_are_named(tmp_path, capfd):
+    suite = Suite(tmp_path, BRIEF)
+    assert suite.call("run.rounds=1") == 0
+    assert "settings of the last call" not in capfd.readouterr().out
+    assert suite.call() == 0  # nothing is left to run
+    assert "settings of the last call" not in capfd.readouterr().out
+
+    suite.file.write_text(BRIEF + '[methods.fedprox]\nstrategy.name = "fedprox"\n')
+    assert suite.call("--device", "cpu", "data.max-samples=50") == 2
+    assert "data.max-samples is 0 there and 50 here" in capfd.readouterr().err
+    assert suite.call("--device", "cpu") == 0
+    told = capfd.readouterr().out
+    assert "settings of the last call: run.rounds=1\n" in told
+    assert suite.summary("fedprox_seed0")["rounds"] == 1
+    table = json.loads((suite.folder / "table.json").read_text())
+    assert table["command"].endswith("run.rounds=1 train.device=cpu")
+    assert table["overrides"] == ["run.rounds"]
 
 
 def test_a_folder_with_something_else_is_refused_before_anything_starts(tmp_path, capfd):
