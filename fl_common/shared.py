@@ -8,9 +8,12 @@ is killed.  Who receives maps them privately, so that neither side can change wh
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import socket
 import struct
+import weakref
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,7 @@ from fl_common.deferred import torch
 from fl_common.processes import read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 LENGTHS = struct.Struct("!QQ")
 ALIGNMENT = 64
@@ -34,10 +37,15 @@ KNOWN = -1
 """In the place of a file's number: the tensor came from the other side, which has it."""
 
 
+Maps = dict[tuple[int, int], "torch.UntypedStorage | None"]
+"""Files that are mapped, by device and inode: an inode is no other file's as long as it is."""
+
+
 class Segment:
     """Tensors copied into one memory file; they are kept, so that `id` tells them."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], file: int | None = None) -> None:
+        """file: one to lay them into, whose memory is there already."""
         self.tensors = list(tensors)
         self.offsets: dict[int, int] = {}
         """Where each lies, by its id [bytes]."""
@@ -45,9 +53,10 @@ class Segment:
         for tensor in self.tensors:
             self.offsets[id(tensor)] = self.size
             self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.file = os.memfd_create("flatfed")
+        self.file = os.memfd_create("flatfed") if file is None else file
         try:
-            os.ftruncate(self.file, self.size)
+            if os.fstat(self.file).st_size < self.size:
+                os.ftruncate(self.file, self.size)
             for tensor in self.tensors:
                 if tensor.nbytes:
                     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -58,6 +67,24 @@ class Segment:
 
     def close(self) -> None:
         os.close(self.file)
+
+
+class Slots:
+    """A sender's memory files, each used again when its receiver has let go of all that lay in it:
+    fresh memory takes longer than the copy.  What finds all of them in use gets a file of its own.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.files: list[int] = []
+        self.free: list[int] = []
+
+    def take(self) -> int | None:
+        """The number of a slot that is free."""
+        if not self.free and len(self.files) < self.most:
+            self.free.append(len(self.files))
+            self.files.append(os.memfd_create("flatfed"))
+        return self.free.pop() if self.free else None
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
@@ -100,11 +127,13 @@ def send(
     records: Sequence[RecordDict],
     shared: Segment | None = None,
     known: Sequence[torch.Tensor] = (),
+    slots: Slots | None = None,
 ) -> list[torch.Tensor]:
     """Send a parcel; gives its tensors, in the order in which the receiver gets them.
 
     shared: tensors that lie in memory already, for parcels that have some in common.  known: what
-    the last parcel from the other side brought; of those only the number is sent.
+    the last parcel from the other side brought; of those only the number is sent.  slots: where
+    new tensors are laid.
     """
     shapes: list[dict[str, dict[str, list[Any] | None] | None]] = []
     rest = []
@@ -124,7 +153,8 @@ def send(
     numbers = {id(tensor): i for i, tensor in enumerate(known)}
     placed = shared.offsets if shared else {}
     new = {id(t): t for t in tensors if id(t) not in numbers and id(t) not in placed}
-    own = Segment(new.values()) if new else None
+    slot = slots.take() if slots and new else None
+    own = Segment(new.values(), None if slot is None else slots.files[slot]) if new else None
     segments = [segment for segment in (shared, own) if segment]
     try:
         table = []
@@ -135,7 +165,13 @@ def send(
             else:
                 i, segment = next((i, s) for i, s in enumerate(segments) if id(tensor) in s.offsets)
                 table.append([i, segment.offsets[id(tensor)], *what])
-        parts = {"header": header, "records": shapes, "tensors": table, "rest": [*map(len, rest)]}
+        parts = {
+            "header": header,
+            "records": shapes,
+            "tensors": table,
+            "rest": [*map(len, rest)],
+            "slot": slot,
+        }
         text = json.dumps(parts).encode()
         body = b"".join(rest)
         files = [segment.file for segment in segments]
@@ -143,18 +179,22 @@ def send(
         connection.sendall(text)
         connection.sendall(body)
     finally:
-        if own:
+        if own and slot is None:
             own.close()
     return tensors
 
 
 def receive(
-    connection: socket.socket, known: Sequence[torch.Tensor] = ()
+    connection: socket.socket,
+    known: Sequence[torch.Tensor] = (),
+    released: Callable[[int], None] = lambda slot: None,
+    kept: Maps | None = None,
 ) -> tuple[dict[str, Any], list[RecordDict], list[torch.Tensor]]:
     """The next parcel: header, records, and its tensors; to be read only.
 
-    known: the tensors of the parcel to which this one answers.  Raises EOFError, OSError if the
-    other side is gone.
+    known: the tensors of the parcel to which this one answers.  released: told the slot in which
+    tensors lay, once nobody has any of them.  kept: the maps of the last parcel, of whose files
+    those that come again are not mapped anew.  Raises EOFError, OSError if the other side is gone.
     """
     data, files, _, _ = socket.recv_fds(connection, LENGTHS.size, FILES)
     try:
@@ -162,11 +202,21 @@ def receive(
             raise EOFError
         data += read(connection, LENGTHS.size - len(data))
         text, body = (read(connection, length) for length in LENGTHS.unpack(data))
-        maps = [_map(file) for file in files]
+        parts = json.loads(text)
+        before = {} if kept is None else dict(kept)
+        names = [(stat.st_dev, stat.st_ino) for stat in map(os.fstat, files)]
+        maps = [
+            before[name] if name in before else _map(file)
+            for name, file in zip(names, files, strict=True)
+        ]
+        if kept is not None:
+            kept.clear()
+            kept |= zip(names, maps, strict=True)
+        if parts["slot"] is not None:  # the parcel's own file, the last one
+            maps[-1] = _told(files[-1], partial(released, parts["slot"]))
     finally:
         for file in files:
             os.close(file)
-    parts = json.loads(text)
     tensors = []
     for place, at, dtype, shape in parts["tensors"]:
         tensors.append(known[at] if place == KNOWN else _view(maps[place], at, dtype, shape))
@@ -192,6 +242,13 @@ def _map(file: int) -> torch.UntypedStorage | None:
     for as long as it lives, of which a process has few."""
     size = os.fstat(file).st_size
     return torch.UntypedStorage.from_file(f"/proc/self/fd/{file}", False, size) if size else None
+
+
+def _told(file: int, end: Callable[[], None]) -> torch.UntypedStorage:
+    """As `_map`, and `end` is called when the last tensor in it is gone."""
+    memory = mmap.mmap(file, os.fstat(file).st_size, flags=mmap.MAP_PRIVATE)
+    weakref.finalize(memory, end).atexit = False
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
 
 def _view(

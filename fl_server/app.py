@@ -137,7 +137,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
             run.resume()
             progress.resumed(run.done)
         else:
-            run.checkpoint()
+            run.recorder.checkpoints.write(run.checkpoint())
         warnings = run.strategy.warnings(config, run.model)
         for name in config.regularizer_names:
             warnings += methods("regularizers")[name].warnings(config)
@@ -203,6 +203,9 @@ class Rounds:
         """The last round that was played."""
         self.failures = 0
         """Rounds in a row that changed nothing."""
+        self.unwritten: tuple[Checkpoint, dict[str, Any]] | None = None
+        """The last round's, and its row, which is told once it is on the disk: both while clients
+        train in the next one."""
         self.ledger = Ledger(
             recorder.folder / "ledger", config, model, groups, uuid4().hex, progress.note
         )
@@ -221,6 +224,12 @@ class Rounds:
 
     def play(self) -> None:
         """The rounds that are left; afterwards `model` is the final one."""
+        try:
+            self._rounds()
+        finally:  # what was reached, whatever ended the rounds
+            self.write()
+
+    def _rounds(self) -> None:
         for server_round in range(self.done + 1, self.config.run.rounds + 1):
             started = time.perf_counter()
             try:
@@ -233,41 +242,54 @@ class Rounds:
                 row["seconds"] = round(time.perf_counter() - started, 4)
                 self.recorder.row(row)
                 self.done = server_round
-                if self._checkpoints(server_round):
-                    self.checkpoint()
             except OSError as error:
-                raise RunFailed(
-                    f"round {server_round}: {error.filename or self.recorder.folder}: "
-                    f"{error.strerror or error}; what was reached is kept"
-                ) from error
-            self.progress.row(row)
+                raise self._refused(server_round, error) from error
+            if self._checkpoints(server_round):
+                self.unwritten = self.checkpoint(), row
+            else:
+                self.progress.row(row)
 
     def _checkpoints(self, server_round: int) -> bool:
         every = self.config.server.checkpoint_every
         return server_round == self.config.run.rounds or not server_round % every
 
-    def checkpoint(self) -> None:
-        """All that the next round depends on, to the disk."""
-        self.recorder.checkpoints.write(
-            Checkpoint(
-                round=self.done,
-                tensors={
-                    "model": self.model,
-                    "strategy": self.strategy.state(),
-                    "ledger": self.ledger.sum,
-                },
-                facts={
-                    "experiment": self.ledger.experiment,
-                    "clients": {str(name): r for name, r in sorted(self.ledger.rounds.items())},
-                    "held": self.holdings.state(),
-                    "failures": self.failures,
-                    "samples": self.samples,
-                    "data": sorted({member.data for member in self.roster.known.values()}),
-                    "code": code_sha256(),
-                    "versions": versions(),
-                    **self.recorder.facts(),
-                },
-            )
+    def checkpoint(self) -> Checkpoint:
+        """All that the next round depends on; tensors as they are, which nobody changes."""
+        return Checkpoint(
+            round=self.done,
+            tensors={
+                "model": dict(self.model),
+                "strategy": self.strategy.state(),
+                "ledger": dict(self.ledger.sum),
+            },
+            facts={
+                "experiment": self.ledger.experiment,
+                "clients": {str(name): r for name, r in sorted(self.ledger.rounds.items())},
+                "held": self.holdings.state(),
+                "failures": self.failures,
+                "samples": self.samples,
+                "data": sorted({member.data for member in self.roster.known.values()}),
+                "code": code_sha256(),
+                "versions": versions(),
+                **self.recorder.facts(),
+            },
+        )
+
+    def write(self) -> None:
+        """The last round's checkpoint to the disk, if it is not there yet.  Raises RunFailed."""
+        if self.unwritten:
+            (last, row), self.unwritten = self.unwritten, None
+            try:
+                self.recorder.checkpoints.write(last)
+            except OSError as error:
+                raise self._refused(last.round, error) from error
+            self.progress.row(row)
+
+    def _refused(self, server_round: int, error: OSError) -> RunFailed:
+        """By the disk."""
+        return RunFailed(
+            f"round {server_round}: {error.filename or self.recorder.folder}: "
+            f"{error.strerror or error}; what was reached is kept"
         )
 
     def resume(self) -> None:
@@ -334,6 +356,7 @@ class Rounds:
                 records, server_round, samples[name], metrics_of(settings), steps[name], series
             ),
             at_least,
+            meanwhile=self.write,
         )
         loss = None
         try:
@@ -394,10 +417,15 @@ class Rounds:
         outcome: Outcome,
         expected: Callable[[int], Expected],
         at_least: int = 0,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[Message]:
         """The good replies to what a strategy asks, by the names of the clients: each is sent what
         it lacks, and more if it says that it lacks more."""
-        self.progress.asked(phase, len(asked))
+
+        def sent() -> None:
+            meanwhile()
+            self.progress.asked(phase, len(asked))
+
         if not asked:
             self.holdings.current = {}
         else:
@@ -422,7 +450,7 @@ class Rounds:
 
         replies = self.exchange.replies(
             list(slim.values()), list(slim), phase, outcome, self._counted(expected), at_least,
-            give_back,
+            give_back, sent,
         )  # fmt: skip
         try:
             for reply in replies:

@@ -79,6 +79,7 @@ class Exchange:
         expected: Callable[[int], Expected] | None = None,
         at_least: int = 0,
         give_back: Callable[[int, MetricRecord], RecordDict | None] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[Message]:
         """Push `messages` and yield every good reply, in the order of `names`.
 
@@ -86,11 +87,13 @@ class Exchange:
         that comes before its turn waits; who has not answered by the deadline is left out.
         A client that lacks something is asked once more, with the content that `give_back` makes;
         it makes None for a request without a reason, which the guards then reject.
+        `meanwhile` is done once they are on their way.
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
         waiting = deque(sorted(names))
-        for name, reply in self._arrivals(messages, names, phase, outcome, at_least, give_back):
+        arrivals = self._arrivals(messages, names, phase, outcome, at_least, give_back, meanwhile)
+        for name, reply in arrivals:
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
             elif expected and (problem := objection(reply.content, expected(name))):
@@ -113,6 +116,7 @@ class Exchange:
         outcome: Outcome,
         at_least: int,
         give_back: Callable[[int, MetricRecord], RecordDict | None] | None,
+        meanwhile: Callable[[], None],
     ) -> Iterator[tuple[int, Message]]:
         """Replies as they come, errors included, until all are there or time is up.
 
@@ -123,6 +127,7 @@ class Exchange:
         asked = dict(zip(names, messages, strict=True))
         pending: dict[str, int] = {}
         self._push(asked, pending, phase)
+        meanwhile()
         sizes = list(map(payload_bytes, messages))
         outcome.bytes_down += sum(sizes)
         at_once = self._at_once(max(sizes, default=0), len(sizes))

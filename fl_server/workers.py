@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     Answer = Callable[[dict[str, Any], RecordDict, RecordDict], tuple[RecordDict, RecordDict]]
 
+SLOTS = 3
+"""Memory files in which a worker lays its replies: one that it writes, two that are read."""
 WAIT_S = 30.0
 """How long `collect` waits at most; then its caller looks at the deadline [s]."""
 
@@ -61,6 +63,8 @@ class _Worker:
     connection: socket.socket
     jobs: deque[tuple[Job, Sequence[torch.Tensor]]] = field(default_factory=deque)
     """What it was sent, with the tensors; it works on the first."""
+    released: list[int] = field(default_factory=list)
+    """Slots of its replies that nobody has any more, which it does not know yet."""
 
 
 def count(config: CoreConfig) -> int:
@@ -138,22 +142,26 @@ class Pool:
     def _send(self, i: int) -> bool:
         """Give worker i the next job; False if it died at another, of which `_take` tells."""
         worker, job = self.workers[i], self.jobs[0]
-        records = [job.content, job.state]
+        records, released = [job.content, job.state], list(worker.released)
+        header = {"job": job.header, "released": released}
         try:
-            sent = shared.send(worker.connection, job.header, records, self.common)
+            sent = shared.send(worker.connection, header, records, self.common)
         except OSError:
             if worker.jobs:
                 return False
             self._end(worker)
             self.workers[i] = self._fork()
             return True
+        del worker.released[: len(released)]
         worker.jobs.append((self.jobs.popleft(), sent))
         return True
 
     def _take(self, worker: _Worker) -> Done:
         job, sent = worker.jobs.popleft()
         try:
-            header, (content, state), _ = shared.receive(worker.connection, sent)
+            header, (content, state), _ = shared.receive(
+                worker.connection, sent, worker.released.append
+            )
         except (EOFError, OSError):
             status = self._end(worker)
             self.jobs.extendleft(job for job, _ in reversed(worker.jobs))  # it had not begun them
@@ -207,11 +215,13 @@ def _how(status: int) -> str:
 
 
 def _serve(connection: socket.socket, answer: Answer) -> NoReturn:
+    slots, maps = shared.Slots(SLOTS), {}
     while True:
-        header, (content, state), tensors = shared.receive(connection)
+        header, (content, state), tensors = shared.receive(connection, kept=maps)
+        slots.free += header["released"]
         try:
-            reply, state, error = *answer(header, content, state), {}
+            reply, state, error = *answer(header["job"], content, state), {}
         except Exception as failure:
             reply, error = RecordDict(), {"error": f"{type(failure).__name__}: {failure}"}
-        shared.send(connection, error, [reply, state], known=tensors)
+        shared.send(connection, error, [reply, state], known=tensors, slots=slots)
         del content, state, reply, tensors  # their memory goes back before more comes

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from fl_common.layout import Flat
 
 METHODS: dict[str, type[FederatedStrategy]] = {}
-BLOCK = 1 << 20
-"""Elements that are added at a time: sums of two dtypes make a copy of what they add."""
+BLOCK = 1 << 16
+"""Elements that the CPU adds at a time: sums of two dtypes make a copy of what they add, which so
+stays in its cache."""
 
 
 class NoParams(Group):
@@ -82,8 +83,7 @@ class WeightedMean:
     def add(self, vector: torch.Tensor, weight: float = 1.0) -> None:
         if self._sum is None:
             self._sum = torch.zeros_like(vector, dtype=torch.float64)
-        parts = zip(*(v.reshape(-1).split(BLOCK) for v in (self._sum, vector)), strict=True)
-        for total, part in parts:
+        for total, part in _blocks(self._sum, vector):
             total.add_(part, alpha=weight)
         self.weight += weight
 
@@ -97,8 +97,7 @@ class WeightedMean:
     def value(self, dtype: torch.dtype) -> torch.Tensor:
         """The mean (d,), as a new tensor."""
         mean = torch.empty_like(self.sum, dtype=dtype)
-        parts = zip(*(v.view(-1).split(BLOCK) for v in (mean, self.sum)), strict=True)
-        for part, total in parts:
+        for part, total in _blocks(mean, self.sum):
             part.copy_(over(total, self.weight))
         return mean
 
@@ -107,6 +106,12 @@ class WeightedMean:
         mean = self.value(dtype)
         self._sum = None
         return mean
+
+
+def _blocks(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two tensors in parts of the same places; a GPU takes them whole."""
+    length = BLOCK if one.device.type == "cpu" else max(1, one.numel())
+    return zip(*(v.reshape(-1).split(length) for v in (one, other)), strict=True)
 
 
 class BufferMean:
