@@ -451,7 +451,10 @@ def test_runs_of_different_data(tmp_path: Path):
     one = folder_of(tmp_path / "one", [row(1, 0.5)])
     two = folder_of(tmp_path / "two", [row(1, 0.5)], CONFIG | {"data.source": "cifar10"})
     more = folder_of(tmp_path / "more", [row(1, 0.5)], clients=CLIENTS | {"samples": [5, 4]})
-    said = "runs of different data: data.source is digits in one and cifar10 in two; give runs of"
+    said = (
+        "runs of different data: data.source is digits in one and cifar10 in two; give runs of the "
+        "same data, or --anyway$"
+    )
     with pytest.raises(ValueError, match=said):
         write([one, two], out)
     with pytest.raises(ValueError, match="training samples is 8 in one and 9 in more"):
