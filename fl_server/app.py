@@ -19,10 +19,11 @@ from fl_common.config import ConfigError, methods, resolve
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.guards import Expected
-from fl_common.layout import Layout, concatenate, on, tensors_of
+from fl_common.layout import PARAMS, Layout, concatenate, on, tensors_of
 from fl_common.sync import Holdings
 from fl_server import tracking
 from fl_server.checkpoint import Checkpoint
+from fl_server.drift import Drift
 from fl_server.exchange import (
     HELD_BYTES,
     POLL_S,
@@ -37,6 +38,7 @@ from fl_server.ledger import Ledger
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
 from fl_server.roster import Cohort, Roster, draw
+from strategies.base import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -344,9 +346,12 @@ class Rounds:
             at_least,
         )
         loss, shortage = None, ""
+        drift = None
+        if self._evaluates(server_round):
+            drift = Drift(self.model[PARAMS], self.holdings.groups)
         try:
             arrays, metrics = self.strategy.aggregate_train(
-                server_round, self._entered(replies, asked, outcome)
+                server_round, self._entered(replies, asked, outcome, drift)
             )
             if arrays is None:
                 raise RoundFailed(f"round {server_round}: the strategy gave no model")
@@ -367,6 +372,8 @@ class Rounds:
             accuracies = _by_client(outcome, f"accuracy-{moment}")
             if accuracies:
                 row[f"client_accuracy_{moment}"] = accuracies
+        if drift:
+            row |= drift.row()
         if shortage:
             self._round_failed(shortage, outcome, len(names))
         vectors = [*self.model.values(), *self.strategy.state().values()]
@@ -461,13 +468,19 @@ class Rounds:
         return addressed(message.metadata.dst_node_id, message, content)
 
     def _entered(
-        self, replies: Iterable[Message], asked: Mapping[int, Message], outcome: Outcome
+        self,
+        replies: Iterable[Message],
+        asked: Mapping[int, Message],
+        outcome: Outcome,
+        drift: Drift | None,
     ) -> Iterator[Message]:
-        """The replies, each entered in the ledger on its way to the strategy."""
+        """The replies, each entered in the ledger, and in `drift`, on its way to the strategy."""
         self.ledger.begin()
         for reply in replies:
             name = next(reversed(outcome.accepted))
             self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
+            if drift:
+                drift.add(Reply.of(reply))
             yield reply
             del reply  # before the next one comes
 
