@@ -28,6 +28,7 @@ from fl_report.series import (
     FAILED,
     NOT_DRAWN,
     OF_CLIENTS,
+    OF_UPDATES,
     REJECTED,
     curve,
     gain_of,
@@ -120,7 +121,9 @@ def clients(runs: Sequence[Run], pictures: Pictures) -> Markup:
 
 def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
     """How far local training leads away from what is good for all."""
-    rows, gained = [], False
+    gained = any(map(local_gain, runs))
+    moved = any(last(run, key) is not None for run in runs for key in OF_UPDATES)
+    rows = []
     for run in runs:
         both = [
             (row["client_loss"], row["loss"])
@@ -130,14 +133,14 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
         own, test = both[-1] if both else (None, None)
         gains = local_gain(run)
         _, before, after = gains[-1] if gains else (None, None, None)
-        rows.append([
-            run.label, loss(own), loss(test), number(
-                test - own if both else None, "{:+.4f}" if both and test < 1e4 else "{:+.3e}"
-            ),
-            accuracy(before), accuracy(after),
-            number(after - before if gains else None, "{:+.4f}"),
-        ])  # fmt: skip
-        gained |= bool(gains)
+        more = "{:+.4f}" if both and test < 1e4 else "{:+.3e}"
+        row = [run.label, loss(own), loss(test), number(test - own if both else None, more)]
+        if gained:
+            gain = number(after - before if gains else None, "{:+.4f}")
+            row += [accuracy(before), accuracy(after), gain]
+        if moved:
+            row += [number(last(run, key), "{:.4g}") for key in OF_UPDATES]
+        rows.append(row)
     told = (
         "Losses: of the clients on their own samples while they train, and of the global model "
         "where it is evaluated; the last round that has both."
@@ -149,15 +152,23 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
             " Received, trained: accuracy on the clients' own held-out samples before and after "
             "local training, the mean over those that trained."
         )
-    elif not any(run.rows for run in runs):
+    if moved:
+        head += OF_UPDATES.values()
+        told += (
+            " An update: trained less received parameters, in the last round that was evaluated; "
+            "alignment: 1 where all clients made the same, 1 / K where K clients went each their "
+            "own way, at right angles, and 0 where what they did cancels out."
+        )
+    if not any(run.rows for run in runs):
         return Markup("")
-    short = table(head, [row[: len(head)] for row in rows])
+    short = table(head, rows)
     if len(runs) > MANY:
         short = folded(f"All {len(runs)} runs as numbers", short)
     return section("Client drift", element("p", told), short, grid(_drifts(runs, pictures)))
 
 
 def _drifts(runs: Sequence[Run], pictures: Pictures) -> list[Markup]:
+    aligned, alignment = of_runs(runs, "update_alignment"), OF_UPDATES["update_alignment"]
     if len(runs) == 1:
         gains = local_gain(runs[0])
         rounds = [t for t, _, _ in gains]
@@ -165,13 +176,22 @@ def _drifts(runs: Sequence[Run], pictures: Pictures) -> list[Markup]:
             "as received": Line(rounds, [before for _, before, _ in gains]),
             "after training": Line(rounds, [after for _, _, after in gains]),
         }
-        return drawn(pictures, "drift", lines, "accuracy on own samples")
+        lengths = ("update_norm", "update_norm_max")
+        norms = {OF_UPDATES[key]: Line(*curve(runs[0], key)) for key in lengths}
+        return [
+            *drawn(pictures, "drift", lines, "accuracy on own samples"),
+            *drawn(pictures, "update-norm", norms, "length of updates", percent=False),
+            *drawn(pictures, "update-alignment", aligned, alignment, percent=False),
+        ]
+    norms, norm = of_runs(runs, "update_norm"), OF_UPDATES["update_norm"]
     losses = of_runs(runs, "client_loss")
     return [
         *drawn(pictures, "drift", of_runs(runs, gain_of), "gain on own samples by training"),
         *drawn(
             pictures, "client-loss", losses, "loss of the clients while training", percent=False
         ),
+        *drawn(pictures, "update-norm", norms, norm, percent=False),
+        *drawn(pictures, "update-alignment", aligned, alignment, percent=False),
     ]
 
 

@@ -31,6 +31,12 @@ OF_CLIENTS = {
     "client_accuracy_worst_decile": "worst tenth of clients",
 }
 """Columns of a history that were made from all clients' accuracies."""
+OF_UPDATES = {
+    "update_norm": "mean length of an update",
+    "update_norm_max": "longest update",
+    "update_alignment": "alignment of updates",
+}
+"""Columns of a history that tell how far a round's clients moved, and whether alike."""
 NOT_DRAWN, ANSWERED, FAILED, REJECTED = range(4)
 
 

@@ -66,7 +66,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Scalar | None]]:
 
 
 def different_data(runs: Sequence[Run]) -> str | None:
-    """Why these runs cannot be compared, as one line; None if they can."""
+    """Why these runs cannot be compared, as one line with the remedy; None if they can."""
     first: dict[str, tuple[Any, str]] = {}
     for run in runs:
         for what, value in _data(run).items():
@@ -74,7 +74,7 @@ def different_data(runs: Sequence[Run]) -> str | None:
             if value != before:
                 return (
                     f"runs of different data: {what} is {before} in {label} and {value} in "
-                    f"{run.label}; give runs of the same data"
+                    f"{run.label}; give runs of the same data, or --anyway"
                 )
     return None
 

@@ -19,10 +19,11 @@ from fl_common.config import ConfigError, methods, resolve
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.guards import Expected
-from fl_common.layout import Layout, concatenate, on, tensors_of
+from fl_common.layout import PARAMS, Layout, concatenate, on, tensors_of
 from fl_common.sync import Holdings
 from fl_server import tracking
 from fl_server.checkpoint import Checkpoint
+from fl_server.drift import Drift
 from fl_server.exchange import (
     HELD_BYTES,
     POLL_S,
@@ -37,6 +38,7 @@ from fl_server.ledger import Ledger
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
 from fl_server.roster import Cohort, Roster, draw
+from strategies.base import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -231,23 +233,30 @@ class Rounds:
 
     def _rounds(self) -> None:
         for server_round in range(self.done + 1, self.config.run.rounds + 1):
-            started = time.perf_counter()
+            started, row = time.perf_counter(), {}
             try:
-                row = self.train(server_round)
+                self.train(server_round, row)
                 if self._evaluates(server_round):
                     self.evaluate(server_round, row)
                 if self._measures(server_round):
                     self.measure(server_round, row)
                 self._shelve()
-                row["seconds"] = round(time.perf_counter() - started, 4)
-                self.recorder.row(row)
+                self._record(row, started)
                 self.done = server_round
             except OSError as error:
                 raise self._refused(server_round, error) from error
+            except RunFailed:
+                if row:  # who was refused, and why, is what the run ended for
+                    self._record(row, started, done=False)
+                raise
             if self._checkpoints(server_round):
                 self.unwritten = self.checkpoint(), row
             else:
                 self.progress.row(row)
+
+    def _record(self, row: dict[str, Any], started: float, *, done: bool = True) -> None:
+        row["seconds"] = round(time.perf_counter() - started, 4)
+        self.recorder.row(row, done=done)
 
     def _checkpoints(self, server_round: int) -> bool:
         every = self.config.server.checkpoint_every
@@ -322,9 +331,10 @@ class Rounds:
         self.ledger.sum = saved.tensors.get("ledger", {})
         self.recorder.rewind(saved.round, facts)
 
-    def train(self, server_round: int) -> dict[str, Any]:
-        """One round: draw a cohort, push the strategy's messages, and hand each good reply on to
-        the strategy in partition order, as it comes.  Gives the history's row."""
+    def train(self, server_round: int, row: dict[str, Any]) -> None:
+        """One round, into the history's row: draw a cohort, push the strategy's messages, and hand
+        each good reply on to the strategy in partition order, as it comes.  Raises RunFailed, with
+        the row filled in if the round was played."""
         config = self.config
         names = draw(config.clients, config.run.seed, server_round)
         # A bernoulli cohort may be smaller than the replies that are asked for.
@@ -358,27 +368,24 @@ class Rounds:
             at_least,
             meanwhile=self.write,
         )
-        loss = None
+        loss, shortage = None, ""
+        drift = None
+        if self._evaluates(server_round):
+            drift = Drift(self.model[PARAMS], self.holdings.groups)
         try:
             arrays, metrics = self.strategy.aggregate_train(
-                server_round, self._entered(replies, asked, outcome)
+                server_round, self._entered(replies, asked, outcome, drift)
             )
             if arrays is None:
                 raise RoundFailed(f"round {server_round}: the strategy gave no model")
             self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
             self.ledger.accept(server_round, list(outcome.accepted))
-        except RoundFailed as shortage:
-            self._round_failed(shortage, outcome, len(names))
+        except RoundFailed as error:  # not kept: it and this frame would keep each other alive
+            shortage = str(error)
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
-        vectors = [*self.model.values(), *self.strategy.state().values()]
-        if not all(torch.isfinite(vector).all() for vector in vectors):
-            raise RunFailed(
-                f"round {server_round}: the new model has NaN or infinite values; lower the "
-                "learning rates (train.lr, or the strategy's)"
-            )
-        row = _row(server_round, names, outcome) | {"client_loss": loss}
+        row |= _row(server_round, names, outcome) | {"client_loss": loss}
         if series and outcome.accepted:
             row["grad_norm"] = {
                 key.removeprefix(wire.GRAD_NORM).lstrip(".") or "all": _mean_by_step(outcome, key)
@@ -388,7 +395,16 @@ class Rounds:
             accuracies = _by_client(outcome, f"accuracy-{moment}")
             if accuracies:
                 row[f"client_accuracy_{moment}"] = accuracies
-        return row
+        if drift:
+            row |= drift.row()
+        if shortage:
+            self._round_failed(shortage, outcome, len(names))
+        vectors = [*self.model.values(), *self.strategy.state().values()]
+        if not all(torch.isfinite(vector).all() for vector in vectors):
+            raise RunFailed(
+                f"round {server_round}: the new model has NaN or infinite values; lower the "
+                "learning rates (train.lr, or the strategy's)"
+            )
 
     def _gather(self, names: Sequence[int], at_least: int, server_round: int) -> None:
         """Wait for the cohort: for each client as long as it may take to come back, and for as
@@ -480,13 +496,19 @@ class Rounds:
         return addressed(message.metadata.dst_node_id, message, content)
 
     def _entered(
-        self, replies: Iterable[Message], asked: Mapping[int, Message], outcome: Outcome
+        self,
+        replies: Iterable[Message],
+        asked: Mapping[int, Message],
+        outcome: Outcome,
+        drift: Drift | None,
     ) -> Iterator[Message]:
-        """The replies, each entered in the ledger on its way to the strategy."""
+        """The replies, each entered in the ledger, and in `drift`, on its way to the strategy."""
         self.ledger.begin()
         for reply in replies:
             name = next(reversed(outcome.accepted))
             self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
+            if drift:
+                drift.add(Reply.of(reply))
             yield reply
             del reply  # before the next one comes
 
@@ -500,17 +522,17 @@ class Rounds:
     def _evaluates(self, server_round: int) -> bool:
         return server_round == self.config.run.rounds or not server_round % self.config.eval.every
 
-    def _round_failed(self, shortage: RoundFailed, outcome: Outcome, asked: int) -> None:
+    def _round_failed(self, shortage: str, outcome: Outcome, asked: int) -> None:
         """Too few good replies: too few answers end the run, bad ones after some such rounds."""
         answers = len(outcome.accepted) + len(outcome.rejected)
         if answers < min(self.config.clients.min_replies, asked):
-            raise RunFailed(str(shortage)) from shortage
+            raise RunFailed(shortage)
         self.failures += 1
         self.progress.note(f"{shortage}; the model stays as it was")
         if self.failures >= self.config.clients.max_failed_rounds:
             raise RunFailed(
                 f"{shortage}; failed round {self.failures} in a row (clients.max-failed-rounds)"
-            ) from shortage
+            )
 
     def _measures(self, server_round: int) -> bool:
         every = self.config.flatness.every
@@ -586,7 +608,7 @@ class Rounds:
         """The new global model: on the server's test set, on all clients' held-out samples, or
         both, into the round's row."""
         if self.config.eval.on != "server":
-            row |= self._on_clients(server_round, row)
+            self._on_clients(server_round, row)
         if self.data is not None:
             row["accuracy"], row["loss"] = self._on_server(self.model)
             for name, mean in self.ledger.means().items():
@@ -603,7 +625,7 @@ class Rounds:
             self.device,
         )
 
-    def _on_clients(self, server_round: int, row: dict[str, Any]) -> dict[str, Any]:
+    def _on_clients(self, server_round: int, row: dict[str, Any]) -> None:
         everyone = range(self.config.clients.number)
         self.roster.wait_for(everyone)
         members, absent = self.roster.drawn(everyone)
@@ -627,19 +649,21 @@ class Rounds:
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             self.progress.note(f"evaluation of round {server_round}, client {name}: {reason}")
+        row |= {
+            "evaluation_failed": _reasons(outcome.failed | outcome.rejected),
+            "bytes_down": row["bytes_down"] + outcome.bytes_down,
+            "bytes_up": row["bytes_up"] + outcome.bytes_up,
+        }
         if metrics is None:
             raise RunFailed(f"evaluation of round {server_round}: no client answered")
         accuracies = _by_client(outcome, "accuracy")
         worst = sorted(accuracies.values())[: math.ceil(len(accuracies) / 10)]
-        return {
+        row |= {
             "accuracy": float(metrics["accuracy"]),
             "loss": float(metrics["loss"]),
             "client_accuracy": accuracies,
             "client_accuracy_mean": sum(accuracies.values()) / len(accuracies),
             "client_accuracy_worst_decile": sum(worst) / len(worst),
-            "evaluation_failed": _reasons(outcome.failed | outcome.rejected),
-            "bytes_down": row["bytes_down"] + outcome.bytes_down,
-            "bytes_up": row["bytes_up"] + outcome.bytes_up,
         }
 
 

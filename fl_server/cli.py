@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare", parents=[of_runs], help="a table, and a picture, of several runs"
     )
     compare.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the accuracies")
+    compare.add_argument("--anyway", action="store_true", help="runs of different data too")
     compare.set_defaults(function=_compare)
     norms = commands.add_parser(
         "grad-norm",
@@ -358,7 +359,7 @@ def _config(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from fl_report import compare
 
-    return _show_runs(args, compare)
+    return _show_runs(args, compare, anyway=args.anyway)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -414,14 +415,18 @@ def _suite(args: argparse.Namespace) -> int:
 def _grad_norm(args: argparse.Namespace) -> int:
     from fl_report import grad_norm
 
-    return _show_runs(args, grad_norm)
+    # Each run is compared with itself, so that their data need not be the same.
+    return _show_runs(args, grad_norm, anyway=True)
 
 
-def _show_runs(args: argparse.Namespace, report: ModuleType) -> int:
+def _show_runs(args: argparse.Namespace, report: ModuleType, *, anyway: bool) -> int:
     from fl_report.compare import read
+    from fl_report.settings import different_data
 
     try:
         runs = read(_folders(args))
+        if not anyway and (problem := different_data(runs)):
+            raise ValueError(problem)
         _print(report.table(runs))
         if args.picture:
             report.draw(runs, args.picture)

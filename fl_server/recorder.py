@@ -103,8 +103,11 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
                 "its settings; leave it out"
             )
     rounds, reached = values.get("run.rounds", stored.get("run.rounds")), read_summary(folder)
-    if isinstance(rounds, int) and reached.get("rounds", 0) > rounds:
-        return f"run.rounds = {rounds}: {reached['rounds']} rounds are done already"
+    # The last row of a run that ended early may be of a round that does not count; how far it came
+    # is for its checkpoint to say.
+    done = reached.get("rounds", 0) if reached.get("status") == "completed" else 0
+    if isinstance(rounds, int) and done > rounds:
+        return f"run.rounds = {rounds}: {done} rounds are done already"
     return None
 
 
@@ -184,8 +187,9 @@ class Recorder:
             experiment = self.summary["experiment"]
             self._tracking = Tracking(config, self.folder, experiment, self.rows, note)
 
-    def row(self, row: dict[str, Any]) -> None:
-        """One round, appended to the history and flushed."""
+    def row(self, row: dict[str, Any], *, done: bool = True) -> None:
+        """One round, appended to the history and flushed.  Trackers, which take each round once,
+        are not told of one that is not done: a resumed run plays it again."""
         # JSON has no NaN and no infinity.
         lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         row |= dict.fromkeys(lost)
@@ -203,7 +207,7 @@ class Recorder:
         self.rows.append(row)
         self._length += len(line)
         self._digest.update(line)
-        if self._tracking:
+        if self._tracking and done:
             self._tracking.row(row)
 
     def facts(self) -> dict[str, Any]:

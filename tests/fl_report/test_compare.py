@@ -51,3 +51,28 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {tmp_path / name}{told}")
         assert line.endswith("); mend it, or leave this run out")
+
+
+def test_runs_of_different_data(runner, tmp_path, capsys):
+    folders = [
+        str(runner(*SMALL, f"data.partition={partition}", f"data.max-samples={number}").folder)
+        for partition, number in (("iid", 60), ("iid", 90), ("dirichlet", 60))
+    ]
+    picture = tmp_path / "all.png"
+    capsys.readouterr()
+    for others, differ in (
+        (folders[:2], "the number of training samples is 180 in run1 and 270 in run2"),
+        (folders[::2], "data.partition is iid in run1 and dirichlet in run3"),
+    ):
+        assert main(["compare", *others, "--picture", str(picture)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == (
+            "",
+            f"error: runs of different data: {differ}; give runs of the same data, or --anyway\n",
+        )
+        assert not picture.exists()
+    assert main(["compare", *folders, "--anyway", "--picture", str(picture)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "run" in line] == [
+        "run", "run1", "run2", "run3"
+    ]  # fmt: skip
+    assert picture.exists()

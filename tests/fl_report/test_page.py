@@ -184,8 +184,8 @@ def test_the_page_needs_nothing_but_itself(report: Path):
     beside = {path.read_bytes() for path in (report.parent / "report").iterdir()}
     inside = [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for a in images]
     assert {*inside} == beside
-    # accuracy and loss over three axes, labels, clients (2), drift, strip, norms, flatness (2)
-    assert len(inside) == 14
+    # accuracy and loss over three axes, labels, clients (2), drift (3), strip, norms, flatness (2)
+    assert len(inside) == 16
     assert all(len(attributes["alt"]) > 40 for attributes in images)
     for png in inside:
         assert np.asarray(Image.open(BytesIO(png)).convert("L")).std() > 5
@@ -368,6 +368,27 @@ def test_drift_by_hand(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_updates_by_hand(tmp_path: Path):
+    """The table has the last evaluated round's, also of a run where nobody moved then."""
+    one = run_of(
+        row(1, 0.5, update_norm=1.5, update_norm_max=4.0, update_alignment=0.5),
+        row(2),
+        row(3, 0.5, update_norm=1.25, update_norm_max=2.0, update_alignment=0.123456),
+    )
+    still = run_of(row(1, 0.5, update_norm=0.0, update_norm_max=0.0), label="y")
+    for runs, names in (([one], ["x"]), ([one, still], ["x", "y"])):
+        page = Page(participants.drift(runs, Pictures(tmp_path / "pictures")))
+        head, *lines = page.tables["Client drift"]
+        assert head[4:] == ["mean length of an update", "longest update", "alignment of updates"]
+        told = {"x": ["1.25", "2", "0.1235"], "y": ["0", "0", "—"]}
+        assert [line[4:] for line in lines] == [told[name] for name in names]
+        captions = [a["alt"] for tag, a in page.tags if tag == "img"]
+        assert len([a for a in captions if "x: 0.5 at 1 to 0.1235 at 3" in a]) == 1
+        assert len([a for a in captions if "1.5 at 1 to 1.25 at 3" in a]) == 1
+    without = Page(participants.drift([run_of(row(1, 0.5))], Pictures(tmp_path / "pictures")))
+    assert len(without.tables["Client drift"][0]) == 4
+
+
 def test_what_comes_from_outside_is_text(tmp_path: Path):
     classes = {"classes": [EVIL, "_hidden"], "samples": [3], "label_counts": [[1, 2]]}
     config = CONFIG | {"data.source": EVIL, "old.key": EVIL, "strategy.name": EVIL}
@@ -451,7 +472,10 @@ def test_runs_of_different_data(tmp_path: Path):
     one = folder_of(tmp_path / "one", [row(1, 0.5)])
     two = folder_of(tmp_path / "two", [row(1, 0.5)], CONFIG | {"data.source": "cifar10"})
     more = folder_of(tmp_path / "more", [row(1, 0.5)], clients=CLIENTS | {"samples": [5, 4]})
-    said = "runs of different data: data.source is digits in one and cifar10 in two; give runs of"
+    said = (
+        "runs of different data: data.source is digits in one and cifar10 in two; give runs of the "
+        "same data, or --anyway$"
+    )
     with pytest.raises(ValueError, match=said):
         write([one, two], out)
     with pytest.raises(ValueError, match="training samples is 8 in one and 9 in more"):
@@ -565,7 +589,7 @@ def test_in_a_browser(width: int, real: Path, report: Path, tmp_path: Path):
     assert wide <= width and screenshot.shape == (800, width)
     assert cut["result"]["value"] == []
     assert screenshot.std() > 10 and (screenshot < 100).mean() > 0.005  # ink on it
-    assert loaded["result"]["value"] == 14
+    assert loaded["result"]["value"] == 16
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on the PATH")

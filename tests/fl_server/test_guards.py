@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from flwr.common import Error
 import fl_client.app
 from fl_common import wire
 from fl_common.guards import Expected, Spec, objection
+from fl_server.cli import main
 from fl_server.inprocess import InProcessGrid
 
 PLAIN = ["clients.number=4", "train.device=cpu"]
@@ -257,7 +259,8 @@ def test_all_rejected_leaves_the_model_and_ends_after_max_failed_rounds(
     result = runner(*settings)
     assert result.code == 3
     rows = result.history
-    assert [row["replies"] for row in rows] == [[0, 1, 2, 3], [], [0, 1, 2, 3], []]
+    assert [row["replies"] for row in rows] == [[0, 1, 2, 3], [], [0, 1, 2, 3], [], []]
+    assert [len(row["rejected"]) for row in rows] == [0, 4, 0, 4, 4]
     assert rows[1]["accuracy"] == rows[0]["accuracy"]
     assert rows[1]["loss"] == rows[0]["loss"]
     assert rows[1]["client_loss"] is None
@@ -266,11 +269,59 @@ def test_all_rejected_leaves_the_model_and_ends_after_max_failed_rounds(
     assert "the model stays as it was" in capsys.readouterr().out
 
 
+def test_the_round_that_ends_a_run_says_who_was_rejected(runner, capsys):
+    settings = ["train.lr=1e20", "eval.on=both", "clients.max-failed-rounds=1"]
+    result = runner(*PLAIN, *settings, "run.rounds=3")
+    assert result.code == 3
+    (row,) = result.history
+    assert (row["round"], row["cohort"], row["replies"]) == (1, [0, 1, 2, 3], [])
+    assert {*row["rejected"]} == {*"0123"} and not row["failed"]
+    assert all("NaN or infinite" in reason for reason in row["rejected"].values())
+    assert row["client_loss"] is None and "accuracy" not in row and row["seconds"] > 0
+    assert result.summary["bytes_up"] == row["bytes_up"] > 0
+    assert result.summary["bytes_down"] == row["bytes_down"] > 0
+    capsys.readouterr()
+    assert main(["report", str(result.folder)]) == 0
+    assert re.search(r"\nrefused +4 rejected\n", capsys.readouterr().out)
+    page = (result.folder / "report.html").read_text()
+    assert "4 rejected" in page and "No client failed" not in page
+
+
+def test_the_round_that_ends_a_run_says_who_could_not_evaluate(runner, monkeypatch):
+    honest = fl_client.app.app
+
+    def app(message, context):
+        reply = honest(message, context)
+        trains = message.metadata.message_type != "evaluate"
+        return reply if trains else Message(Error(2, "gone"), reply_to=message)
+
+    monkeypatch.setattr(fl_client.app, "app", app)
+    result = runner(*HONEST, "eval.on=clients")
+    assert result.code == 3 and "no client answered" in result.summary["error"]
+    (row,) = result.history
+    assert row["replies"] == [0, 1, 2, 3] and row["client_loss"] > 0
+    assert row["evaluation_failed"] == dict.fromkeys("0123", "gone")
+    # Four models to train, four trained ones, four to evaluate.
+    assert row["bytes_down"] == 2 * row["bytes_up"] > 0
+
+
+def test_the_round_that_makes_no_finite_model_is_recorded(runner, monkeypatch):
+    """Each reply is finite, and what the strategy makes of them is not."""
+    monkeypatch.setattr(
+        "strategies.fedavg.FedAvg.step", lambda self: torch.full_like(self.w["params"], torch.inf)
+    )
+    result = runner(*HONEST)
+    assert result.code == 3 and "the new model has NaN or infinite" in result.summary["error"]
+    assert [row["replies"] for row in result.history] == [[0, 1, 2, 3]]
+
+
 def test_too_few_answers_end_the_run_at_once(runner, monkeypatch):
     with_hostile(monkeypatch, lambda reply, message: Message(Error(2, "gone"), reply_to=message))
     result = runner(*HONEST, "clients.min-replies=4")
     assert result.code == 3
     assert "3 good replies, clients.min-replies = 4; client 2: gone" in result.summary["error"]
+    (row,) = result.history
+    assert (row["replies"], row["failed"]) == ([0, 1, 3], {"2": "gone"})
 
 
 def test_repeated_replies_count_once(runner, monkeypatch, capsys):

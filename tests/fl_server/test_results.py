@@ -786,10 +786,10 @@ from fl_server.recorder import Recorder
 
 row = Recorder.row
 
-def look(self, values):
+def look(self, values, **more):
     loaded = {"datasets", "sklearn", "matplotlib"} & set(sys.modules)
     assert not loaded, loaded
-    row(self, values)
+    row(self, values, **more)
 
 Recorder.row = look
 code = main(["run", "run.rounds=2", f"run.output-dir={sys.argv[1]}", "run.name=lean"])

@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -876,16 +876,55 @@ def test_failed_rounds_in_a_row_are_counted_through_a_crash(
     runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """All replies of rounds 2 to 4 are NaN; the third such round ends the run."""
+    spoil(monkeypatch, range(2, 5))
+    folder = runs.crashed("killed", *MEMORY, after=3)
+    assert runs.resume(folder) == 3
+    assert "failed round 3 in a row (clients.max-failed-rounds)" in failure(capsys)
+    assert [row["replies"] for row in history(folder)] == [[0, 1], [], [], []]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_round_that_ended_a_run_is_played_again(runs: Runs, every: int):
+    """It is in the history until then, with who was rejected, and once afterwards."""
+    settings = [*MEMORY, f"server.checkpoint-every={every}", "clients.max-failed-rounds=1"]
+    whole = runs("whole", *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, [4])
+        assert main(runs.command("ended", *settings)) == 3
+        folder = runs.base / "ended"
+        for _ in range(2):
+            rows = history(folder)
+            assert [row["round"] for row in rows] == [1, 2, 3, 4]
+            assert [{*row["rejected"]} for row in rows] == [set(), set(), set(), {"0", "1"}]
+            assert summary(folder)["rounds"] == 4
+            assert runs.resume(folder) == 3  # and ends the same way
+    assert runs.resume(folder) == 0
+    assert summary(folder)["resumed_after_rounds"] == [3, 3, 3]
+    assert reached(folder) == reached(whole)
+
+
+def test_the_round_that_ended_a_run_is_not_done(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The rounds before it may be all that there are."""
+    whole = runs("whole", *MEMORY, "run.rounds=3")
+    spoil(monkeypatch, [4])
+    assert main(runs.command("ended", *MEMORY, "clients.max-failed-rounds=1")) == 3
+    capsys.readouterr()
+    assert runs.resume(runs.base / "ended", "run.rounds=2") == 3
+    assert "run.rounds = 2: 3 rounds are done already" in failure(capsys)
+    assert runs.resume(runs.base / "ended", "run.rounds=3") == 0
+    assert reached(runs.base / "ended") == reached(whole)
+
+
+def spoil(patch: pytest.MonkeyPatch, rounds: Container[int]) -> None:
+    """All replies of these rounds are NaN."""
     honest = Clients.train
 
     def train(self, partition: int, content, state):
         reply = honest(self, partition, content, state)
-        if content[wire.CONFIG]["server-round"] > 1 and wire.ARRAYS in reply:
+        if content[wire.CONFIG]["server-round"] in rounds and wire.ARRAYS in reply:
             wire.unpack(reply[wire.ARRAYS])["params"].fill_(float("nan"))
         return reply
 
-    monkeypatch.setattr(Clients, "train", train)
-    folder = runs.crashed("killed", *MEMORY, after=3)
-    assert runs.resume(folder) == 3
-    assert "failed round 3 in a row (clients.max-failed-rounds)" in failure(capsys)
-    assert [row["replies"] for row in history(folder)] == [[0, 1], [], []]
+    patch.setattr(Clients, "train", train)

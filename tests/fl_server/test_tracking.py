@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from flwr.app import Message
+from flwr.common import Error
 from numpy import float32
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
+import fl_client.app
 from fl_server.cli import main
 from fl_server.tracking import numbers_of, settings_of
 
@@ -184,6 +187,23 @@ def test_a_failed_run_is_closed_as_failed(runner, wandb):
     read, _ = events(result.folder)
     (summary,) = read.Tensors("summary/text_summary")
     assert b'"status": "failed"' in make_ndarray(summary.tensor_proto).item()
+
+
+def test_the_round_that_ended_a_run_is_told_when_it_is_played_again(runner, wandb):
+    honest = fl_client.app.app
+
+    def refuses(message, context):
+        if message.content["config"].get("server-round") == 2:
+            return Message(Error(2, "gone"), reply_to=message)
+        return honest(message, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fl_client.app, "app", refuses)
+        result = runner(*SMALL, "tracking.to=wandb")
+    assert result.code == 3 and [row["round"] for row in result.history] == [1, 2]
+    assert main(["resume", str(result.folder)]) == 0
+    told = [(step, numbers) for what, step, numbers in wandb(result.folder) if what == "log"]
+    assert [(step, numbers["replies"]) for step, numbers in told] == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""How far a round's clients move from the model that they are sent, and whether they move alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fl_common.layout import COUNTERS, STATS
+
+if TYPE_CHECKING:
+    from fl_common.groups import Groups
+    from strategies.base import Reply
+
+BLOCK = 1 << 18
+"""Elements that are in float64 at a time: few enough for a processor's cache, and enough for a GPU
+not to wait for the next block."""
+
+
+class Drift:
+    """Norms and alignment of the updates Delta_i = theta_i - w, taken one by one.
+
+    Alignment is ||sum p_i Delta_i||^2 / sum p_i ||Delta_i||^2 with p_i = n_i / sum n, from 0 to 1:
+    1 where all clients make the same update, 1 / K where K of equal size and length of step move
+    at right angles to each other.  All that is kept of the updates is their sum, (d,) float64.
+    """
+
+    def __init__(self, w: torch.Tensor, groups: Groups) -> None:
+        """`w` (d,): the parameters that are sent."""
+        self.w, self.groups = w, groups
+        self.samples: list[int] = []
+        self.squares: list[torch.Tensor] = []
+        """||Delta_i||^2 of each client, float64, where the reply lies: it is not waited for."""
+        self.sums: dict[str, torch.Tensor] = {}
+        """sum of n_i Delta_i, float64, by group."""
+
+    def add(self, reply: Reply) -> None:
+        """One reply; of a partial update, its groups count and the rest has not moved."""
+        square = 0.0
+        for name, theta in reply.model.items():
+            if name in (STATS, COUNTERS):
+                continue
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(theta, dtype=torch.float64)
+            vectors = self.sums[name], theta, self.groups.part(name, self.w)
+            for total, end, start in zip(*(v.split(BLOCK) for v in vectors), strict=True):
+                delta = end.double() - start.to(end.device)
+                total.add_(delta, alpha=reply.samples)
+                square = square + delta.square_().sum()
+        self.samples.append(reply.samples)
+        self.squares.append(square)
+
+    def row(self) -> dict[str, float]:
+        """What the history says of it; empty without a reply, and without the alignment where no
+        client moved.  To six digits: threads and GPUs add up in other orders."""
+        if not self.squares:
+            return {}
+        squares, n = [float(square) for square in self.squares], sum(self.samples)
+        norms = [square**0.5 for square in squares]
+        row = {"update_norm": sum(norms) / len(norms), "update_norm_max": max(norms)}
+        parts = [part for total in self.sums.values() for part in total.split(BLOCK)]
+        of_mean = sum(float(part.square().sum()) for part in parts) / n**2
+        mean = sum(k * square for k, square in zip(self.samples, squares, strict=True)) / n
+        if mean:
+            row["update_alignment"] = of_mean / mean
+        return {key: float(f"{value:.6g}") for key, value in row.items()}
