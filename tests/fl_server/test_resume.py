@@ -604,9 +604,10 @@ def test_without_a_ledger_a_lost_memory_ends_the_run(
     folder = runs.crashed("killed", *settings, after=2)
     for _ in range(2):
         assert runs.resume(folder) == 3
-        assert (
-            "client 0 has lost its memory of round 2, and server.ledger = false keeps no copy"
-            in failure(capsys)
+        # Of two clients beside each other, whoever answers first.
+        assert re.search(
+            "client [01] has lost its memory of round 2, and server.ledger = false keeps no copy",
+            failure(capsys),
         )
     assert len(history(folder)) == 2
     # With a state directory it is not lost.
