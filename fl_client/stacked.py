@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     State = dict[str, Tensors] | None
 
 END = torch.iinfo(torch.int64).max
+"""Sorts behind all that is drawn."""
 
 
 class Batches:
@@ -72,6 +73,7 @@ class Batches:
         epoch = step // each
         outside = (epoch >= epochs) | (place >= n)
         client = torch.arange(len(members), device=device)[:, None]
+        # Client, epoch and place in its order of every cell (S, K, B).
         self._seen = (client, epoch.clamp(max=epochs - 1), place.clamp(max=most - 1))
         self.index = (order[self._seen] + start).masked_fill(outside, self.total)  # (S, K, B)
         u = uniform(drawn[..., 1:])
