@@ -111,11 +111,11 @@ class InProcessGrid(Grid):
         """The reply of the next queued message among `message_ids`, or, of workers, all that have
         come since, whoever asked; empty when none is left."""
         if self._queue:
-            waiting = [self._queue[i] for i in message_ids if i in self._queue]
-            if waiting and self._cohort != "1" and waiting[0].metadata.message_type == "train":
-                return self._at_once(waiting)
-            if waiting:
-                return [self._answer(self._queue.pop(waiting[0].metadata.message_id))]
+            waiting = (self._queue[i] for i in message_ids if i in self._queue)
+            if first := next(waiting, None):
+                if self._cohort != "1" and first.metadata.message_type == "train":
+                    return self._at_once([first, *waiting])
+                return [self._answer(self._queue.pop(first.metadata.message_id))]
         return self._of_workers() if self._pool else []
 
     def send_and_receive(
