@@ -201,14 +201,23 @@ class Recorder:
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
-            except BaseException:  # a full disk, Ctrl-C: the row is there as a whole or not at all
+            except OSError:
                 os.truncate(file.fileno(), self._length)
                 raise
+            except BaseException:  # Ctrl-C: the row is there as a whole, and counts, or not at all
+                if left:
+                    os.truncate(file.fileno(), self._length)
+                else:
+                    self._add(row, line)
+                raise
+        self._add(row, line)
+        if self._tracking and done:
+            self._tracking.row(row)
+
+    def _add(self, row: dict[str, Any], line: bytes) -> None:
         self.rows.append(row)
         self._length += len(line)
         self._digest.update(line)
-        if self._tracking and done:
-            self._tracking.row(row)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of the results: how far the history goes, the time it took."""

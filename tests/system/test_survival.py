@@ -67,7 +67,8 @@ def test_too_few_are_waited_for_and_the_run_can_be_resumed(runner, monkeypatch, 
     assert f"continue it with: flatfed resume {short.folder}" in told
     assert "1 good replies, clients.min-replies = 5" in short.summary["error"]
     assert "not connected" in short.summary["error"]
-    assert [row["round"] for row in short.history] == [1, 2]
+    assert [row["round"] for row in short.history] == [1, 2, 3]
+    assert len(short.history[-1]["failed"]) == 9  # of the round that ended the run
 
     monkeypatch.setattr(fl_server.inprocess, "InProcessGrid", InProcessGrid)
     release()
