@@ -84,9 +84,11 @@ class Clients:
     """Trains any partition of the configured data; resident between messages."""
 
     def __init__(self, config: CoreConfig) -> None:
-        prepare_process(config.train.threads, config.train.deterministic)
         self.config = config
         self.device = assembly.training_device(config)
+        prepare_process(config.train.threads, config.train.deterministic, self.device.type)
+        if self.device.type == "cuda":  # for what torch does on the current one: draws, graphs
+            torch.cuda.set_device(self.device)
         self.data = assembly.load_data(config)
         self.partitions = assembly.split_data(config, self.data)
         self.transform = assembly.transform(config)

@@ -2,9 +2,9 @@
 
 Parameters, buffers and batches are stacked, (A, ...) for the A clients that still have steps to
 take, and the network runs under vmap.  Order, augmentation and dropout are drawn as for a client
-alone, from (seed, round, partition, step), so that the numbers differ from one-by-one training by
-the rounding of sums alone.  A client's smaller last batch is filled up with samples that count for
-nothing.
+alone, from (seed, round, partition, epoch or step), so that the numbers differ from one-by-one
+training by the rounding of sums alone.  A client's smaller last batch is filled up with samples
+that count for nothing.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class _Cohort:
         self.gradient = self._gradient
         if graphs:
             self.gradient = graphs.of(
-                self._gradient, net, len(members), lambda: self.leaves, perturbation
+                self._gradient, net, len(members), lambda: self.leaves, members[0].methods
             )
 
     def train(self, check: bool) -> None:

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from fl_client.trainer import overriding
+from fl_client.trainer import overriding, perturbation_of
 from fl_common.config import AUTO
 from fl_common.models.catalogue import MODELS
+from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from fl_common.config import Train
-    from fl_common.local import LocalMethod, Perturbation
+    from fl_common.local import LocalMethod
 
     Tensors = list[torch.Tensor]
     Gradient = Callable[..., tuple[torch.Tensor, Tensors]]
@@ -63,6 +65,8 @@ class Graphs:
         self.refused = ""
         """Why nothing is recorded any more."""
         self.pool: Any = None
+        self.bytes = 0
+        """Of inputs and gradients, about."""
 
     @staticmethod
     def fit(methods: Sequence[LocalMethod]) -> bool:
@@ -79,12 +83,13 @@ class Graphs:
         net: torch.nn.Module,
         clients: int,
         leaves: Callable[[], Tensors],
-        perturbation: Perturbation | None,
+        methods: Sequence[LocalMethod],
     ) -> Gradient:
         """`gradient`, recorded: a pass of `net` that sets the gradients of `leaves`; of so many
         clients at once, whose stacked parameters are `in_place`, or 0."""
         trained = tuple(p.requires_grad for p in net.parameters())
         norms = [module for module in net.modules() if isinstance(module, _NormBase)]
+        perturbation = perturbation_of(methods)
         # A step that mixes its two gradients needs the first one after the second pass.
         copied = perturbation is not None and perturbation.share != 1.0
 
@@ -98,17 +103,24 @@ class Graphs:
                 self.passes[key] = None
                 return gradient(*inputs)
             if self.passes[key] is None:
+                size = sum(tensor.nbytes for tensor in (*leaves(), *inputs))
+                if self.bytes + size > self.most():
+                    return gradient(*inputs)
                 try:
                     self.passes[key] = self.record(gradient, inputs)
-                except torch.OutOfMemoryError:
-                    raise  # there may be room for fewer clients
                 except Exception as error:
-                    lines = str(error).strip().splitlines()
-                    self.refused = lines[0] if lines else type(error).__name__
+                    if isinstance(error, torch.OutOfMemoryError) and clients:
+                        raise  # there may be room for fewer
+                    self.refused = _first_line(error)
                     _log.warning("train.graphs: passes are not recorded (%s)", self.refused)
+                    self.forget()
                     for leaf in leaves():
                         leaf.grad = None
+                    for method in methods:
+                        if isinstance(method, Regularizer):
+                            method.seen = []
                     return gradient(*inputs)
+                self.bytes += size
             return self.passes[key](inputs, copied)
 
         return replayed
@@ -123,7 +135,13 @@ class Graphs:
 
     def forget(self) -> None:
         """Let go of everything that was recorded, and of its memory."""
-        self.passes, self.stacks, self.pool = {}, {}, None
+        self.passes, self.stacks, self.pool, self.bytes = {}, {}, None, 0
+
+    @staticmethod
+    def most() -> float:
+        """How many bytes of inputs and gradients may stay with what is recorded: of unequal
+        clients there are many shapes."""
+        return torch.cuda.mem_get_info()[1] / 4 if torch.cuda.is_available() else inf
 
     def in_place(self, name: Hashable, tensors: Tensors) -> Tensors:
         """These tensors, where those of the last call by this name are."""
@@ -134,6 +152,11 @@ class Graphs:
         with torch.no_grad():
             torch._foreach_copy_(kept, tensors)
         return kept
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def records(train: Train, model: str, device: torch.device) -> bool:

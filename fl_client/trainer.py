@@ -120,7 +120,7 @@ def local_round(
     if not net.training:
         net.train()
     if graphs and graphs.fit(methods):
-        gradient = graphs.of(gradient, net, 0, lambda: params, step.perturbation)
+        gradient = graphs.of(gradient, net, 0, lambda: params, methods)
     losses, sizes = [], []
     key = (seed, server_round, partition)
     for number, (x, y) in enumerate(batches(data, settings, key)):

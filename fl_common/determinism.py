@@ -58,7 +58,7 @@ def uniform(numbers: torch.Tensor) -> torch.Tensor:
     return (numbers >> 40 & 0xFFFFFF).float().mul_(2.0**-24)
 
 
-def prepare_process(threads: int = 1, deterministic: bool = True) -> None:
+def prepare_process(threads: int = 1, deterministic: bool = True, device_type: str = "cpu") -> None:
     """Set threads, allocator and kernel choice of this process, before its first tensor.
 
     `threads` torch threads (two on a busy two-core machine can be fifteen times slower than
@@ -76,7 +76,7 @@ def prepare_process(threads: int = 1, deterministic: bool = True) -> None:
     torch.set_num_threads(threads)
     # The same switch as torch.use_deterministic_algorithms, without its import of the compiler
     # (a CPU second and 75 MiB).
-    strict = "warn" if torch.cuda.is_available() else "error"
+    strict = "warn" if device_type == "cuda" else "error"
     torch.set_deterministic_debug_mode(strict if deterministic else "default")
     # Filling fresh memory is a debugging aid; it costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -40,25 +41,25 @@ def evaluate(
     return int(correct) / len(indices), float(loss) / len(indices)
 
 
-_on_card: dict[tuple[int, torch.device], tuple[Split, torch.Tensor, torch.Tensor]] = {}
-"""What a GPU keeps; with the split, so that its id stays its own."""
+_on_card: WeakKeyDictionary[Split, dict[torch.device, tuple[torch.Tensor, torch.Tensor]]]
+_on_card = WeakKeyDictionary()
+"""What GPUs keep of a split, for as long as it is there itself."""
 
 
 def _batches(
     split: Split, indices: np.ndarray, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """On the device.  A GPU keeps a split that is a small part of its memory."""
-    key = (id(split), device)
-    if key not in _on_card:
+    kept = _on_card.setdefault(split, {})
+    if device not in kept:
         if device.type == "cpu" or split.x.nbytes > torch.cuda.mem_get_info(device)[0] / 10:
             for start in range(0, len(indices), BATCH):
                 part = indices[start : start + BATCH]
                 yield tuple(torch.from_numpy(a[part]).to(device) for a in (split.x, split.y))
             return
-        _on_card[key] = (split, *(torch.from_numpy(a).to(device) for a in (split.x, split.y)))
-    _, *kept = _on_card[key]
+        kept[device] = tuple(torch.from_numpy(a).to(device) for a in (split.x, split.y))
     if np.array_equal(indices, np.arange(len(split))):
-        yield from zip(*(whole.split(BATCH) for whole in kept), strict=True)
+        yield from zip(*(whole.split(BATCH) for whole in kept[device]), strict=True)
     else:
         for part in torch.from_numpy(indices).to(device).split(BATCH):
-            yield tuple(whole.index_select(0, part) for whole in kept)
+            yield tuple(whole.index_select(0, part) for whole in kept[device])

@@ -63,7 +63,7 @@ class Affine:
     """grad <- scale * grad + slope * theta + constant."""
 
     constant: torch.Tensor | None = None
-    """(d,) on the CPU, in the model's dtype; None: zero."""
+    """(d,) where the model was sent, in its dtype; None: zero."""
     slope: float = 0.0
     """Clipped with the gradient."""
     scale: float = 1.0

@@ -153,7 +153,7 @@ def send(
     numbers = {id(tensor): i for i, tensor in enumerate(known)}
     placed = shared.offsets if shared else {}
     new = {id(t): t for t in tensors if id(t) not in numbers and id(t) not in placed}
-    slot = slots.take() if slots and new else None
+    slot = slots.take() if slots and any(t.nbytes for t in new.values()) else None
     own = Segment(new.values(), None if slot is None else slots.files[slot]) if new else None
     segments = [segment for segment in (shared, own) if segment]
     try:
@@ -171,6 +171,7 @@ def send(
             "tensors": table,
             "rest": [*map(len, rest)],
             "slot": slot,
+            "shared": shared is not None,
         }
         text = json.dumps(parts).encode()
         body = b"".join(rest)
@@ -193,8 +194,8 @@ def receive(
     """The next parcel: header, records, and its tensors; to be read only.
 
     known: the tensors of the parcel to which this one answers.  released: told the slot in which
-    tensors lay, once nobody has any of them.  kept: the maps of the last parcel, of whose files
-    those that come again are not mapped anew.  Raises EOFError, OSError if the other side is gone.
+    tensors lay, once nobody has any of them.  kept: the map of the last parcel's shared file, which
+    is not mapped anew if it comes again.  Raises EOFError, OSError if the other side is gone.
     """
     data, files, _, _ = socket.recv_fds(connection, LENGTHS.size, FILES)
     try:
@@ -203,17 +204,10 @@ def receive(
         data += read(connection, LENGTHS.size - len(data))
         text, body = (read(connection, length) for length in LENGTHS.unpack(data))
         parts = json.loads(text)
-        before = {} if kept is None else dict(kept)
-        names = [(stat.st_dev, stat.st_ino) for stat in map(os.fstat, files)]
-        maps = [
-            before[name] if name in before else _map(file)
-            for name, file in zip(names, files, strict=True)
-        ]
-        if kept is not None:
-            kept.clear()
-            kept |= zip(names, maps, strict=True)
-        if parts["slot"] is not None:  # the parcel's own file, the last one
-            maps[-1] = _told(files[-1], partial(released, parts["slot"]))
+        own = files[1:] if parts["shared"] else files
+        maps = [_shared(files[0], kept)] if parts["shared"] else []
+        end = None if parts["slot"] is None else partial(released, parts["slot"])
+        maps += [_told(file, end) if end else _map(file) for file in own]
     finally:
         for file in files:
             os.close(file)
@@ -242,6 +236,16 @@ def _map(file: int) -> torch.UntypedStorage | None:
     for as long as it lives, of which a process has few."""
     size = os.fstat(file).st_size
     return torch.UntypedStorage.from_file(f"/proc/self/fd/{file}", False, size) if size else None
+
+
+def _shared(file: int, kept: Maps | None) -> torch.UntypedStorage | None:
+    """What parcels have in common, which comes with one after the other."""
+    stat, known = os.fstat(file), {} if kept is None else kept
+    name = (stat.st_dev, stat.st_ino)
+    if name not in known:
+        known.clear()
+        known[name] = _map(file)
+    return known[name]
 
 
 def _told(file: int, end: Callable[[], None]) -> torch.UntypedStorage:

@@ -68,7 +68,8 @@ class Stored:
 
     def prepare_process(self) -> None:
         """The process settings of the run."""
-        determinism.prepare_process(self.config.train.threads, self.config.train.deterministic)
+        train = self.config.train
+        determinism.prepare_process(train.threads, train.deterministic, self.device.type)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a results folder keeps of the network, by name."""

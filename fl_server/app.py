@@ -168,7 +168,10 @@ class Rounds:
         recorder: Recorder,
         progress: Progress,
     ) -> None:
-        determinism.prepare_process(config.train.threads, config.train.deterministic)
+        self.device = assembly.training_device(config)
+        determinism.prepare_process(
+            config.train.threads, config.train.deterministic, self.device.type
+        )
         self.waits = exchange.held_bytes is not None
         """Whether this process trains nobody, and so gives memory back while it waits."""
         if self.waits:
@@ -176,7 +179,6 @@ class Rounds:
         self.config, self.exchange, self.roster = config, exchange, roster
         self.recorder, self.progress = recorder, progress
         first = roster.members[0]
-        self.device = assembly.training_device(config)
         try:
             self.net = assembly.new_model(config, len(first.classes), first.shape, self.device)
         except Exception as error:  # the model may be the user's own
@@ -220,7 +222,7 @@ class Rounds:
         """The card on which this very process trains, so that nothing goes to and fro; the CPU
         where replies come from elsewhere, or what clients remember goes to the disk."""
         apart = getattr(self.exchange.grid, "clients_apart", True)
-        kept = self.ledger.needed or self.ledger.sum
+        kept = self.ledger.needed or self.ledger.sum or self.config.client.state_dir
         usable = self.strategy.on_card and not (apart or kept)
         return self.device if usable else torch.device("cpu")
 
@@ -228,8 +230,13 @@ class Rounds:
         """The rounds that are left; afterwards `model` is the final one."""
         try:
             self._rounds()
-        finally:  # what was reached, whatever ended the rounds
-            self.write()
+        except BaseException:  # what was reached, whatever ended the rounds
+            try:
+                self.write()
+            except RunFailed as error:
+                self.progress.note(str(error))
+            raise
+        self.write()
 
     def _rounds(self) -> None:
         for server_round in range(self.done + 1, self.config.run.rounds + 1):
@@ -247,7 +254,10 @@ class Rounds:
                 raise self._refused(server_round, error) from error
             except RunFailed:
                 if row:  # who was refused, and why, is what the run ended for
-                    self._record(row, started, done=False)
+                    try:
+                        self._record(row, started, done=False)
+                    except OSError as error:
+                        self.progress.note(str(self._refused(server_round, error)))
                 raise
             if self._checkpoints(server_round):
                 self.unwritten = self.checkpoint(), row
@@ -287,11 +297,13 @@ class Rounds:
     def write(self) -> None:
         """The last round's checkpoint to the disk, if it is not there yet.  Raises RunFailed."""
         if self.unwritten:
-            (last, row), self.unwritten = self.unwritten, None
+            last, row = self.unwritten
             try:
                 self.recorder.checkpoints.write(last)
             except OSError as error:
+                self.unwritten = None
                 raise self._refused(last.round, error) from error
+            self.unwritten = None
             self.progress.row(row)
 
     def _refused(self, server_round: int, error: OSError) -> RunFailed:
@@ -410,6 +422,8 @@ class Rounds:
         """Wait for the cohort: for each client as long as it may take to come back, and for as
         many as the round needs until a round's deadline."""
         end = time.monotonic() + self.config.clients.deadline_s
+        if len(self.roster.drawn(names)[0]) < len(names):
+            self.write()  # nothing is lost meanwhile
         self.roster.wait_for(names)
         told = -1
         while (here := len(self.roster.drawn(names)[0])) < at_least:

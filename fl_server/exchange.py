@@ -122,12 +122,12 @@ class Exchange:
 
         A client whose node is gone is given up after its time, unless `at_least` needs it.
         """
-        end = time.monotonic() + self.deadline_s
         silence = f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
         asked = dict(zip(names, messages, strict=True))
         pending: dict[str, int] = {}
         self._push(asked, pending, phase)
         meanwhile()
+        end = time.monotonic() + self.deadline_s
         sizes = list(map(payload_bytes, messages))
         outcome.bytes_down += sum(sizes)
         at_once = self._at_once(max(sizes, default=0), len(sizes))

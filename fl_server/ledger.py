@@ -13,7 +13,7 @@ from fl_common.layout import COUNTERS, PARAMS
 from fl_common.local import blank_memory, local_methods, new_memory
 from fl_common.snapshots import OnDisk
 from fl_server.exchange import RunFailed
-from strategies.base import Reply, WeightedMean
+from strategies.base import Reply, WeightedMean, over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -138,7 +138,7 @@ class Ledger:
         number = self.config.clients.number
         found: dict[str, Flat] = {}
         if self.sel:
-            found["sel"] = {kind: m.sum / m.weight for kind, m in self.sel.items()}
+            found["sel"] = {kind: over(m.sum, m.weight) for kind, m in self.sel.items()}
         if self.sum:
             found["all"] = {kind: total / number for kind, total in self.sum.items()}
         return found
