@@ -140,3 +140,45 @@ def test_no_file_stays_open(ends: tuple[socket.socket, socket.socket]) -> None:
         sent = shared.send(ends[0], {}, [records(**TENSORS)])
         kept.append(shared.receive(ends[1], sent))  # tensors stay, descriptors go
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_slot_is_used_again_when_nobody_has_what_lay_in_it(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """Not while a view of it, or a NumPy array, is alive; with all in use, files are new."""
+    slots, released = shared.Slots(2), []
+
+    def parcel(number: float) -> torch.Tensor:
+        shared.send(ends[0], {}, [records(params=torch.full((1000,), number))], slots=slots)
+        _, _, (tensor,) = shared.receive(ends[1], released=released.append)
+        return tensor
+
+    first, second, third = parcel(1), parcel(2), parcel(3)
+    assert len(slots.files) == 2 and not slots.free
+    kept = first[10:20].numpy()
+    del first, third
+    assert not released  # the third's file was its own
+    del second
+    assert released == [0] or released == [1]
+    slots.free += released
+    again = parcel(4)
+    assert (kept == 1).all() and (again == 4).all()
+    del kept
+    assert sorted(released) == [0, 1]
+
+
+def test_the_shared_file_is_mapped_once_for_parcels_that_follow_each_other(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    maps: shared.Maps = {}
+    for number in (1.0, 2.0):
+        model = torch.full((100,), number)
+        common, places = shared.Segment([model]), set()
+        for own in (5.0, 6.0):
+            sent = records(params=model, own=torch.full((3,), own))
+            shared.send(ends[0], {}, [sent], common)
+            _, _, tensors = shared.receive(ends[1], kept=maps)
+            assert [t[0].item() for t in tensors] == [number, own]
+            places.add(tensors[0].data_ptr())
+        common.close()
+        assert len(places) == len(maps) == 1
