@@ -35,8 +35,11 @@ demo: install
 compose-demo:
 	@docker/demo.sh
 
+# Tests of many processes one by one, the others beside each other.
+FAST := -m "not long and not crash and not matrix"
 test: dev
-	$(BIN)/python -m pytest -m "not long and not crash and not matrix"
+	$(BIN)/python -m pytest $(FAST) --ignore tests/system -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(FAST) tests/system
 
 test-system: dev
 	$(BIN)/python -m pytest -m long
@@ -53,6 +56,7 @@ lint: dev
 
 bench: install
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.eager
 	$(BIN)/python -m benchmarks.rules
 	$(BIN)/python -m benchmarks.regularizers
 	$(BIN)/python -m benchmarks.scale
@@ -60,6 +64,8 @@ bench: install
 	$(BIN)/python -m benchmarks.roundtrip
 	$(BIN)/python -m benchmarks.workers
 	$(BIN)/python -m benchmarks.cohort
+	$(BIN)/python -m benchmarks.fedpart
+	$(BIN)/python -m benchmarks.flatness
 
 clean:
 	rm -rf $(VENV) build *.egg-info

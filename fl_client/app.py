@@ -5,6 +5,7 @@ Only the standard library and Flower are imported until a message needs torch.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from flwr.app import Message
@@ -110,8 +111,14 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     # Flower draws from NumPy's global generator.  ClientApps that were forked from one process
     # would all draw the same noise, which the difference of two replies is then free of.
     numpy.random.seed()  # noqa: NPY002
-    # Two updates of norm C at most are 2 C apart.
-    return LocalDpMod(clip, 2 * clip, epsilon, delta)(message, context, lambda *_: reply)
+    flower = logging.getLogger("flwr")
+    level = flower.level
+    flower.setLevel(logging.WARNING)  # it tells of clip and noise at every reply
+    try:
+        # Two updates of norm C at most are 2 C apart.
+        return LocalDpMod(clip, 2 * clip, epsilon, delta)(message, context, lambda *_: reply)
+    finally:
+        flower.setLevel(level)
 
 
 @app.query()

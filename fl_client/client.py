@@ -134,10 +134,13 @@ class Clients:
         `at_once` clients are trained at a time, in one pass for all of them."""
         return self.together.train(jobs, at_once)
 
-    def choose_cohort(self, jobs: Sequence[tuple[int, RecordDict, RecordDict]]) -> tuple[int, str]:
+    def choose_cohort(
+        self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], workers: int
+    ) -> tuple[int, str]:
         """`at_once` where `engine.cohort` is auto, by measurement on these messages of the first
-        round, which remain to be trained; with the reason in words."""
-        return self.together.choose(jobs)
+        round, which remain to be trained, against so many processes that train one by one; with the
+        reason in words."""
+        return self.together.choose(jobs, workers)
 
     def begin(self, partition: int, content: RecordDict, state: RecordDict) -> Job | RecordDict:
         """All that precedes the first step; or the reply that asks for what is lacking."""
@@ -325,11 +328,14 @@ class Clients:
         return self.shares[partition]
 
     def local_data(self, partition: int) -> LocalData:
-        """The partition's tensors; a GPU keeps them, on the CPU the mapped cache is near."""
+        """The partition's tensors; a GPU keeps those of its first client, and of all if they are
+        a small part of its memory; on the CPU the mapped cache is near."""
         if self.device.type == "cpu":
             return self._brought(partition)
         if partition not in self.on_device:
-            several = bool(self.on_device) and self._holds_all()
+            several = bool(self.on_device)
+            if several and not self._holds_all():
+                return self._brought(partition)
             for name in range(len(self.partitions)) if several else [partition]:
                 if name not in self.on_device:
                     self.on_device[name] = self._brought(name)
@@ -343,8 +349,8 @@ class Clients:
         return LocalData(x, y, self.transform.train, self.transform.draws)
 
     def _holds_all(self) -> bool:
-        """Whether a GPU that trains more than one partition is brought all of them at once: where
-        they are a small part of its memory, so that later rounds bring nothing."""
+        """Whether all partitions are a small part of a GPU's memory: one that trains several is
+        brought all of them at once, so that later rounds bring nothing."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.partitions is not None and self.data.train.x.nbytes < free / 10
 

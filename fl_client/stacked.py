@@ -102,11 +102,13 @@ def _size(samples: int, size: int, step: int, steps: int, each: int) -> int:
     return min(size, samples - step % each * size) if step < steps else 0
 
 
-def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 (n,) on the device; a GPU takes them with the work itself, not as a copy."""
+def numbers(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """(n,) on the device; a GPU takes them with the work itself, not as a copy."""
     if device.type == "cpu":
-        return torch.tensor(values)
-    found = torch.empty(len(values), dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=dtype)
+    found = torch.empty(len(values), dtype=dtype, device=device)
     for cell, value in zip(found.unbind(), values, strict=True):
         cell.fill_(value)
     return found
@@ -128,7 +130,7 @@ class Corrections:
         def number(values: list[float]) -> float | torch.Tensor:
             if len(set(values)) == 1:
                 return values[0]
-            return torch.tensor(values, dtype=like.dtype).to(like.device)
+            return numbers(values, like.device, like.dtype)
 
         self.scale = number([term.scale for term in terms])
         # Without clipping it is all the same who adds it, and the optimizer does for nothing.

@@ -42,8 +42,10 @@ _log = logging.getLogger(__name__)
 class Together:
     def __init__(self, clients: Clients) -> None:
         self.clients: Clients = weakref.proxy(clients)  # or both would outlive their last use
-        self.most = 0
-        """How many clients can be trained at once, 0: not known yet."""
+        self.most = sys.maxsize
+        """How many clients can be trained at once, as far as is known."""
+        self.batch = 0
+        """The largest batch that this was measured for."""
         self.checked = False
         """Whether torch is known to stack this network rightly."""
         self.said: set[str] = set()
@@ -63,9 +65,10 @@ class Together:
                 left = left[len(replies) :]
         return begun
 
-    def choose(self, messages: Sequence[Message]) -> tuple[int, str]:
+    def choose(self, messages: Sequence[Message], workers: int) -> tuple[int, str]:
         """How many clients to train at once where `engine.cohort` is auto, and why in words: as
-        many as these messages go to and memory holds, or 1 where that is no faster.
+        many as these messages go to and memory holds, or 1 where that is no faster than one by one
+        in so many processes.
 
         A few steps of these very messages are timed both ways; nothing of them is kept.
         """
@@ -82,13 +85,14 @@ class Together:
             together = min(self._seconds(self._at_once, short, trial) for _ in range(2))
         except torch.OutOfMemoryError:
             self._halve(len(jobs))
-            return self.choose(messages)
+            return self.choose(messages, workers)
         except Exception as error:
             return 1, f"engine.cohort = auto: 1; {_reason(error)}"
-        chosen = len(jobs) if together < WIN * alone else 1
+        chosen = len(jobs) if together < WIN * alone / workers else 1
+        beside = f" (in {workers} processes beside each other)" if workers > 1 else ""
         return chosen, (
-            f"engine.cohort = auto: {chosen}; a step took {1000 * alone:.2f} ms one by one and "
-            f"{1000 * together:.2f} ms as one of {len(jobs)}"
+            f"engine.cohort = auto: {chosen}; a step took {1000 * alone:.2f} ms one by one{beside} "
+            f"and {1000 * together:.2f} ms as one of {len(jobs)}"
         )
 
     def _kind(self, job: Any) -> Any:
@@ -105,11 +109,13 @@ class Together:
 
     def _size(self, jobs: list[Job], at_once: int) -> int:
         """How many of these jobs go at once."""
-        if not self.most:
-            clients = self.clients
-            with clients.training(jobs[0]):
-                each = bytes_of(clients.net, jobs[0].data, clients.config.train)
-            self.most = max(1, int(SHARE * free_bytes(clients.device) / each))
+        clients, largest = self.clients, max(jobs, key=lambda job: len(job.data.y))
+        batch = min(clients.config.train.batch_size, len(largest.data.y))
+        if batch > self.batch:
+            with clients.training(largest):
+                each = bytes_of(clients.net, largest.data, clients.config.train)
+            self.batch = batch
+            self.most = min(self.most, max(1, int(SHARE * free_bytes(clients.device) / each)))
             if self.most < min(at_once, len(jobs)):
                 self._say(f"memory holds {self.most} of these clients at once, not {at_once}")
         return max(1, min(at_once, self.most, len(jobs)))

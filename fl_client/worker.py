@@ -194,7 +194,7 @@ def _send(
     parts = [json.dumps(header).encode()]
     parts += [recorddict_to_proto(records).SerializeToString() for records in (content, state)]
     connection.sendall(LENGTHS.pack(*map(len, parts)))
-    for part in parts:
+    for part in filter(None, parts):  # nothing sent to who has all and is gone would be an error
         connection.sendall(part)
 
 

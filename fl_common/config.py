@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
-import itertools
 import math
 import pkgutil
 from functools import cache
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 Scalar = str | int | float | bool
 
 
-def _dashed(name: str) -> str:
+def dashed(name: str) -> str:
     """The key of an attribute; one that would be a Python keyword has an underscore behind it."""
     return name.rstrip("_").replace("_", "-")
 
@@ -43,7 +41,7 @@ class Group(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        alias_generator=_dashed,
+        alias_generator=dashed,
         populate_by_name=True,
         protected_namespaces=(),
     )
@@ -423,9 +421,9 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
             if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
                 if not single:
                     for sub, info in field.annotation.model_fields.items():
-                        yield f"{_dashed(name)}.{_dashed(sub)}", info
+                        yield f"{dashed(name)}.{dashed(sub)}", info
             elif single:
-                yield _dashed(name), field
+                yield dashed(name), field
 
 
 def meaning(field: FieldInfo) -> str:
@@ -480,6 +478,8 @@ def resolve(
     With `absolute_paths` a relative path is an error: it would be looked up in the folder of
     whichever process happens to read it.  Raises ConfigError with every mistake.
     """
+    from fl_common.checks import checks  # which needs the schema
+
     known = {key for key, _ in fields()}
     errors = [*also, *(unknown_key(key, known) for key in values if key not in known)]
     values = {key: value for key, value in values.items() if key in known}
@@ -493,7 +493,7 @@ def resolve(
     errors += checks(config)
     if absolute_paths:
         errors += [
-            f"{key} = {_show(path)}: a relative path depends on the process that reads it; "
+            f"{key} = {shown(path)}: a relative path depends on the process that reads it; "
             "give an absolute one"
             for key, path in paths(config)
             if path and not Path(path).is_absolute()
@@ -512,7 +512,7 @@ def _nest(values: Mapping[str, Scalar]) -> dict[str, Any]:
 
 
 def _key_of(error: Any) -> str:
-    return ".".join(_dashed(str(part)) for part in error["loc"])
+    return ".".join(dashed(str(part)) for part in error["loc"])
 
 
 def absolute_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -541,7 +541,7 @@ def unknown_key(key: str, known: set[str]) -> str:
 
 
 def unknown_name(key: str, name: str, known: list[str]) -> str:
-    return f"{key} = {_show(name)}: unknown; {_nearest(name, known)}known: {', '.join(known)}"
+    return f"{key} = {shown(name)}: unknown; {_nearest(name, known)}known: {', '.join(known)}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -549,7 +549,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
@@ -572,8 +572,8 @@ def _explain(error: Any) -> str:
         return unknown_name(key, value, [str(choice) for choice in get_args(field.annotation)])
     for name, words in _BOUNDS.items():
         if name in limits:
-            return f"{key} = {_show(value)}: must be {words} {limits[name]:g}"
-    return f"{key} = {_show(value)}: {_TYPES.get(error['type'], error['msg'])}"
+            return f"{key} = {shown(value)}: must be {words} {limits[name]:g}"
+    return f"{key} = {shown(value)}: {_TYPES.get(error['type'], error['msg'])}"
 
 
 def paths(config: CoreConfig) -> list[tuple[str, str]]:
@@ -586,179 +586,6 @@ def paths(config: CoreConfig) -> list[tuple[str, str]]:
         ("data.cache-dir", data.cache_dir),
         ("client.state-dir", config.client.state_dir),
         *([("data.path", data.path)] if local else []),
-    ]
-
-
-def checks(config: CoreConfig) -> list[str]:
-    """Mistakes that single values do not show."""
-    errors = []
-    clients, data, model = config.clients, config.data, config.model
-
-    if clients.per_round > clients.number:
-        errors.append(
-            f"clients.per-round = {clients.per_round}: larger than clients.number = "
-            f"{clients.number}; lower it, or 0 for all"
-        )
-    if clients.min_replies > config.cohort_size:
-        errors.append(
-            f"clients.min-replies = {clients.min_replies}: larger than the cohort of "
-            f"{config.cohort_size}; lower it"
-        )
-    if clients.keys and config.engine.name != "grpc":
-        errors.append(
-            f"clients.keys = {_show(clients.keys)}: only nodes on their own have keys; set "
-            "engine.name=grpc, or leave it out"
-        )
-    name = config.run.name
-    if name in (".", "..") or "/" in name or "\\" in name:
-        errors.append(
-            f"run.name = {_show(name)}: must be the name of one folder; run.output-dir says where"
-        )
-    if config.train.nesterov and not config.train.momentum:
-        errors.append("train.nesterov = true: needs train.momentum > 0")
-    if config.train.optimizer == "adam" and (config.train.momentum or config.train.nesterov):
-        errors.append("train.momentum: belongs to train.optimizer=sgd; leave it at 0 with adam")
-    if not _is_device(config.train.device):
-        errors.append(
-            f"train.device = {_show(config.train.device)}: must be auto, cpu, cuda or cuda:K"
-        )
-    errors += _check_methods(config)
-    errors += _check_eval_models(config)
-    errors += _check_flatness(config)
-    errors += _check_privacy(config)
-    errors += _check_tracking(config)
-    if config.run.resume and not config.run.name:
-        errors.append("run.resume = true: needs the run.name of the run to continue")
-    errors += _check_engine(config)
-
-    if ":" in data.source:
-        errors += _check_own_source(data.source, data.augment)
-        shape = None
-    elif data.source not in data_catalogue.SOURCES:
-        errors.append(unknown_name("data.source", data.source, list(data_catalogue.SOURCES)))
-        shape = None
-    else:
-        found = data_catalogue.check(
-            data.source,
-            data.path,
-            on_nodes=config.engine.name == "grpc" or data.partition == "local",
-            partition=data.partition,
-            clients=clients.number,
-            min_size=data.min_size,
-            classes_per_client=data.classes_per_client,
-            augment=data.augment,
-            image_size=data.image_size,
-        )
-        errors += [f"{key}: {message}" for key, message in found]
-        shape = data_catalogue.SOURCES[data.source].shape
-    if ":" not in model.name and model.name not in model_catalogue.MODELS:
-        errors.append(unknown_name("model.name", model.name, list(model_catalogue.MODELS)))
-    else:
-        errors += model_catalogue.check(model.name, shape, norm=model.norm, head=model.head)
-    return errors
-
-
-def _check_eval_models(config: CoreConfig) -> list[str]:
-    known, chosen = ["cloud", "sel", "all"], config.eval.model_names
-    errors = [unknown_name("eval.models", name, known) for name in chosen if name not in known]
-    if set(chosen) - {"cloud"} and config.eval.on == "clients":
-        errors.append(
-            f"eval.models = {_show(config.eval.models)}: needs the server's test set; set "
-            "eval.on=server or both"
-        )
-    if "all" in chosen and not config.server.ledger:
-        errors.append(
-            f"eval.models = {_show(config.eval.models)}: all needs every client's last model; "
-            "leave server.ledger at true"
-        )
-    return errors
-
-
-def _check_privacy(config: CoreConfig) -> list[str]:
-    """Noise goes onto a reply that is nothing but a model, beside a message that holds one."""
-    given = f"client.dp-clip = {config.client.dp_clip:g}"
-    if not config.client.dp_clip:
-        default = Client()
-        return [
-            f"client.{_dashed(key)} = {_show(getattr(config.client, key))}: has no effect without "
-            "client.dp-clip; leave it out or set that"
-            for key in ("dp_epsilon", "dp_delta")
-            if getattr(config.client, key) != getattr(default, key)
-        ]
-    errors, name = [], config.strategy.name
-    if name not in ("fedavg", "fedprox") and not name.startswith("flwr:"):
-        errors.append(
-            f"{given}: strategy {name} sends or remembers more than a model, which would get no "
-            "noise; use fedavg, fedprox or one of Flower's"
-        )
-    errors += [
-        f"{given}: {key} would be told without noise; leave it at {_show(default)}"
-        for key, value, default in (
-            ("eval.grad-norm", config.eval.grad_norm, False),
-            ("flatness.match", config.flatness.match, "none"),
-        )
-        if value != default
-    ]
-    if config.engine.cohort != "1":
-        errors.append(f"{given}: noise is added one client at a time; leave engine.cohort at 1")
-    if config.eval.on != "server" and config.sync.mode != "full":
-        errors.append(
-            f"{given}: with eval.on = {_show(config.eval.on)}, messages leave out the model that "
-            "a client has; set sync.mode=full"
-        )
-    return errors
-
-
-def _check_flatness(config: CoreConfig) -> list[str]:
-    flatness, errors = config.flatness, []
-    if flatness.every and config.eval.on == "clients":
-        errors.append(
-            f"flatness.every = {flatness.every}: needs the server's test set; set eval.on=server "
-            "or both"
-        )
-    if flatness.engine == "pyhessian" and importlib.util.find_spec("pyhessian") is None:
-        errors.append(
-            'flatness.engine = "pyhessian": it is not installed; pip install "flatfed[pyhessian]", '
-            "or leave it at own"
-        )
-    if flatness.match != "none" and config.clients.number < 2:
-        errors.append(
-            f'flatness.match = "{flatness.match}": compares clients, and clients.number = 1; '
-            "leave it at none"
-        )
-    if not flatness.every:
-        errors += [
-            f"flatness.{_dashed(key)} = {_show(value)}: has no effect without flatness.every; "
-            "leave it out or set that"
-            for key, value in flatness
-            if value != type(flatness).model_fields[key].default
-        ]
-    return errors
-
-
-def _check_tracking(config: CoreConfig) -> list[str]:
-    names = config.tracking.names
-    errors = [unknown_name("tracking.to", n, list(TRACKERS)) for n in names if n not in TRACKERS]
-    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
-    return errors + [
-        f"tracking.to = {_show(config.tracking.to)}: {name} stands twice" for name in twice
-    ]
-
-
-def _check_own_source(source: str, augment: str) -> list[str]:
-    augments = data_catalogue.SOURCES["folder"].pipelines
-    if augment not in augments:
-        return [f"data.augment: {source} has {', '.join(augments)}"]
-    module = source.partition(":")[0]
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if found:
-        return []
-    return [
-        f"data.source = {_show(source)}: no module {module} can be imported here; write "
-        "package.module:function and put its folder on PYTHONPATH"
     ]
 
 
@@ -789,83 +616,3 @@ def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> d
     if errors:
         raise ConfigError(errors)
     return {**run_config, **{NODE_KEYS[key]: node[key] for key in node if key in NODE_KEYS}}
-
-
-def _is_device(name: str) -> bool:
-    kind, _, index = name.partition(":")
-    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())
-
-
-def _check_methods(config: CoreConfig) -> list[str]:
-    errors = []
-    strategies, regularizers = methods("strategies"), methods("regularizers")
-    chosen = config.regularizer_names
-    if config.strategy.name not in strategies:
-        errors.append(unknown_name("strategy.name", config.strategy.name, list(strategies)))
-    else:
-        errors += strategies[config.strategy.name].check(config)
-    strategy = strategies.get(config.strategy.name)
-    given = f"regularizers = {_show(config.regularizers)}"
-    for name in chosen:
-        if name not in regularizers:
-            errors.append(unknown_name("regularizers", name, list(regularizers)))
-        elif strategy is not None and name in strategy.regularizers and chosen.count(name) > 1:
-            errors.append(
-                f"{given}: {name} is part of strategy {config.strategy.name} already; leave it out"
-            )
-        elif chosen.count(name) > 1:
-            errors.append(f"{given}: {name} stands twice")
-        else:
-            errors += regularizers[name].check(config)
-    known = [name for name in chosen if name in regularizers]
-    for name in known:
-        if strategy is not None and name in strategy.refuses:
-            errors.append(
-                f"{given}: {name} with strategy {config.strategy.name}: {strategy.refuses[name]}"
-            )
-    for one, other in itertools.combinations(known, 2):
-        why = regularizers[one].refuses.get(other) or regularizers[other].refuses.get(one)
-        if why:
-            errors.append(f"{given}: {other} with {one}: {why}")
-    for name in [*strategies, *regularizers]:
-        if name in (config.strategy.name, *chosen) or ":" in name:
-            continue
-        params = config.params_of(name)
-        where = "strategy.name" if name in strategies else "regularizers"
-        errors += [
-            f"{name}.{_dashed(key)} = {_show(value)}: has no effect without {where}={name}; "
-            "leave it out or set that"
-            for key, value in params
-            if value != type(params).model_fields[key].default
-        ]
-    return list(dict.fromkeys(errors))
-
-
-def _check_engine(config: CoreConfig) -> list[str]:
-    errors = []
-    workers, cohort = config.engine.workers, config.engine.cohort
-    if cohort != AUTO and not (cohort.isdecimal() and int(cohort)):
-        errors.append(f"engine.cohort = {_show(cohort)}: must be auto, or a number from 1 on")
-    elif cohort != "1" and config.engine.name != "inprocess":
-        errors.append(
-            f"engine.cohort = {cohort}: belongs to engine.name=inprocess; leave it out with "
-            f"{config.engine.name}"
-        )
-    elif cohort != "1" and workers not in (AUTO, "1"):
-        errors.append(
-            f"engine.cohort = {cohort} with engine.workers = {workers}: clients are trained at "
-            "once by one process, or beside each other by several; leave one of them out"
-        )
-    if workers != AUTO and not (workers.isdecimal() and int(workers)):
-        errors.append(f"engine.workers = {_show(workers)}: must be auto, or a number from 1 on")
-    elif workers not in (AUTO, "1") and config.engine.name != "inprocess":
-        errors.append(
-            f"engine.workers = {workers}: belongs to engine.name=inprocess; leave it out with "
-            f"{config.engine.name}"
-        )
-    if config.engine.connection and config.engine.name != "grpc":
-        errors.append(
-            f"engine.connection = {_show(config.engine.connection)}: belongs to engine.name=grpc; "
-            f"leave it empty with {config.engine.name}"
-        )
-    return errors

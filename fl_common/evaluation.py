@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from fl_common.forks import in_processes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -18,27 +20,49 @@ BATCH = 100
 """Samples evaluated at once; fixed, because the loss's last bits depend on it."""
 
 
-@torch.no_grad()
 def evaluate(
     net: torch.nn.Module,
     split: Split,
     indices: np.ndarray,
     transform: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
+    processes: int = 1,
 ) -> tuple[float, float]:
     """Accuracy (0-1) and mean loss of `net` over the samples `indices` (n,) of `split`, n > 0.
 
-    The network is left in evaluation mode.
+    processes: on a CPU, how many share the batches; the numbers are the same for any.  The network
+    is left in evaluation mode.
     """
     net.eval()
+    each = -(-len(indices) // processes // BATCH) * BATCH
+    parts = [indices[start : start + each] for start in range(0, len(indices), each)]
+
+    def batches_of(part: np.ndarray) -> list[tuple[float, float]]:
+        return _over_batches(net, split, part, transform, device)
+
+    rows = [row for rows in in_processes(batches_of, parts) for row in rows]
+    loss = 0.0
+    for batch, _ in rows:  # in this order, whoever did it; `sum` adds otherwise from Python 3.12 on
+        loss += batch
+    return sum(int(correct) for _, correct in rows) / len(indices), loss / len(indices)
+
+
+@torch.no_grad()
+def _over_batches(
+    net: torch.nn.Module,
+    split: Split,
+    indices: np.ndarray,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+) -> list[tuple[float, float]]:
+    """Of each batch: the sum of the samples' losses, and how many are right."""
     criterion = getattr(net, "loss", cross_entropy)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    rows = []
     for x, y in _batches(split, indices, device):
         output = net(transform(x))
-        loss += criterion(output, y).double() * len(y)
-        correct += (output.argmax(1) == y).sum()
-    return int(correct) / len(indices), float(loss) / len(indices)
+        loss = criterion(output, y).double() * len(y)
+        rows.append(torch.stack([loss, (output.argmax(1) == y).sum().double()]))
+    return torch.stack(rows).tolist()
 
 
 _on_card: WeakKeyDictionary[Split, dict[torch.device, tuple[torch.Tensor, torch.Tensor]]]

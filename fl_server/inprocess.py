@@ -35,7 +35,8 @@ class InProcessGrid(Grid):
     """`clients` nodes with partitions 0 .. clients-1, each with a context of its own.
 
     workers: processes, if more than one, each of which trains one client at a time.  cohort: how
-    many clients are trained at once instead, or `auto`; then `chosen` is told the number, and why.
+    many clients are trained at once instead, or `auto`; then `chosen` is told the number, and why,
+    and where that is 1 the workers train.
     """
 
     def __init__(
@@ -65,9 +66,14 @@ class InProcessGrid(Grid):
         self._queue: dict[str, Message] = {}
         self._out: dict[str, Message] = {}
         """What the workers have been given."""
-        self._pool = Pool(workers, self._work) if workers > 1 else None
-        self.clients_apart = self._pool is not None
+        self.workers, self._threads = workers, int(run_config.get("train.threads", 1))
+        self._pool = self._fork() if workers > 1 and cohort == "1" else None
         self._cohort, self._chosen = cohort, chosen
+
+    @property
+    def clients_apart(self) -> bool:
+        """Whether clients work in other processes."""
+        return self._pool is not None
 
     def close(self) -> None:
         """End the worker processes."""
@@ -99,13 +105,20 @@ class InProcessGrid(Grid):
         for message in pushed:
             message.metadata.__dict__["_message_id"] = str(uuid4())
         queued = {message.metadata.message_id: message for message in pushed}
-        if self._pool:
-            work = {key: message for key, message in queued.items() if _is_work(message)}
-            self._out |= work
-            self._pool.put([self._job(message) for message in work.values()])
-            queued = {key: message for key, message in queued.items() if key not in work}
         self._queue |= queued
-        return [message.metadata.message_id for message in pushed]
+        if self._pool:
+            self._to_workers()
+        return list(queued)
+
+    def _fork(self) -> Pool:
+        return Pool(self.workers, self._work, self._threads)
+
+    def _to_workers(self) -> None:
+        """All work that is queued."""
+        work = {key: message for key, message in self._queue.items() if _is_work(message)}
+        self._queue = {key: m for key, m in self._queue.items() if key not in work}
+        self._out |= work
+        self._pool.put([self._job(message) for message in work.values()])
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The reply of the next queued message among `message_ids`, or, of workers, all that have
@@ -174,9 +187,13 @@ class InProcessGrid(Grid):
         try:
             clients = resident(contexts[0])
             if self._cohort == AUTO:
-                number, why = clients.choose_cohort(jobs)
+                number, why = clients.choose_cohort(jobs, self.workers)
                 self._cohort = str(number)
                 self._chosen(number, why)
+                if number == 1 and self.workers > 1:
+                    self._pool = self._fork()
+                    self._to_workers()
+                    return self._of_workers()
             number = int(self._cohort)
             answers = clients.train_together(jobs[:number], number)
         except Exception as error:  # there are no clients in this process, and why

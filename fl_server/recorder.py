@@ -147,7 +147,7 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self._resumed_rows = 0
-        self.clients_apart = False
+        self.clients_apart: Callable[[], bool] = lambda: False
         """Whether clients work in other processes than this."""
         self.earlier = {"wall_s": 0.0, "cpu_s": 0.0}
         """What this run took before it was resumed."""
@@ -327,7 +327,7 @@ class Recorder:
     def _times(self) -> dict[str, float]:
         """Seconds so far, before a resume too; the clients' processor time is part of it."""
         wall, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
-        if self.clients_apart:
+        if self.clients_apart():
             cpu += sum(row["client_cpu_s"] for row in self.rows[self._resumed_rows :])
         return {
             "wall_s": round(self.earlier["wall_s"] + wall, 3),

@@ -6,6 +6,7 @@ with the process that forked them, however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -14,11 +15,11 @@ import sys
 import traceback
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
 
-from fl_common import processes, shared
+from fl_common import forks, processes, shared
 from fl_common.assembly import training_device
 from fl_common.config import AUTO
 
@@ -79,16 +80,17 @@ def count(config: CoreConfig) -> int:
         if sys.platform != "linux" and int(given) > 1:
             raise ValueError(f"engine.workers = {given}: several are for Linux; leave it out")
         return int(given)
-    if cuda or sys.platform != "linux" or config.engine.cohort != "1":
+    if cuda or sys.platform != "linux" or config.engine.cohort not in ("1", AUTO):
         return 1
     return max(1, min(len(os.sched_getaffinity(0)) // config.train.threads, config.cohort_size))
 
 
 class Pool:
-    """`count` forks of this process that answer jobs; who is free takes the next one."""
+    """`count` forks of this process that answer jobs, with so many threads of torch's each; who is
+    free takes the next one."""
 
-    def __init__(self, count: int, answer: Answer) -> None:
-        self.answer = answer
+    def __init__(self, count: int, answer: Answer, threads: int = 1) -> None:
+        self.answer, self.threads = answer, threads
         self.jobs: deque[Job] = deque()
         self.common: shared.Segment | None = None
         self.workers: list[_Worker] = []
@@ -187,9 +189,7 @@ class Pool:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if processes.end_with(parent, signal.SIGKILL):
-                _serve(theirs, self.answer)
-        except (EOFError, OSError):
-            pass
+                forks.beginning(lambda: _serve(theirs, self.answer), self.threads)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -214,14 +214,16 @@ def _how(status: int) -> str:
     return f"exit code {os.WEXITSTATUS(status)}"
 
 
-def _serve(connection: socket.socket, answer: Answer) -> NoReturn:
+def _serve(connection: socket.socket, answer: Answer) -> None:
+    """Until the other side is gone."""
     slots, maps = shared.Slots(SLOTS), {}
-    while True:
-        header, (content, state), tensors = shared.receive(connection, kept=maps)
-        slots.free += header["released"]
-        try:
-            reply, state, error = *answer(header["job"], content, state), {}
-        except Exception as failure:
-            reply, error = RecordDict(), {"error": f"{type(failure).__name__}: {failure}"}
-        shared.send(connection, error, [reply, state], known=tensors, slots=slots)
-        del content, state, reply, tensors  # their memory goes back before more comes
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            header, (content, state), tensors = shared.receive(connection, kept=maps)
+            slots.free += header["released"]
+            try:
+                reply, state, error = *answer(header["job"], content, state), {}
+            except Exception as failure:
+                reply, error = RecordDict(), {"error": f"{type(failure).__name__}: {failure}"}
+            shared.send(connection, error, [reply, state], known=tensors, slots=slots)
+            del content, state, reply, tensors  # their memory goes back before more comes

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from fl_client import app as client
+from fl_common import assembly
 from fl_common.config import ConfigError, methods, resolve
 from fl_server import app as server
 from fl_server.inprocess import InProcessGrid
@@ -142,7 +143,7 @@ def play(cell: Cell, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "history.jsonl").open()]
     assert [row["failed"] | row["rejected"] for row in rows] == [{}, {}]
     assert all(math.isfinite(row[key]) for row in rows for key in ("client_loss", "loss"))
-    start = server.assembly.new_model(config, 4, (3, SIDE, SIDE), torch.device("cpu"))
+    start = assembly.new_model(config, 4, (3, SIDE, SIDE), torch.device("cpu"))
     end = load_file(folder / "model.safetensors")
     assert {k: v.dtype for k, v in end.items()} == {
         k: v.dtype for k, v in start.state_dict().items()

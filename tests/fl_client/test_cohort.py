@@ -427,6 +427,27 @@ def test_a_failure_stays_its_own(monkeypatch):
         assert difference(federation.clients.train(i, messages[i], RecordDict()), reply) < 1e-11
 
 
+def test_the_largest_of_unequal_clients_is_measured(monkeypatch):
+    """A small client in front does not let more in than memory holds, nor do those of a later
+    round that are larger."""
+    federation = Federation(monkeypatch, sizes=(2, 4, 8, 8), train__batch_size=8)
+    measured, real = [], together.bytes_of
+
+    def seen(net, data, settings):
+        measured.append(len(data.y))
+        return real(net, data, settings)
+
+    monkeypatch.setattr(together, "bytes_of", seen)
+    messages = federation.messages()
+    jobs = [(i, message, RecordDict()) for i, message in enumerate(messages)]
+    federation.clients.train_together(jobs[:2], 2)
+    assert measured == [4]
+    federation.clients.train_together(jobs, 4)
+    assert measured == [4, 8]
+    federation.clients.train_together(jobs[:2], 2)
+    assert measured == [4, 8]
+
+
 def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
     """A card that is full at three: four are tried, then two and two; later rounds start there."""
     federation = Federation(monkeypatch, sizes=(8, 8, 8, 8))
@@ -440,7 +461,7 @@ def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
 
     monkeypatch.setattr(together, "cohort_round", small_card)
     jobs = [(i, message, RecordDict()) for i, message in enumerate(federation.messages())]
-    assert "as one of 2" in federation.clients.choose_cohort(jobs)[1]
+    assert "as one of 2" in federation.clients.choose_cohort(jobs, 1)[1]
     assert tried == [4, 2, 2]
     federation.clients.together.most = 4
     tried.clear()
@@ -484,16 +505,24 @@ def test_auto_takes_what_was_faster(monkeypatch):
     before = federation.together(messages, federation.states())
     now = [0.0]
     monkeypatch.setattr(together.time, "perf_counter", lambda: now[0])
-    for slow, expected in (("_one_by_one", 4), ("_at_once", 1)):
+    # Four at once that take as long as two one by one are faster than one process, not than many.
+    alone, at_once = "_one_by_one", "_at_once"
+    real = {name: getattr(together.Together, name) for name in (alone, at_once)}
+    for slow, workers, expected in (
+        ([alone], 1, 4),
+        ([at_once], 1, 1),
+        ([alone, at_once], 1, 4),
+        ([alone, at_once], 100, 1),
+    ):
         with monkeypatch.context() as patch:
-            real = getattr(together.Together, slow)
+            for name in slow:
 
-            def delayed(self, *args, real=real):
-                now[0] += 60
-                return real(self, *args)
+                def delayed(self, *args, real=real[name]):
+                    now[0] += 60
+                    return real(self, *args)
 
-            patch.setattr(together.Together, slow, delayed)
-            chosen, why = federation.clients.choose_cohort(jobs)
+                patch.setattr(together.Together, name, delayed)
+            chosen, why = federation.clients.choose_cohort(jobs, workers)
         assert chosen == expected
         assert why.startswith(f"engine.cohort = auto: {expected}; a step took ")
     assert all(not state for _, _, state in jobs)

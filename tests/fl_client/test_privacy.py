@@ -6,7 +6,9 @@ noise, and what clipping took away.
 
 from __future__ import annotations
 
+import logging
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 
 from fl_client.app import private
 from fl_common.config import ConfigError, resolve
+
+if TYPE_CHECKING:
+    from tests.conftest import Runner
 
 PLAIN = ["clients.number=1", "run.rounds=1", "model.norm=group", "train.device=cpu"]
 
@@ -125,3 +130,17 @@ def test_clients_that_evaluate(runner):
     result = runner(*settings, "client.dp-epsilon=1e12", "eval.on=both", "sync.mode=full")
     assert result.code == 0
     assert [row["replies"] for row in result.history] == [[0, 1], [0, 1]]
+
+
+def test_flower_does_not_tell_of_every_reply(runner: Runner) -> None:
+    told = []
+    handler = logging.Handler()
+    handler.emit = told.append
+    flower = logging.getLogger("flwr")
+    flower.addHandler(handler)
+    try:
+        done = runner("client.dp-clip=1", "model.norm=group", "run.rounds=1")
+    finally:
+        flower.removeHandler(handler)
+    assert done.code == 0
+    assert not [record for record in told if "LocalDpMod" in record.getMessage()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -103,6 +104,23 @@ def test_a_failure_is_an_answer_and_the_trainer_goes_on(trainer):
         worker.ask(str(path), "sing", RecordDict(), context(path))
     worker.ask(str(path), "query", RecordDict(), context(path))
     assert process.poll() is None
+
+
+def test_an_answer_may_come_before_empty_parts_are_sent():
+    """The other side has all when what is left to send is empty, and may be gone already."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        real, sent = ours.sendall, []
+
+        class Slow:
+            def sendall(self, data: bytes) -> None:
+                if len(sent) == 2:  # lengths and header
+                    theirs.close()
+                sent.append(data)
+                real(data)
+
+        worker._send(Slow(), {"kind": "query"}, RecordDict(), RecordDict())
+    assert len(sent) == 2
 
 
 def test_its_death_is_told_at_once(trainer):

@@ -51,15 +51,17 @@ def test_one_client_that_fails_does_not_fail_the_others(
     assert run.history[0]["replies"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
 
 
-@pytest.mark.parametrize("chosen", [1, 3])
+@pytest.mark.parametrize(("chosen", "workers"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_auto_writes_what_it_chose_and_keeps_it(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch, chosen: int
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, chosen: int, workers: int
 ) -> None:
     """The measurement is `Clients.choose_cohort`'s; here it says a number, once.  With 1 the run
-    goes on one by one."""
+    goes on one by one, in as many processes as there may be."""
     asked, sizes = [], []
+    runner.always = ["run.pictures=false"]
 
-    def choose(self: Clients, jobs: list[object]) -> tuple[int, str]:
+    def choose(self: Clients, jobs: list[object], count: int) -> tuple[int, str]:
+        assert count == workers
         asked.append(len(jobs))
         return chosen, f"engine.cohort = auto: {chosen}"
 
@@ -70,10 +72,16 @@ def test_auto_writes_what_it_chose_and_keeps_it(
     whole = Clients.train_together
     monkeypatch.setattr(Clients, "choose_cohort", choose)
     monkeypatch.setattr(Clients, "train_together", together)
-    run = runner("run.rounds=2", "engine.cohort=auto")
+    settings = ("strategy.name=scaffold", "run.rounds=2", f"engine.workers={workers}")
+    run = runner(*settings, "engine.cohort=auto")
     assert run.code == 0 and asked == [10]
-    assert sizes == ([3, 3, 3, 1] * 2 if chosen == 3 else [1])
+    at_once = [3, 3, 3, 1] * 2 if chosen == 3 else [1] * (workers == 1)
+    assert sizes == at_once
     assert stored(run.folder)["engine.cohort"] == str(chosen)
+    if chosen == 1:
+        alone = runner(*settings)
+        assert run.summary["model_sha256"] == alone.summary["model_sha256"]
+        assert run.history_less_times == alone.history_less_times
 
 
 def stored(folder: Path) -> dict[str, object]:

@@ -8,8 +8,8 @@ import torch
 from fl_common.groups import Groups
 from fl_common.wire import vectors
 from fl_server import drift
-from fl_server.app import Rounds
 from fl_server.drift import Drift
+from fl_server.rounds import Rounds
 from strategies.base import Reply
 
 NAMES = ("update_norm", "update_norm_max", "update_alignment")
@@ -113,7 +113,7 @@ def test_a_run_records_what_its_clients_sent(runner, monkeypatch, settings):
 
 def test_only_rounds_that_evaluate_are_measured(runner, monkeypatch):
     made = []
-    monkeypatch.setattr("fl_server.app.Drift", lambda *given: made.append(1) or Drift(*given))
+    monkeypatch.setattr("fl_server.rounds.Drift", lambda *given: made.append(1) or Drift(*given))
     history = runner(*SMALL, "eval.every=2").history
     assert [KEYS & row.keys() for row in history] == [set(), KEYS, KEYS]
     assert len(made) == 2

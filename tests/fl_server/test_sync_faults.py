@@ -23,9 +23,9 @@ from fl_common import wire
 from fl_common.config import resolve
 from fl_common.layout import PARAMS, concatenate, tensors_of
 from fl_common.sync import VERSIONS
-from fl_server.app import Rounds
 from fl_server.app import app as server_app
 from fl_server.inprocess import InProcessGrid
+from fl_server.rounds import Rounds
 from tests.memories import summary
 
 CLIENTS, ROUNDS = 4, 14

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 
 from fl_common import determinism, wire
 from fl_common.config import resolve
-from fl_server import workers
+from fl_server import network, workers
 from fl_server.inprocess import InProcessGrid
 from tests.living import living, mark
 
@@ -49,6 +49,26 @@ def test_workers_give_the_same_bits(runner: Runner, strategy: str) -> None:
     clients = sum(row["client_cpu_s"] for row in three.history)
     assert three.summary["cpu_s"] > clients  # that of other processes is counted
     assert three.summary.get("memory_given_back") == one.summary.get("memory_given_back")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_long_evaluation_is_shared_out(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """From the second one on; in runs of several threads too, which do not live in a fork."""
+    runner.always = ["run.pictures=false", f"train.threads={threads}", "run.rounds=3"]
+    one = runner("engine.workers=1")
+    counts, original = [], network.evaluate
+
+    def counted(*arguments: object) -> tuple[float, float]:
+        counts.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(network, "evaluate", counted)
+    monkeypatch.setattr(network, "PART_S", 1e-9)
+    three = runner("engine.workers=3")
+    assert counts == [1, 3, 3]
+    assert three.history_less_times == one.history_less_times
 
 
 def test_a_run_begun_by_one_worker_goes_on_with_two(runner: Runner, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from fl_common.layout import COUNTERS, PARAMS, STATS, concatenate, tensors_of
 from fl_common.models.catalogue import build
 from fl_common.models.layers import Chain, with_head
 from fl_common.models.resnet import BasicBlock, conv2d
-from fl_server.app import Rounds
 from fl_server.cli import main
+from fl_server.network import ServerNetwork
 from strategies.fedpart import FedPart, FedPartParams, Schedule
 from tests.trace import Trace
 
@@ -605,13 +605,13 @@ def test_a_layer_that_is_never_met_has_its_rounds_too(watched):
 def test_the_means_of_the_clients_models_are_of_whole_models(watched, monkeypatch):
     """eval.models: sel is the plain mean of the cohort's, all of everyone's last."""
     seen: list[Arrays] = []
-    evaluate = Rounds._on_server
+    evaluate = ServerNetwork.evaluate
 
     def on_server(self, model):
         seen.append({kind: vector.clone() for kind, vector in model.items()})
         return evaluate(self, model)
 
-    monkeypatch.setattr(Rounds, "_on_server", on_server)
+    monkeypatch.setattr(ServerNetwork, "evaluate", on_server)
     run = watched(
         3, *TINY, SMALL, *SHORT, "clients.per-round=2", "run.rounds=8", "eval.models=cloud,sel,all"
     )

@@ -1,0 +1,103 @@
+"""What brings an eager step on a CPU below itself, and what does not: `python -m benchmarks.eager`.
+
+Batches of CIFAR shape, one thread, the allocator as in a run.  In turns: the step as everybody
+writes it; with the fused optimizer, which the trainer has; also with channels innermost
+(`train.channels-last=true`); also compiled by `torch.compile`, and that with the usual order.  A
+ratio is the median over the turns of processor time over the plain step's; warm-up is the compiled
+step's first call.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or the second call's warm-up is shorter
+
+import argparse
+import shutil
+import sys
+import time
+import warnings
+from statistics import median
+from typing import TYPE_CHECKING
+
+from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import cross_entropy
+
+from benchmarks import bare
+from fl_common.models.catalogue import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CASES = (("lenet", 10), ("cnn", 10), ("resnet8", 50))
+"""Models and batch sizes."""
+WAYS = ("plain", "fused optimizer", "and channels-last", "and compiled", "compiled alone")
+
+
+def model_of(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if hasattr(bare, name):
+        return getattr(bare, name)()
+    return build(name, classes=10, shape=(3, 32, 32), norm="group", head="none")
+
+
+def step_of(way: str, name: str, size: int) -> Callable[[], None]:
+    last = way in ("and channels-last", "and compiled")
+    order = torch.channels_last if last else torch.contiguous_format
+    net = model_of(name).train().to(memory_format=order)
+    x = torch.rand(size, 3, 32, 32).contiguous(memory_format=order)
+    y = torch.randint(10, (size,))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, fused=way != "plain")
+    forward = torch.compile(net) if "compiled" in way else net
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        cross_entropy(forward(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], None], steps: int = 1) -> float:
+    started = time.process_time()
+    for _ in range(steps):
+        step()
+    return time.process_time() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=7, help="turns per model (default: 7)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of one way in a turn, about")
+    args = parser.parse_args()
+    determinism.prepare_process()
+    warnings.filterwarnings("ignore", module="torch._dynamo")  # that the caches are off
+    ways = WAYS if shutil.which("g++") else WAYS[:3]  # torch.compile needs a compiler
+    table = Table(title="processor time of a step over the plain one's")
+    for column in ("model", "batch", "plain ms", *ways[1:], *["warm-up s"][: len(ways) - 3]):
+        table.add_column(column, justify="right")
+    for name, size in CASES:
+        steps = {way: step_of(way, name, size) for way in ways}
+        first = {}
+        for way, step in steps.items():
+            started = time.perf_counter()
+            step()
+            first[way] = time.perf_counter() - started
+        count = max(1, round(args.seconds / timed(steps["plain"])))
+        turns = [
+            {way: timed(step, count) for way, step in steps.items()} for _ in range(args.turns)
+        ]
+        ratios = [f"{median(t[way] / t['plain'] for t in turns):.3f}" for way in ways[1:]]
+        warm = [f"{first[ways[-1]]:.0f}"][: len(ways) - 3]
+        plain = 1000 * median(t["plain"] for t in turns) / count
+        table.add_row(name, f"{size}", f"{plain:.2f}", *ratios, *warm)
+    Console(width=110).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What the commands share: exit codes, complaints, settings from files and arguments."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from fl_common.config import Scalar
+
+OK, USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
+
+
+def complain(lines: Sequence[str]) -> int:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return USAGE
+
+
+def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]:
+    """The values of the file and of the command line over it, and what is no setting."""
+    from fl_common.config import flatten, from_text
+
+    errors: list[str] = []
+    values: dict[str, Scalar] = {}
+    for file in args.config:
+        import tomllib
+
+        try:
+            values |= flatten(tomllib.loads(file.read_text()))
+        except OSError as error:
+            errors.append(f"--config {file}: {error.strerror}")
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            errors.append(f"--config {file}: not a TOML file: {error}")
+    given: dict[str, str] = {}
+    for item in args.values:
+        key, equals, value = item.partition("=")
+        if not equals:
+            errors.append(f"{item}: settings are written key=value")
+            continue
+        if key in given:
+            errors.append(f"{key}: given twice, {given[key]!r} and {value!r}")
+        given[key] = value
+    return values | from_text(given), errors
+
+
+def show(table: RenderableType) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def failed(why: str) -> int:
+    print(f"error: the run failed: {why}", file=sys.stderr)
+    return FAILED

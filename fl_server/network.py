@@ -1,0 +1,94 @@
+"""The server's own copy of the network, and what is measured on it: accuracy, loss, flatness."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fl_common import assembly
+from fl_common.evaluation import evaluate
+from fl_common.layout import Layout, concatenate, tensors_of
+from fl_server.exchange import RunFailed
+
+if TYPE_CHECKING:
+    from fl_common.config import CoreConfig
+    from fl_common.data.sources import Dataset
+    from fl_common.layout import Flat
+    from fl_server.flatness import FlatnessOf
+    from fl_server.roster import Member
+
+PART_S = 0.1
+"""At least so long a part of an evaluation is worth a process of its own [s]."""
+
+
+class ServerNetwork:
+    """A network that takes one global model after the other."""
+
+    def __init__(
+        self, config: CoreConfig, first: Member, device: torch.device, processes: int
+    ) -> None:
+        """As the clients' data, of whom `first` is one, want it.  Raises RunFailed."""
+        self.config, self.device = config, device
+        try:
+            self.net = assembly.new_model(config, len(first.classes), first.shape, device)
+        except Exception as error:  # the model may be the user's own
+            raise RunFailed(f"model.name = {config.model.name}: {error}") from error
+        self.layout = Layout.of(self.net)
+        self.data: Dataset | None = None
+        self.most, self.processes = processes, 1
+        """Processes there may be, and those that an evaluation is shared out among."""
+
+    def load_data(self, first: Member) -> None:
+        """The data set whose test split models are evaluated on.  Raises RunFailed."""
+        data = assembly.load_data(self.config)
+        if data.classes != first.classes:
+            raise RunFailed(
+                f"the server's data have other classes than the clients' ({len(data.classes)} and "
+                f"{len(first.classes)}); set data.path to a test set like theirs, or "
+                "eval.on=clients"
+            )
+        self.data = data
+
+    def model(self) -> Flat:
+        """Its own, on the CPU."""
+        return {k: concatenate(t.values()).cpu() for k, t in tensors_of(self.net).items()}
+
+    def install(self, model: Flat) -> None:
+        """Take the values of a model."""
+        with torch.no_grad():
+            for kind, tensors in tensors_of(self.net).items():
+                views = self.layout.split(kind, model[kind].to(self.device))
+                for tensor, view in zip(tensors.values(), views, strict=True):
+                    if tensor.shape != view.shape:  # it was put away
+                        tensor.data = torch.empty_like(view)
+                torch._foreach_copy_(list(tensors.values()), views)
+
+    def put_away(self) -> None:
+        """Give back the memory of its tensors until the next `install`."""
+        for tensors in tensors_of(self.net).values():
+            for tensor in tensors.values():
+                tensor.data = tensor.data.new_empty(0)
+
+    def evaluate(self, model: Flat) -> tuple[float, float]:
+        """Accuracy and loss of a model on the server's test set."""
+        self.install(model)
+        started = time.perf_counter()
+        test, transform = self.data.test, assembly.transform(self.config).eval
+        everything = np.arange(len(test))
+        found = evaluate(self.net, test, everything, transform, self.device, self.processes)
+        if self.processes == 1:
+            parts = int((time.perf_counter() - started) / PART_S)
+            self.processes = max(1, min(self.most, parts))
+        return found
+
+    @cached_property
+    def flatness(self) -> FlatnessOf:
+        """What measures the flatness of the loss on test samples that are drawn once."""
+        from fl_server.flatness import FlatnessOf
+
+        transform = assembly.transform(self.config).eval
+        return FlatnessOf.of(self.config, self.data.test, transform, self.device)

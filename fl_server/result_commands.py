@@ -1,0 +1,238 @@
+"""The commands that look at results, make tables of them, or say what a run would cost."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl_server.console import FAILED, INTERRUPTED, OK, complain, settings_of, show
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fl_common.config import Scalar
+    from fl_report.cost import Plan
+
+
+def compare(args: argparse.Namespace) -> int:
+    from fl_report import compare
+
+    return _show_runs(args, compare, anyway=args.anyway)
+
+
+def report(args: argparse.Namespace) -> int:
+    from fl_report import compare, page, terminal
+
+    folders = _folders(args)
+    out = args.out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    try:
+        page.write(folders, out, args.target, anyway=args.anyway)
+        print(terminal.text(page.summary_table(compare.read(folders), args.target)))
+    except (OSError, ValueError) as error:
+        return complain([str(error)])
+    print(f"report: {out}")
+    return OK
+
+
+def suite(args: argparse.Namespace) -> int:
+    from fl_common.config import absolute_paths
+    from fl_report.suite import SuiteError
+    from fl_server import suites
+
+    given, errors = settings_of(args)
+    if args.device is not None:
+        if "train.device" in given:
+            errors.append("train.device: given twice, by --device too")
+        given["train.device"] = args.device
+    if args.jobs < 1:
+        errors.append(f"--jobs {args.jobs}: must be at least 1")
+    if errors:
+        return complain(errors)
+    try:
+        suite = suites.open_suite(args.file, absolute_paths(given), args.reduced, args.out)
+    except SuiteError as error:
+        return complain(error.errors)
+    failed: list[str] = []
+    try:
+        if not (args.table or args.publish):
+            failed = suite.run(args.jobs)
+        table = suite.table()
+        show(suite.picture(table))
+        for path in suite.write(table, args.publish):
+            print(path)
+    except (OSError, SuiteError) as error:
+        return complain(str(error).splitlines())
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: {suite.command(places=True)}", file=sys.stderr)
+        return INTERRUPTED
+    for name in failed:
+        print(f"error: {name} failed; its log: {suite.log(name)}", file=sys.stderr)
+    return FAILED if failed else OK
+
+
+def grad_norm(args: argparse.Namespace) -> int:
+    from fl_report import grad_norm
+
+    # Each run is compared with itself, so that their data need not be the same.
+    return _show_runs(args, grad_norm, anyway=True)
+
+
+def _show_runs(args: argparse.Namespace, report: ModuleType, *, anyway: bool) -> int:
+    from fl_report.compare import read
+    from fl_report.settings import different_data
+
+    try:
+        runs = read(_folders(args))
+        if not anyway and (problem := different_data(runs)):
+            raise ValueError(problem)
+        show(report.table(runs))
+        if args.picture:
+            report.draw(runs, args.picture)
+    except (OSError, ValueError) as error:
+        return complain([str(error)])
+    return OK
+
+
+def _folders(args: argparse.Namespace) -> list[Path]:
+    """The results folders, those that stand behind an option too."""
+    return [*args.folders, *map(Path, args.values)]
+
+
+def flatness(args: argparse.Namespace) -> int:
+    from fl_flatness import finished, report
+    from fl_flatness.stored import Stored
+    from fl_report.compare import read
+
+    probes = finished.MATCH_PROBES if args.match_probes is None else args.match_probes
+    options = finished.Options(
+        samples=args.samples, top=args.top, probes=args.probes, density=args.density,
+        layers=args.layers, landscape=args.landscape, match=args.match, match_probes=probes,
+        engine=args.engine, seed=args.seed,
+    )  # fmt: skip
+    errors = options.errors()
+    if args.match_probes is not None and not args.match:
+        errors.append(f"--match-probes {args.match_probes}: has no effect without --match")
+    if errors:
+        return complain(errors)
+    try:
+        runs = read(_folders(args))
+        loaded = [Stored.load(folder, args.data_path) for folder in _folders(args)]
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        return complain([str(error)])
+    if args.match and (problems := list(filter(None, map(finished.unmatched, loaded)))):
+        return complain(problems)
+    measured: list[report.Measured] = []
+    try:
+        for run, one in zip(runs, loaded, strict=True):
+            say = functools.partial(print, f"{run.label}:")
+            try:
+                found = finished.examine(one, options, say)
+            except ValueError as error:
+                print(f"error: {one.folder}: {error}", file=sys.stderr)
+                return FAILED
+            if "match_error" in found:
+                say(f"no H_N and H_D: {found['match_error']}")
+            say(finished.write(one.folder, found))
+            measured.append(report.Measured(run.label, one.folder, run.rows, found))
+        show(report.table(measured))
+        if args.layers:
+            for one in measured:
+                show(report.layer_table(one))
+        alone = [([one], one.folder) for one in measured]
+        for those, folder in [(measured, args.pictures)] if args.pictures else alone:
+            for picture in report.draw(those, folder):
+                print(picture)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return OK
+
+
+def groups(args: argparse.Namespace) -> int:
+    from fl_common.config import ConfigError
+    from fl_common.models.catalogue import MODELS
+
+    # A setting like any other: what is given twice is told.
+    args.values = [f"model.name={args.model}", *args.values]
+    info = MODELS.get(args.model)
+    takes_text = info is not None and info.input == "tokens"
+    try:
+        plan = _plan(args, {"data.source": "synthetic-text" if takes_text else "synthetic"})
+    except ConfigError as error:
+        return complain(error.errors)
+    from fl_report.cost import groups_table
+
+    show(groups_table(plan))
+    return OK
+
+
+def cost(args: argparse.Namespace) -> int:
+    import json
+
+    from fl_common.config import ConfigError
+    from fl_common.data.catalogue import SOURCES
+
+    try:
+        plan = _plan(args, {})
+    except ConfigError as error:
+        return complain(error.errors)
+    config, samples = plan.config, args.samples
+    if config.strategy.name != "fedpart":
+        return complain([f"strategy.name = {config.strategy.name}: has no partial updates; "
+            "leave it out, full ones stand beside fedpart's anyway"])  # fmt: skip
+    if samples is None:
+        source = SOURCES.get(config.data.source)
+        if source is None or source.train_size is None or config.data.partition == "local":
+            return complain(["--samples: not known without the data; give those of a client"])
+        samples = source.train_size / config.clients.number
+        samples = min(samples, config.data.max_samples or samples)
+    elif not 1 <= samples < float("inf"):
+        return complain([f"--samples {samples:g}: must be at least 1"])
+    from fl_report.cost import cost_table, report
+    from fl_server.roster import draw
+
+    try:
+        told = report(plan, samples, lambda t: draw(config.clients, config.run.seed, t))
+    except ValueError as error:
+        return complain([str(error)])
+    if args.json:
+        print(json.dumps(told.as_json(), indent=2))
+    else:
+        show(cost_table(told))
+    return OK
+
+
+def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
+    """The model and groups that settings and options ask for; `defaults` go under the settings.
+    Raises ConfigError."""
+    from fl_common.config import ConfigError, resolve
+
+    given, errors = settings_of(args)
+    shape, classes = None, args.classes
+    if args.shape is not None:
+        try:
+            shape = tuple(int(side) for side in args.shape.split(","))
+        except ValueError:
+            shape = ()
+        if len(shape) not in (1, 3) or min(shape) < 1:
+            errors.append(f"--shape {args.shape}: write an image as C,H,W, e.g. 3,32,32, or F")
+    if classes is not None and classes < 1:
+        errors.append(f"--classes {classes}: must be at least 1")
+    if shape is not None or classes is not None:
+        defaults = {"data.source": "folder"}  # one's own, of which nothing is known beforehand
+    # Nodes elsewhere have the data: none is read here, and a missing data.path is no mistake.
+    values = {"strategy.name": "fedpart"} | defaults | given | {"engine.name": "grpc"}
+    config = resolve(values, absolute_paths=False, also=errors)
+    from fl_common.determinism import prepare_process
+    from fl_report.cost import Plan
+
+    prepare_process()
+    try:
+        return Plan.of(config, shape, classes)
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from error

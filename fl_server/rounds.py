@@ -1,0 +1,578 @@
+"""The round loop that every engine and strategy shares."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fl_common import assembly, wire
+from fl_common.config import methods
+from fl_common.fingerprint import code_sha256, versions
+from fl_common.guards import Expected
+from fl_common.layout import PARAMS, on
+from fl_common.sync import Holdings
+from fl_server.checkpoint import Checkpoint
+from fl_server.drift import Drift
+from fl_server.exchange import POLL_S, Outcome, RoundFailed, RunFailed, addressed
+from fl_server.ledger import Ledger
+from fl_server.network import ServerNetwork
+from fl_server.roster import Cohort, draw
+from strategies.base import Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from flwr.app import MetricRecord
+
+    from fl_common.config import CoreConfig
+    from fl_common.guards import Spec
+    from fl_common.layout import Flat
+    from fl_server.exchange import Exchange
+    from fl_server.progress import Progress
+    from fl_server.recorder import Recorder
+    from fl_server.roster import Member, Roster
+
+
+class Rounds:
+    """The round loop, the same for every strategy and engine."""
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        exchange: Exchange,
+        roster: Roster,
+        recorder: Recorder,
+        progress: Progress,
+    ) -> None:
+        self.device = assembly.training_device(config)
+        determinism.prepare_process(
+            config.train.threads, config.train.deterministic, self.device.type
+        )
+        self.waits = exchange.held_bytes is not None
+        """Whether this process trains nobody, and so gives memory back while it waits."""
+        if self.waits:
+            determinism.return_memory()
+        self.config, self.exchange, self.roster = config, exchange, roster
+        self.recorder, self.progress = recorder, progress
+        first = roster.members[0]
+        self.network = ServerNetwork(
+            config, first, self.device, getattr(exchange.grid, "workers", 1)
+        )
+        model = self.network.model()
+        self.strategy = methods("strategies")[config.strategy.name](config)
+        try:
+            groups = assembly.groups_of(config, self.network.net, first.shape)
+            if config.eval.grad_norm:
+                self.layers = assembly.layers_of(config, self.network.net, first.shape)
+            self.strategy.bind(groups)
+        except ValueError as error:
+            raise RunFailed(str(error)) from error
+        self._rest()
+        # Of a model that changes as a whole in every round, nothing is left to leave out, unless
+        # a round follows the evaluation of the same model.
+        useful = self.strategy.partial or config.eval.on != "server"
+        tracked = useful and self.strategy.tracked and config.sync.mode == "versions"
+        self.holdings = Holdings(groups, tracked)
+        if config.eval.on != "clients":
+            self.network.load_data(first)
+        self.samples = [roster.members[i].samples for i in sorted(roster.members)]
+        """n_i of all clients at the roll call."""
+        self.done = 0
+        """The last round that was played."""
+        self.failures = 0
+        """Rounds in a row that changed nothing."""
+        self.unwritten: tuple[Checkpoint, dict[str, Any]] | None = None
+        """The last round's, and its row, which is told once it is on the disk: both while clients
+        train in the next one."""
+        self.ledger = Ledger(
+            recorder.folder / "ledger", config, model, groups, uuid4().hex, progress.note
+        )
+        self.place = self._place()
+        """Where the global model is kept and replies are summed."""
+        self.model: Flat = on(self.place, model)
+        recorder.summary["experiment"] = self.ledger.experiment
+
+    def _place(self) -> torch.device:
+        """The card on which this very process trains, so that nothing goes to and fro; the CPU
+        where replies come from elsewhere, or what clients remember goes to the disk."""
+        apart = getattr(self.exchange.grid, "clients_apart", True)
+        kept = self.ledger.needed or self.ledger.sum or self.config.client.state_dir
+        usable = self.strategy.on_card and not (apart or kept)
+        return self.device if usable else torch.device("cpu")
+
+    def play(self) -> None:
+        """The rounds that are left; afterwards `model` is the final one."""
+        try:
+            self._rounds()
+        except BaseException:  # what was reached, whatever ended the rounds
+            try:
+                self.write()
+            except RunFailed as error:
+                self.progress.note(str(error))
+            raise
+        self.write()
+
+    def _rounds(self) -> None:
+        for server_round in range(self.done + 1, self.config.run.rounds + 1):
+            started, row = time.perf_counter(), {}
+            try:
+                self.train(server_round, row)
+                if self._evaluates(server_round):
+                    self.evaluate(server_round, row)
+                if self._measures(server_round):
+                    self.measure(server_round, row)
+                self._rest()
+                self._record(row, started)
+                self.done = server_round
+            except OSError as error:
+                raise self._refused(server_round, error) from error
+            except RunFailed:
+                if row:  # who was refused, and why, is what the run ended for
+                    try:
+                        self._record(row, started, done=False)
+                    except OSError as error:
+                        self.progress.note(str(self._refused(server_round, error)))
+                raise
+            if self._checkpoints(server_round):
+                self.unwritten = self.checkpoint(), row
+            else:
+                self.progress.row(row)
+
+    def _record(self, row: dict[str, Any], started: float, *, done: bool = True) -> None:
+        row["seconds"] = round(time.perf_counter() - started, 4)
+        self.recorder.row(row, done=done)
+
+    def _checkpoints(self, server_round: int) -> bool:
+        every = self.config.server.checkpoint_every
+        return server_round == self.config.run.rounds or not server_round % every
+
+    def checkpoint(self) -> Checkpoint:
+        """All that the next round depends on; tensors as they are, which nobody changes."""
+        return Checkpoint(
+            round=self.done,
+            tensors={
+                "model": dict(self.model),
+                "strategy": self.strategy.state(),
+                "ledger": dict(self.ledger.sum),
+            },
+            facts={
+                "experiment": self.ledger.experiment,
+                "clients": {str(name): r for name, r in sorted(self.ledger.rounds.items())},
+                "held": self.holdings.state(),
+                "failures": self.failures,
+                "samples": self.samples,
+                "data": sorted({member.data for member in self.roster.known.values()}),
+                "code": code_sha256(),
+                "versions": versions(),
+                **self.recorder.facts(),
+            },
+        )
+
+    def write(self) -> None:
+        """The last round's checkpoint to the disk, if it is not there yet.  Raises RunFailed."""
+        if self.unwritten:
+            last, row = self.unwritten
+            try:
+                self.recorder.checkpoints.write(last)
+            except OSError as error:
+                self.unwritten = None
+                raise self._refused(last.round, error) from error
+            self.unwritten = None
+            self.progress.row(row)
+
+    def _refused(self, server_round: int, error: OSError) -> RunFailed:
+        """By the disk."""
+        return RunFailed(
+            f"round {server_round}: {error.filename or self.recorder.folder}: "
+            f"{error.strerror or error}; what was reached is kept"
+        )
+
+    def resume(self) -> None:
+        """Back to the newest good checkpoint.  Raises RunFailed."""
+        saved = self.recorder.checkpoints.newest(self.progress.note)
+        facts, rounds = saved.facts, self.config.run.rounds
+        if saved.round > rounds:
+            raise RunFailed(f"run.rounds = {rounds}: {saved.round} rounds are done already")
+        for kind, vector in saved.tensors["model"].items():
+            if kind not in self.model or vector.shape != self.model[kind].shape:
+                raise RunFailed(
+                    f"the checkpoint's {kind} are not those of {self.config.model.name}"
+                )
+        if facts["samples"] != self.samples:
+            raise RunFailed("the clients hold other numbers of samples than when the run began")
+        if facts["data"] != sorted({member.data for member in self.roster.known.values()}):
+            raise RunFailed("the clients hold other data than when the run began")
+        for what, now in (("code", code_sha256()), ("versions", versions())):
+            if facts[what] != now:
+                self.progress.note(f"warning: other {what} than before: bits may differ")
+        self.model, self.done, self.failures = (
+            on(self.place, saved.tensors["model"]),
+            saved.round,
+            facts["failures"],
+        )
+        self.strategy.load_state(on(self.place, saved.tensors.get("strategy", {})))
+        self.ledger.experiment = self.recorder.summary["experiment"] = facts["experiment"]
+        self.ledger.rounds = {int(name): r for name, r in facts["clients"].items()}
+        self.holdings.load_state(facts.get("held", {}))
+        self.ledger.sum = saved.tensors.get("ledger", {})
+        self.recorder.rewind(saved.round, facts)
+
+    def train(self, server_round: int, row: dict[str, Any]) -> None:
+        """One round, into the history's row: draw a cohort, push the strategy's messages, and hand
+        each good reply on to the strategy in partition order, as it comes.  Raises RunFailed, with
+        the row filled in if the round was played."""
+        config = self.config
+        names = draw(config.clients, config.run.seed, server_round)
+        # A bernoulli cohort may be smaller than the replies that are asked for.
+        at_least = min(config.clients.min_replies, len(names))
+        self._gather(names, at_least, server_round)
+        cohort, absent = self.roster.drawn(names)
+        outcome = Outcome(failed=absent)
+        settings = ConfigRecord({wire.SAMPLES: sum(self.samples)})
+        if config.eval.on != "server" and self._evaluates(server_round):
+            settings["evaluate"] = True
+        messages = self.strategy.configure_train(
+            server_round, wire.pack(self.model), settings, Cohort(self.exchange.grid, cohort)
+        )
+        samples = {member.partition: member.samples for member in cohort}
+        steps = {name: config.train.steps(n) for name, n in samples.items()}
+        records, series = self.strategy.expected(), self._series(messages)
+        receivers = _receivers(messages, cohort)
+        asked = dict(zip(receivers, messages, strict=True))
+        checkpoints = self.recorder.checkpoints.rounds
+        for name, message in asked.items():
+            own = self.ledger.settings(name, checkpoints)
+            message.content[wire.CONFIG] = ConfigRecord({**message.content[wire.CONFIG], **own})
+        replies = self._replies(
+            asked,
+            server_round,
+            f"round {server_round}",
+            outcome,
+            lambda name: Expected(
+                records, server_round, samples[name], metrics_of(settings), steps[name], series
+            ),
+            at_least,
+            meanwhile=self.write,
+        )
+        loss, shortage = None, ""
+        drift = None
+        if self._evaluates(server_round):
+            drift = Drift(self.model[PARAMS], self.holdings.groups)
+        try:
+            arrays, metrics = self.strategy.aggregate_train(
+                server_round, self._entered(replies, asked, outcome, drift)
+            )
+            if arrays is None:
+                raise RoundFailed(f"round {server_round}: the strategy gave no model")
+            self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
+            self.ledger.accept(server_round, list(outcome.accepted))
+        except RoundFailed as error:  # not kept: it and this frame would keep each other alive
+            shortage = str(error)
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            word = "rejected: " if name in outcome.rejected else ""
+            self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
+        row |= _row(server_round, names, outcome) | {"client_loss": loss}
+        if series and outcome.accepted:
+            row["grad_norm"] = {
+                key.removeprefix(wire.GRAD_NORM).lstrip(".") or "all": _mean_by_step(outcome, key)
+                for key in sorted(series)
+            }
+        for moment in ("before", "after"):
+            accuracies = _by_client(outcome, f"accuracy-{moment}")
+            if accuracies:
+                row[f"client_accuracy_{moment}"] = accuracies
+        if drift:
+            row |= drift.row()
+        if shortage:
+            self._round_failed(shortage, outcome, len(names))
+        vectors = [*self.model.values(), *self.strategy.state().values()]
+        if not all(torch.isfinite(vector).all() for vector in vectors):
+            raise RunFailed(
+                f"round {server_round}: the new model has NaN or infinite values; lower the "
+                "learning rates (train.lr, or the strategy's)"
+            )
+
+    def _gather(self, names: Sequence[int], at_least: int, server_round: int) -> None:
+        """Wait for the cohort: for each client as long as it may take to come back, and for as
+        many as the round needs until a round's deadline."""
+        end = time.monotonic() + self.config.clients.deadline_s
+        if len(self.roster.drawn(names)[0]) < len(names):
+            self.write()  # nothing is lost meanwhile
+        self.roster.wait_for(names)
+        told = -1
+        while (here := len(self.roster.drawn(names)[0])) < at_least:
+            if (left := end - time.monotonic()) < 0:
+                return
+            if here != told:
+                told = here
+                self.progress.note(
+                    f"round {server_round}: {here} of {len(names)} clients are connected, "
+                    f"clients.min-replies = {at_least}; waiting, {left:.0f} s at most "
+                    "(clients.deadline-s)"
+                )
+            time.sleep(POLL_S)
+            self.roster.refresh()
+
+    def _replies(
+        self,
+        asked: Mapping[int, Message],
+        server_round: int,
+        phase: str,
+        outcome: Outcome,
+        expected: Callable[[int], Expected],
+        at_least: int = 0,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Iterator[Message]:
+        """The good replies to what a strategy asks, by the names of the clients: each is sent what
+        it lacks, and more if it says that it lacks more."""
+
+        def sent() -> None:
+            meanwhile()
+            self.progress.asked(phase, len(asked))
+
+        if not asked:
+            self.holdings.current = {}
+        else:
+            self.holdings.offer(wire.unpack(next(iter(asked.values())).content[wire.ARRAYS]))
+        slim = {name: self._slim(name, message) for name, message in asked.items()}
+
+        def give_back(name: int, request: MetricRecord) -> RecordDict | None:
+            content, lacks = slim[name].content, dict(request)
+            if lacks.pop("server-round", None) != server_round:
+                return None
+            if wire.GROUPS_LOST in lacks:
+                if not self.holdings.withholds(content):
+                    return None
+                del lacks[wire.GROUPS_LOST]
+                content = self.holdings.content(name, content, whole=True)
+            if lacks:
+                memory = self.ledger.give_back(name, lacks)
+                if memory is None:
+                    return None
+                content = RecordDict({**content, wire.MEMORY: wire.pack(memory)})
+            return content
+
+        replies = self.exchange.replies(
+            list(slim.values()), list(slim), phase, outcome, self._counted(expected), at_least,
+            give_back, sent,
+        )  # fmt: skip
+        try:
+            for reply in replies:
+                self.holdings.answered(next(reversed(outcome.accepted)))
+                yield reply
+                del reply  # before the next one comes
+        finally:
+            self.holdings.rest()
+            if outcome.restored:
+                self.recorder.restored(server_round, outcome.restored)
+
+    def _counted(self, expected: Callable[[int], Expected]) -> Callable[[int], Expected]:
+        """`expected`, which is asked once for every reply that comes, and tells the progress so."""
+
+        def counted(name: int) -> Expected:
+            self.progress.reply()
+            return expected(name)
+
+        return counted
+
+    def _slim(self, name: int, message: Message) -> Message:
+        """The message with those arrays only that the client lacks."""
+        content = self.holdings.content(name, message.content)
+        if self.holdings.tracked:
+            own = {**content[wire.CONFIG], wire.EXPERIMENT: self.ledger.experiment}
+            content[wire.CONFIG] = ConfigRecord(own)
+        return addressed(message.metadata.dst_node_id, message, content)
+
+    def _entered(
+        self,
+        replies: Iterable[Message],
+        asked: Mapping[int, Message],
+        outcome: Outcome,
+        drift: Drift | None,
+    ) -> Iterator[Message]:
+        """The replies, each entered in the ledger, and in `drift`, on its way to the strategy."""
+        self.ledger.begin()
+        for reply in replies:
+            name = next(reversed(outcome.accepted))
+            self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
+            if drift:
+                drift.add(Reply.of(reply))
+            yield reply
+            del reply  # before the next one comes
+
+    def _series(self, messages: Sequence[Message]) -> frozenset[str]:
+        """The numbers of which a reply has one per step."""
+        if not (self.config.eval.grad_norm and messages):
+            return frozenset()
+        active = messages[0].content[wire.CONFIG].get(wire.ACTIVE, self.layers.names)
+        return frozenset({wire.GRAD_NORM, *(f"{wire.GRAD_NORM}.{name}" for name in active)})
+
+    def _evaluates(self, server_round: int) -> bool:
+        return server_round == self.config.run.rounds or not server_round % self.config.eval.every
+
+    def _round_failed(self, shortage: str, outcome: Outcome, asked: int) -> None:
+        """Too few good replies: too few answers end the run, bad ones after some such rounds."""
+        answers = len(outcome.accepted) + len(outcome.rejected)
+        if answers < min(self.config.clients.min_replies, asked):
+            raise RunFailed(shortage)
+        self.failures += 1
+        self.progress.note(f"{shortage}; the model stays as it was")
+        if self.failures >= self.config.clients.max_failed_rounds:
+            raise RunFailed(
+                f"{shortage}; failed round {self.failures} in a row (clients.max-failed-rounds)"
+            )
+
+    def _measures(self, server_round: int) -> bool:
+        every = self.config.flatness.every
+        return every > 0 and (server_round == self.config.run.rounds or not server_round % every)
+
+    def _rest(self) -> None:
+        """Until the next evaluation."""
+        if self.waits:
+            self.network.put_away()
+
+    def measure(self, server_round: int, row: dict[str, Any]) -> None:
+        """How flat the loss is at the new global model, and how alike the clients find it."""
+        from fl_server.flatness import expected_diagonal, matched
+
+        config, flatness = self.config, self.network.flatness
+        try:
+            self.network.install(self.model)
+            row |= flatness.row(self.network.net)
+            if config.flatness.match != "none":
+                expected = expected_diagonal(config, self.network.net)
+                row |= matched(config, self._diagonals(server_round, row, expected))
+        except ValueError as error:  # not finite, zero, or lost in the noise: training goes on
+            row["flatness_error"] = str(error)
+            self.progress.note(f"round {server_round}: flatness: {error}")
+
+    def _diagonals(
+        self, server_round: int, row: dict[str, Any], expected: dict[str, dict[str, Spec]]
+    ) -> Iterator[Message]:
+        """Every client's answer; its bytes are not the algorithm's, and go to the summary."""
+        everyone = range(self.config.clients.number)
+        self.roster.wait_for(everyone)
+        members, absent = self.roster.drawn(everyone)
+        outcome, phase = Outcome(failed=absent), f"flatness of round {server_round}"
+        settings = ConfigRecord({"server-round": server_round})
+        content = {wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}
+        # Whole, and unknown to `holdings`: to measure changes nothing of what training sends.
+        messages = [
+            Message(RecordDict(content), m.node_id, MessageType.QUERY, group_id=str(server_round))
+            for m in members
+        ]
+        samples = {member.partition: member.samples for member in members}
+        self.progress.asked(phase, len(messages))
+        yield from self.exchange.replies(
+            messages,
+            [member.partition for member in members],
+            phase,
+            outcome,
+            self._counted(
+                lambda name: Expected(expected, server_round, samples[name], frozenset())
+            ),
+        )
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            self.progress.note(f"{phase}, client {name}: {reason}")
+        row["flatness_failed"] = _reasons(outcome.failed | outcome.rejected)
+        self.recorder.measured(outcome.bytes_down, outcome.bytes_up)
+
+    def evaluate(self, server_round: int, row: dict[str, Any]) -> None:
+        """The new global model: on the server's test set, on all clients' held-out samples, or
+        both, into the round's row."""
+        if self.config.eval.on != "server":
+            self._on_clients(server_round, row)
+        if self.network.data is not None:
+            on_server = self.network.evaluate
+            row["accuracy"], row["loss"] = on_server(self.model)
+            for name, mean in self.ledger.means().items():
+                row[f"accuracy_{name}"], row[f"loss_{name}"] = on_server(self.model | mean)
+
+    def _on_clients(self, server_round: int, row: dict[str, Any]) -> None:
+        everyone = range(self.config.clients.number)
+        self.roster.wait_for(everyone)
+        members, absent = self.roster.drawn(everyone)
+        outcome = Outcome(failed=absent)
+        held_out = {member.partition: member.held_out for member in members}
+        messages = self.strategy.configure_evaluate(
+            server_round,
+            wire.pack(self.model),
+            ConfigRecord(),
+            Cohort(self.exchange.grid, members),
+        )
+        replies = self._replies(
+            dict(zip(_receivers(messages, members), messages, strict=True)),
+            server_round,
+            f"evaluation of round {server_round}",
+            outcome,
+            lambda name: Expected(
+                {}, server_round, held_out[name], frozenset({"accuracy", "loss"})
+            ),
+        )
+        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            self.progress.note(f"evaluation of round {server_round}, client {name}: {reason}")
+        row |= {
+            "evaluation_failed": _reasons(outcome.failed | outcome.rejected),
+            "bytes_down": row["bytes_down"] + outcome.bytes_down,
+            "bytes_up": row["bytes_up"] + outcome.bytes_up,
+        }
+        if metrics is None:
+            raise RunFailed(f"evaluation of round {server_round}: no client answered")
+        accuracies = _by_client(outcome, "accuracy")
+        worst = sorted(accuracies.values())[: math.ceil(len(accuracies) / 10)]
+        row |= {
+            "accuracy": float(metrics["accuracy"]),
+            "loss": float(metrics["loss"]),
+            "client_accuracy": accuracies,
+            "client_accuracy_mean": sum(accuracies.values()) / len(accuracies),
+            "client_accuracy_worst_decile": sum(worst) / len(worst),
+        }
+
+
+def _receivers(messages: Sequence[Message], cohort: Sequence[Member]) -> list[int]:
+    """The partition behind each message: a strategy may write to the cohort in any order."""
+    partition_of = {member.node_id: member.partition for member in cohort}
+    return [partition_of[message.metadata.dst_node_id] for message in messages]
+
+
+def _row(server_round: int, names: Sequence[int], outcome: Outcome) -> dict[str, Any]:
+    return {
+        "round": server_round,
+        "cohort": list(names),
+        "replies": sorted(outcome.accepted),
+        "failed": _reasons(outcome.failed),
+        "rejected": _reasons(outcome.rejected),
+        "bytes_up": outcome.bytes_up,
+        "bytes_down": outcome.bytes_down,
+        "client_cpu_s": round(sum(m["cpu-s"] for m in outcome.accepted.values()), 4),
+    }
+
+
+def _reasons(reasons: Mapping[int, str]) -> dict[str, str]:
+    return {str(name): reason for name, reason in sorted(reasons.items())}
+
+
+def metrics_of(settings: ConfigRecord) -> frozenset[str]:
+    """The numbers that come with a reply to training, besides round and samples."""
+    moments = ("before", "after") if settings.get("evaluate") else ()
+    held_out = {f"{kind}-{moment}" for kind in ("accuracy", "loss") for moment in moments}
+    return frozenset({"steps", "loss", "cpu-s"} | held_out)
+
+
+def _mean_by_step(outcome: Outcome, key: str) -> list[float]:
+    """Over the clients that made this step."""
+    series = [outcome.accepted[name][key] for name in sorted(outcome.accepted)]
+    longest = max(map(len, series))
+    by_step = [[s[k] for s in series if k < len(s)] for k in range(longest)]
+    return [float(f"{sum(norms) / len(norms):.6g}") for norms in by_step]
+
+
+def _by_client(outcome: Outcome, key: str) -> dict[str, float]:
+    return {str(name): m[key] for name, m in sorted(outcome.accepted.items()) if key in m}

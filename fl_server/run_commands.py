@@ -1,0 +1,187 @@
+"""`flatfed config`, `run` and `resume`, on every engine."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings_of
+
+if TYPE_CHECKING:
+    from fl_common.config import CoreConfig
+    from fl_server.flower_run import FlowerStatus
+
+
+def config(args: argparse.Namespace) -> int:
+    from fl_common.config import ConfigError, resolve
+    from fl_common.pyproject import as_toml, write_pyproject
+
+    try:
+        values, errors = settings_of(args)
+        config = resolve(values, absolute_paths=False, also=errors)
+    except ConfigError as error:
+        return complain(error.errors)
+    if not args.write_pyproject:
+        print(as_toml(config.flat()), end="")
+        return OK
+    if args.values or args.config:
+        return complain(["--write-pyproject writes the defaults; give no settings with it"])
+    try:
+        write_pyproject(Path("pyproject.toml"))
+    except (OSError, ValueError) as error:
+        return complain([f"--write-pyproject: {error}"])
+    return OK
+
+
+def run(args: argparse.Namespace) -> int:
+    from fl_common.config import ConfigError, absolute_paths, resolve
+    from fl_server.recorder import (
+        folder_error,
+        read_summary,
+        results_folder,
+        resume_error,
+        stored_config,
+        timestamp,
+    )
+
+    try:
+        given, errors = settings_of(args)
+        values = absolute_paths(given)
+        values["run.output-dir"] = values.get("run.output-dir") or str(Path.cwd() / "results")
+        resume = values.get("run.resume") is True
+        if not resume:
+            values["run.name"] = values.get("run.name") or timestamp()
+        folder = results_folder(str(values["run.output-dir"]), str(values.get("run.name", "")))
+        if resume and values.get("run.name"):
+            if problem := resume_error(folder, values):
+                return complain([*errors, problem])
+            values = {**stored_config(folder), **values}
+        config = resolve(values, also=errors)
+    except ConfigError as error:
+        return complain(error.errors)
+    if resume:
+        reached = read_summary(folder)
+        if (reached.get("status"), reached.get("rounds")) == ("completed", config.run.rounds):
+            print(f"{folder}: completed, all {config.run.rounds} rounds; nothing is left to do")
+            return OK
+    elif problem := folder_error(folder):
+        return complain([problem])
+    if config.client.state_dir and config.engine.name != "grpc":
+        from fl_client.node import NodeError, check_state_dir
+
+        try:
+            check_state_dir(Path(config.client.state_dir))
+        except NodeError as error:
+            return complain([f"client.{error}"])
+    if config.engine.name != "grpc":  # there, it is the server that needs them
+        from fl_server.tracking import missing
+
+        if problems := missing(config.tracking.names):
+            return complain(problems)
+    engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
+    return engines[config.engine.name](config, folder)
+
+
+def resume(args: argparse.Namespace) -> int:
+    folder = args.folder.expanduser().absolute()
+    place = [f"run.output-dir={folder.parent}", f"run.name={folder.name}", "run.resume=true"]
+    args.values = [*place, *args.values]
+    return run(args)
+
+
+def _run_inprocess(config: CoreConfig, folder: Path) -> int:
+    from flwr.app import Context, RecordDict
+
+    from fl_client.app import app as client_app
+    from fl_common.data.errors import DataError
+    from fl_server.app import app as server_app
+    from fl_server.exchange import RunFailed
+    from fl_server.inprocess import InProcessGrid
+    from fl_server.recorder import record_setting
+    from fl_server.workers import count
+
+    try:
+        workers = count(config)
+    except ValueError as error:
+        return complain([str(error)])
+    values = config.flat()
+
+    def chosen(number: int, why: str) -> None:
+        """A run that goes on later trains as many clients at once."""
+        record_setting(folder, "engine.cohort", str(number))
+        print(why, flush=True)
+
+    cohort = config.engine.cohort
+    grid = InProcessGrid(client_app, config.clients.number, values, workers, cohort, chosen)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(values)
+    )
+    try:
+        server_app(grid, context)
+    except (RunFailed, DataError):  # told already, in one line
+        return FAILED
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return FAILED
+    finally:
+        grid.close()
+    return OK
+
+
+def _run_ray(config: CoreConfig, folder: Path) -> int:
+    from fl_server.bundle import app_directory
+    from fl_server.flower_run import run_simulation
+    from fl_server.progress import Screen
+
+    try:
+        with app_directory() as app_dir, Screen(config.run.rounds) as screen:
+            status = run_simulation(
+                app_dir, config.flat(), clients=config.clients.number, on_line=screen
+            )
+    except RuntimeError as error:
+        return failed(str(error))
+    return _outcome(status, folder)
+
+
+def _run_grpc(config: CoreConfig, folder: Path) -> int:
+    from fl_server.bundle import app_directory
+    from fl_server.federation import UsageError, connection
+    from fl_server.flower_run import run_on_connection
+    from fl_server.progress import Screen
+
+    try:
+        link = connection(config.engine.connection)
+    except UsageError as error:
+        return complain([str(error)])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        with app_directory() as app_dir, Screen(config.run.rounds) as screen:
+            status = run_on_connection(
+                app_dir, config.flat(), link.name, flower_home=link.flower_home, on_line=screen
+            )
+    except RuntimeError as error:
+        return failed(str(error))
+    return _outcome(status, folder, elsewhere=not link.on_this_machine)
+
+
+def _outcome(status: FlowerStatus, folder: Path, *, elsewhere: bool = False) -> int:
+    """What Flower and the results folder, unless it is on another machine, say of a run."""
+    import json
+
+    from fl_server.recorder import SUMMARY
+
+    try:
+        reached = json.loads((folder / SUMMARY).read_text())["status"]
+    except OSError:
+        reached = "completed" if elsewhere and status.completed else "no summary"
+    if status.completed and reached == "completed":
+        return OK
+    why = f"{reached}; Flower says {status.status} {status.details}".strip()
+    if reached == "running":  # nobody was left to say more
+        why = f"its process ended; {why}\ncontinue it with: flatfed resume {folder}"
+    return failed(why)

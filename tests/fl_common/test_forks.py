@@ -1,0 +1,137 @@
+"""Forks that torch works in: order, failures, threads, memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import sys
+
+import pytest
+import torch
+
+from fl_common import determinism, forks
+from fl_common.forks import in_processes
+
+
+def test_parts_are_done_in_processes_of_their_own_and_come_back_in_order() -> None:
+    found = in_processes(lambda part: [part, os.getpid()], ["a", "b", "c"])
+    assert [part for part, _ in found] == ["a", "b", "c"]
+    assert found[0][1] == os.getpid()
+    assert len({process for _, process in found}) == 3
+
+
+@pytest.mark.parametrize("end", ["dies", "raises"])
+def test_the_part_of_a_fork_that_fails_is_done_here(end: str) -> None:
+    here = os.getpid()
+
+    def work(part: int) -> list[int]:
+        if part == 1 and os.getpid() != here:
+            os._exit(9) if end == "dies" else sys.exit("as it should")
+        return [part, os.getpid()]
+
+    found = in_processes(work, [0, 1, 2])
+    assert [part for part, _ in found] == [0, 1, 2]
+    assert found[1][1] == here
+    assert found[2][1] != here
+
+
+def test_what_raises_here_ends_the_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, here, original = [], os.getpid(), forks._fork
+
+    def fork(*arguments: object) -> object:
+        started.append(original(*arguments))
+        return started[-1]
+
+    def work(part: int) -> int:
+        if os.getpid() == here:
+            raise KeyboardInterrupt
+        while True:
+            pass
+
+    monkeypatch.setattr(forks, "_fork", fork)
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(work, [0, 1, 2])
+    for process, pipe in started:
+        assert pipe.closed
+        with pytest.raises(ChildProcessError):
+            os.waitpid(process, os.WNOHANG)
+
+
+def test_where_no_process_can_be_made_all_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is left of those that there are: no process, no descriptor."""
+    here, made, original = os.getpid(), [], os.fork
+
+    def fork() -> int:
+        if len(made) == 1:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        made.append(original())
+        return made[-1]
+
+    before = set(os.listdir("/proc/self/fd")) if sys.platform == "linux" else set()
+    monkeypatch.setattr(os, "fork", fork)
+    found = in_processes(lambda part: [part, os.getpid()], [0, 1, 2, 3])
+    assert [part for part, _ in found] == [0, 1, 2, 3]
+    assert [process == here for _, process in found] == [True, False, True, True]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(made[0], os.WNOHANG)
+    if sys.platform == "linux":
+        assert set(os.listdir("/proc/self/fd")) == before
+
+
+def convolved() -> torch.Tensor:
+    """A convolution, which takes OpenMP's number of threads, whatever torch's is."""
+    torch.manual_seed(0)
+    return torch.nn.functional.conv2d(torch.rand(8, 16, 32, 32), torch.rand(32, 16, 3, 3))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fork_has_as_many_threads_as_the_process(threads: int) -> None:
+    """And does not wait for those that this one had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        here = convolved().double().sum().item()
+
+        def work(part: int) -> list[float]:
+            return [convolved().double().sum().item(), torch.get_num_threads(), tasks()]
+
+        found = in_processes(work, [0, 1, 2])
+    finally:
+        torch.set_num_threads(before)
+    assert [(total, count) for total, count, _ in found] == [(here, threads)] * 3
+    if sys.platform == "linux":  # with several: the one that forked, the one that works, helpers
+        assert [count for _, _, count in found[1:]] == [1 if threads == 1 else 1 + threads] * 2
+
+
+def tasks() -> int:
+    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc's allocator")
+def test_a_fork_keeps_memory_that_it_has_used() -> None:
+    """Large blocks do not go back to the system after every step: fresh ones cost page faults."""
+    determinism.prepare_process()
+
+    def work(part: int) -> list[int]:
+        faults = []
+        for _ in range(6):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(1 << 25).fill_(1.0)  # 128 MiB
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return faults
+
+    _, found = in_processes(work, [0, 1])
+    assert found[-1] < 1000, found
+
+
+def test_what_ends_a_fork_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    here = os.getpid()
+
+    def work(part: int) -> list[int]:
+        if os.getpid() != here:
+            sys.exit("a module of one's own gives up")
+        return [part]
+
+    assert in_processes(work, [0, 1]) == [[0], [1]]
+    assert "SystemExit: a module of one's own gives up" in capfd.readouterr().err
