@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,6 @@ from fl_common.config import resolve
 from fl_common.groups import Groups
 from fl_report.cost import Plan, passing, report
 from fl_server.cli import main
-
-DOCS = Path(__file__).parents[2] / "docs" / "fedpart.md"
 
 # Wang et al., NeurIPS 2024, main table: cycles, then communication and computation, each of full
 # updates and of FedPart.
@@ -246,16 +243,6 @@ def test_groups_take_settings(capsys):
     assert re.search(r"stages\.\[01\]\.\*\+stages\.2\.\* +stages\.\* ", printed)
     assert "1,258,404 parameters in 3 groups" in printed
     assert "stats" not in printed
-
-
-def test_the_page_shows_what_is_printed(capsys):
-    page = DOCS.read_text()
-    for command in ("cost", "groups"):
-        line = re.search(rf"    flatfed ({command} (?:.*\\\n)*.*)", page)[1].replace("\\\n", "")
-        assert main(line.split()) == 0
-        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-        shown = "".join(f"    {line}".rstrip() + "\n" for line in printed)
-        assert shown in page
 
 
 @pytest.mark.parametrize(
