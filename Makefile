@@ -54,18 +54,19 @@ lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A missed bar does not keep the others from being measured.
 bench: install
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.eager
-	$(BIN)/python -m benchmarks.rules
-	$(BIN)/python -m benchmarks.regularizers
-	$(BIN)/python -m benchmarks.scale
-	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.roundtrip
-	$(BIN)/python -m benchmarks.workers
-	$(BIN)/python -m benchmarks.cohort
-	$(BIN)/python -m benchmarks.fedpart
-	$(BIN)/python -m benchmarks.flatness
+	-$(BIN)/python -m benchmarks.overhead
+	-$(BIN)/python -m benchmarks.eager
+	-$(BIN)/python -m benchmarks.rules
+	-$(BIN)/python -m benchmarks.regularizers
+	-$(BIN)/python -m benchmarks.scale
+	-$(BIN)/python -m benchmarks.startup
+	-$(BIN)/python -m benchmarks.roundtrip
+	-$(BIN)/python -m benchmarks.workers
+	-$(BIN)/python -m benchmarks.cohort
+	-$(BIN)/python -m benchmarks.fedpart
+	-$(BIN)/python -m benchmarks.flatness
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -50,8 +50,9 @@ def printed(command: str, folder: Path, environment: dict[str, str]) -> str:
         capture_output=True, check=False,
     )  # fmt: skip
     print(done.stdout + done.stderr, flush=True)
-    missed = command.startswith("python -m benchmarks.") and done.returncode == 1
-    if done.returncode and not (missed and "Error" not in done.stderr):
+    tables = command.startswith("python -m benchmarks.") and done.stdout.strip()
+    missed = tables and done.returncode == 1 and "Traceback" not in done.stderr
+    if done.returncode and not missed:
         sys.exit(f"exit code {done.returncode}")
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     text = "\n".join(lines).strip("\n")

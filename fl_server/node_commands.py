@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from fl_server.console import FAILED, OK, complain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fl_common.config import Scalar
 
 
@@ -125,33 +127,35 @@ def register(args: argparse.Namespace) -> int:
 
 
 def up(args: argparse.Namespace) -> int:
-    from fl_server.federation import FederationError, UsageError, up
+    from fl_server import federation
 
     options = list(args.values)
     for name in ("device", "threads", "poll_interval"):
         if (value := getattr(args, name)) is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
     options += ["--no-preload"] * args.no_preload + ["--worker"] * args.worker
-    try:
-        up(
+    return _tried(
+        lambda: federation.up(
             args.clients,
             insecure=args.insecure,
             data_paths=[str(path) for path in args.data_path],
             node_options=options,
         )
-    except UsageError as error:
-        return complain([str(error)])
-    except FederationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    return OK
+    )
 
 
 def down(args: argparse.Namespace) -> int:
-    from fl_server.federation import FederationError, UsageError, down
+    from fl_server import federation
+
+    return _tried(federation.down)
+
+
+def _tried(act: Callable[[], object]) -> int:
+    """The exit code of what starts or ends the processes of a federation."""
+    from fl_server.federation import FederationError, UsageError
 
     try:
-        down()
+        act()
     except UsageError as error:
         return complain([str(error)])
     except FederationError as error:

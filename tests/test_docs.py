@@ -65,6 +65,14 @@ def test_a_block_that_changes_gets_day_machine_and_versions(tmp_path: Path) -> N
     assert lines[-3:] == ["```", "$ echo b", "```"]
 
 
+def test_a_benchmark_that_has_no_table_is_not_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- output -->\n```\n$ python -m benchmarks.nothing\n```\n")
+    before = page.read_text()
+    assert call(page).returncode == 1
+    assert page.read_text() == before
+
+
 def test_a_command_that_fails_leaves_the_page_as_it_was(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- output -->\n```\n$ echo told; false\n```\n")
