@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fl_common.groups import Groups
     from strategies.base import Reply
 
-BLOCK = 1 << 18
+BLOCK = {"cpu": 1 << 15, "cuda": 1 << 20}
 """Elements that are in float64 at a time: few enough for a processor's cache, and enough for a GPU
 not to wait for the next block."""
 
@@ -43,10 +43,11 @@ class Drift:
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(theta, dtype=torch.float64)
             vectors = self.sums[name], theta, self.groups.part(name, self.w)
-            for total, end, start in zip(*(v.split(BLOCK) for v in vectors), strict=True):
+            block = BLOCK[theta.device.type]
+            for total, end, start in zip(*(v.split(block) for v in vectors), strict=True):
                 delta = end.double() - start.to(end.device)
                 total.add_(delta, alpha=reply.samples)
-                square = square + delta.square_().sum()
+                square = square + delta.dot(delta)
         self.samples.append(reply.samples)
         self.squares.append(square)
 
@@ -58,8 +59,7 @@ class Drift:
         squares, n = [float(square) for square in self.squares], sum(self.samples)
         norms = [square**0.5 for square in squares]
         row = {"update_norm": sum(norms) / len(norms), "update_norm_max": max(norms)}
-        parts = [part for total in self.sums.values() for part in total.split(BLOCK)]
-        of_mean = sum(float(part.square().sum()) for part in parts) / n**2
+        of_mean = sum(float(total.dot(total)) for total in self.sums.values()) / n**2
         mean = sum(k * square for k, square in zip(self.samples, squares, strict=True)) / n
         if mean:
             row["update_alignment"] = of_mean / mean

@@ -36,7 +36,7 @@ def test_by_hand(monkeypatch, block, dtype):
 
     Their mean is (3/4, 1, 3/4), squared 34/16; the mean of squares is (25 + 3) / 4 = 7.
     """
-    monkeypatch.setattr(drift, "BLOCK", block)
+    monkeypatch.setitem(drift.BLOCK, "cpu", block)
     assert told([1, 1, 1], (10, [4, 5, 1]), (30, [1, 1, 2]), dtype=dtype) == {
         "update_norm": 3.0, "update_norm_max": 5.0, "update_alignment": 0.303571,  # 34/112
     }  # fmt: skip
