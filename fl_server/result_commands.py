@@ -142,6 +142,7 @@ def flatness(args: argparse.Namespace) -> int:
         show(report.table(measured))
         if args.layers:
             for one in measured:
+                print()
                 show(report.layer_table(one))
         alone = [([one], one.folder) for one in measured]
         for those, folder in [(measured, args.pictures)] if args.pictures else alone:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fl_common import determinism  # noqa: F401  # isort: skip  (sets MKL's environment first)
+import torch
 from safetensors.torch import load_file
 
-from fl_common import determinism  # noqa: F401  (sets MKL's environment before torch loads)
 from fl_server.cli import main
 
 
@@ -20,6 +22,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLATFED_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Two torch threads on a busy machine of two cores can be fifteen times slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,6 @@ STAGE0 = [f"stages.0.0.conv{i}" for i in (1, 2)]
 STAGES = [f"stages.{s}.0.{part}" for s in (1, 2) for part in ("conv1", "conv2", "shortcut.conv")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def members(net: nn.Module, groups: Groups) -> dict[str, list[str]]:
     """The names of the parameters of each group."""
     names = [name for name, _ in net.named_parameters()]

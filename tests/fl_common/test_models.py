@@ -11,14 +11,6 @@ from fl_common.models.layers import with_head
 from fl_common.models.resnet import PaddedShortcut
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def meta(name, classes=10, shape=(3, 32, 32), norm=None):
     """A model without memory: enough to count parameters and to follow shapes; as published."""
     norm = norm or ("group" if MODELS[name].norms == ("group",) else "batch")

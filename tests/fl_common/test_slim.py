@@ -7,26 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fl_common.models.catalogue import build
 from fl_common.models.convnets import _lenet
 from fl_common.models.resnet import BasicBlock, Bottleneck, _resnet
 from fl_common.slim import Slim, flattened, kept
 from fl_common.stage import last_stage
-
-SHAPE = (3, 32, 32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def model(name: str, shape=SHAPE, **options) -> nn.Module:
-    torch.manual_seed(0)
-    return build(name, classes=10, shape=shape, **options).train()
+from tests.nets import SHAPE, model
 
 
 def images(batch: int = 4, shape=SHAPE, dtype=torch.float32) -> torch.Tensor:

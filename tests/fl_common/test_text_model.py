@@ -22,14 +22,6 @@ TEXT = ("data.source=synthetic-text", "model.name=text-cnn", "train.device=cpu")
 SHORT = (*TEXT, "clients.number=3", "data.max-samples=40", "run.rounds=2", "data.partition=iid")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def net(classes: int = 6, shape: tuple[int, int] = SHAPE, **settings) -> torch.nn.Sequential:
     torch.manual_seed(0)
     return build("text-cnn", classes=classes, shape=shape, **settings).eval()

@@ -13,35 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fl_client.optimizers import SGD
 from fl_client.trainer import LocalData, local_round
 from fl_common.config import ConfigError, Train, resolve
-from fl_common.local import Affine, Work
-from fl_common.models.catalogue import build
+from fl_common.local import Affine
 from fl_common.models.resnet import BasicBlock
 from fl_common.passes import extra_pass
 from regularizers import fedalign
 from regularizers.fedalign import FedAlign, FedAlignParams, features, spectral_norm
 from regularizers.sam import SAM, SAMParams
-
-WORK = Work(omega=1.0, steps=1, lr=0.1, nominal_steps=1, base_lr=0.1)
-SHAPE = (3, 32, 32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def model(name: str = "resnet8", shape=SHAPE, **options) -> nn.Module:
-    torch.manual_seed(0)
-    return build(name, classes=10, shape=shape, **options).train()
-
-
-def batch(size: int = 6, shape=SHAPE, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(size, *shape, generator=generator, dtype=dtype)
-    return x, torch.randint(10, (size,), generator=generator)
+from tests.nets import WORK, batch, model
 
 
 def begun(net: nn.Module, **params) -> FedAlign:

@@ -16,33 +16,16 @@ from fl_common import assembly
 from fl_common.config import ConfigError, resolve
 from fl_common.determinism import seed_device, seed_of
 from fl_common.layout import Layout, concatenate, tensors_of
-from fl_common.local import Work
 from fl_common.models.catalogue import build
 from regularizers.moon import MOON, MOONParams, contrast
 from tests.memories import in_state_dir, memories
-
-WORK = Work(omega=1.0, steps=1, lr=0.1, nominal_steps=1, base_lr=0.1)
-SHAPE = (3, 32, 32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.nets import SHAPE, WORK, batch
 
 
 def model(name: str = "resnet8", seed: int = 0, **options) -> nn.Module:
     torch.manual_seed(seed)
     head = "none" if name == "moon-cnn" else "moon"
     return build(name, classes=10, shape=SHAPE, head=head, **options).train()
-
-
-def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(size, *SHAPE, generator=generator)
-    return x, torch.randint(10, (size,), generator=generator)
 
 
 def flat(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,14 +12,6 @@ from fl_common.data.catalogue import SOURCES
 from fl_common.data.transforms import pipeline
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(n: int, side: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (n, channels, side, side)
