@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fl_common.config import Scalar
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125}
-"""Dense bfloat16 (V100: float16) by what the card's name contains, as its maker has it."""
+"""Dense bfloat16 (V100: float16) by a word of the card's name, as its maker has it."""
 BARS = {"lenet": 8.0, "cnn": 3.0}
 ROUND_BAR, IDLE_BAR = 1.6, 0.10
 PUBLISHED = "FL-Simulator on a V100: FedAvg 15.86 s, FedSpeed 29.48 s"
@@ -319,7 +319,8 @@ PARTS = {
 
 def peak_of(name: str) -> float:
     """A card's TFLOP/s; 0 if it is not in the table."""
-    return next((float(peak) for key, peak in PEAK_TFLOPS.items() if key in name.split("-")[0]), 0)
+    words = name.replace("-", " ").split()
+    return next((float(peak) for key, peak in PEAK_TFLOPS.items() if key in words), 0.0)
 
 
 def _table(title: str, *columns: str) -> Table:

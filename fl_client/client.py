@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_client.graphs import Graphs, records
+from fl_client.graphs import BeginAnew, Graphs, records
 from fl_client.optimizers import SGD, Adam
 from fl_client.state import Memory, MemoryLost
 from fl_client.together import Together
@@ -191,7 +191,25 @@ class Clients:
         return self.finish(job, trained, result, self.optimizer.state())
 
     def local_round(self, job: Job, settings: Train) -> LocalResult:
-        """Train the resident network as the job says, with the optimizer that its client kept."""
+        """Train the resident network as the job says, with the optimizer that its client kept.
+
+        Once more without recorded passes where these cannot be, or take the memory that a pass
+        beside them needs.
+        """
+        try:
+            return self._local_round(job, settings)
+        except torch.OutOfMemoryError as error:
+            if not (self.graphs and self.graphs.bytes):
+                raise
+            self.graphs.refuse(str(error).partition("\n")[0])
+        except BeginAnew:
+            pass
+        # Here, where what the first try held is let go of.
+        self.net.zero_grad()
+        torch.cuda.empty_cache()
+        return self._local_round(job, settings)
+
+    def _local_round(self, job: Job, settings: Train) -> LocalResult:
         self._install(job.start)
         self.optimizer.load(self.kept(job.remembered))
         regularizers = [method for method in job.methods if isinstance(method, Regularizer)]

@@ -19,7 +19,6 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_map
 
 from fl_client.stacked import Batches, Corrections, Dropouts, Rules, first_of, padded, stack
 from fl_client.trainer import (
@@ -52,8 +51,19 @@ if TYPE_CHECKING:
 
 
 ALIKE = {"bfloat16": 0.1, "float32": 0.01, "float64": 0.01}
-"""What `check` lets gradients differ by, of their norm: more than rounding does, less than a wrong
-rule."""
+"""What a comparison lets gradients, and buffers, differ by, of their norm: more than rounding does,
+less than a wrong rule."""
+
+
+@dataclass
+class Known:
+    """What is known of a network under vmap, from round to round."""
+
+    checked: set[bool] = field(default_factory=set)
+    """Whether torch stacks it rightly: batches without padding, and with."""
+    dropouts: dict[torch.Size, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
+    """By the shape of a batch: ones (B, ...) in the place of what dropouts get, in the order in
+    which they run, and p.  Dropped out, they are a client's mask."""
 
 
 @dataclass(eq=False)
@@ -117,15 +127,16 @@ def cohort_round(
     seed: int,
     server_round: int,
     norms: bool = False,
-    check: bool = False,
+    known: Known | None = None,
     graphs: Graphs | None = None,
 ) -> None:
     """Train all members at once; their `result`, `trained` and `optimizer` are set.
 
     `net`: the resident network, whose parameters that require a gradient are trained; its own
-    tensors stay as they are.  `check`: before the first step, compare the last member's gradient
-    with that of a pass of its own.  `graphs`: passes that were recorded.  Raises RuntimeError or
-    the like where torch cannot stack the network, or stacks it wrongly; then no member has changed.
+    tensors stay as they are.  `known`: before the first step with padding, and without, that it
+    has not seen, one member's gradient and buffers are compared with those of a pass of its own.
+    `graphs`: passes that were recorded.  Raises RuntimeError or the like where torch cannot stack
+    the network, or stacks it wrongly; then no member has changed.
     """
     order = sorted(members, key=lambda member: len(member.data.y), reverse=True)
     first = order[0]
@@ -136,7 +147,8 @@ def cohort_round(
             regularizer.begin(net, first.start, {})
         if graphs and not graphs.fit(first.methods):
             graphs = None
-        _Cohort(net, order, optimizer, settings, (seed, server_round), norms, graphs).train(check)
+        key = (seed, server_round)
+        _Cohort(net, order, optimizer, settings, key, norms, known or Known(), graphs).train()
     finally:
         for regularizer in regularizers:
             regularizer.finish()
@@ -163,10 +175,11 @@ class _Cohort:
         settings: Train,
         key: tuple[int, int],
         norms: bool,
+        known: Known,
         graphs: Graphs | None,
     ) -> None:
         self.net, self.members, self.optimizer, self.settings = net, members, optimizer, settings
-        self.key = key
+        self.key, self.known, self.graphs = key, known, graphs
         self.device = next(net.parameters()).device
         self.layout = Layout.of(net)
         self.stacks = {
@@ -207,14 +220,13 @@ class _Cohort:
         self.precision = precision_of(settings, self.device.type)
         self.rules = Rules()
         self.dropouts = self._dropouts()
-        self.gradient = self._gradient
-        if graphs:
-            self.gradient = graphs.of(
-                self._gradient, net, len(members), lambda: self.leaves, members[0].methods
-            )
 
-    def train(self, check: bool) -> None:
+    def train(self) -> None:
         clients, batches = len(self.members), self.batches
+        gradient = self._gradient  # not kept: a cohort that refers to itself outlives its round
+        if self.graphs:
+            methods = self.members[0].methods
+            gradient = self.graphs.of(gradient, self.net, clients, lambda: self.leaves, methods)
         state = self._stacked_state()
         count, losses = 0, []
         for number in range(batches.steps[0]):
@@ -225,12 +237,11 @@ class _Cohort:
                 self._takefirst_of(count)
             x, y, masks = self._batch(number)
             samples = [(y != PADDING).to(torch.float32)] if batches.padded else []
-            if check and not number:
-                self._check(x, y, masks, samples)
-            gradient = partial(self.gradient, x, y, *masks, *samples)
+            if batches.padded not in self.known.checked:
+                self._check(x, y, masks, samples, batches.sizes[number][:count])
             repeated = partial(frozen_statistics, self.net)
-            loss = self.step(self.leaves, gradient, repeated)
-            losses.append(functional.pad(loss, (0, clients - count)))
+            loss = self.step(self.leaves, partial(gradient, x, y, *masks, *samples), repeated)
+            losses.append(functional.pad(loss, (0, clients - count)) if count < clients else loss)
         self._finish(state or self.optimizer.state(), torch.stack(losses))
 
     def _stack_params(self, vectors: Tensors) -> Tensors:
@@ -272,36 +283,48 @@ class _Cohort:
             losses.sum().backward()
         return losses.detach(), taken_gradients(self.leaves)
 
-    def _check(self, x: torch.Tensor, y: torch.Tensor, masks: Tensors, samples: Tensors) -> None:
-        """Layers unknown to us are stacked by torch's rules, and not all of these are right."""
-        last = slice(len(x) - 1, len(x))
+    def _check(
+        self, x: torch.Tensor, y: torch.Tensor, masks: Tensors, samples: Tensors, sizes: list[int]
+    ) -> None:
+        """Layers unknown to us are stacked by torch's rules, and not all of these are right; and
+        some do not take samples one by one, but the padding with them."""
+        k = max(range(len(sizes)), key=lambda k: (-sizes[k], k))  # most padding; not the first
+        cut = slice(sizes[k])
 
-        def grads(of: slice, stacked: bool) -> Tensors:
-            params = {
-                name: p[of].detach().clone().requires_grad_(p.requires_grad)
-                for name, p in self.params.items()
-            }
-            buffers = {name: b[of].clone() for name, b in self.buffers.items()}
-            masked, counted = [mask[of] for mask in masks], [own[of] for own in samples]
-            inputs = (params, buffers, x[of], masked, counted)
-            with self.precision():
-                if stacked:
-                    output, _ = vmap(self._forward)(*inputs)
-                else:
-                    output = self._forward(*tree_map(lambda tensor: tensor[0], inputs))[0][None]
-                loss = mean_losses(output, y[of]).sum()
-            leaves = [p for p in params.values() if p.requires_grad]
-            if not loss.requires_grad:
-                return []
-            found = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            return [grad[-1] for grad in found]
+        def copies(of: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+            return (
+                {n: p[of].detach().clone().requires_grad_(p.requires_grad) for n, p in params},
+                {n: buffer[of].clone() for n, buffer in buffers},
+            )
 
-        with _unrounded():
-            ours, alone = grads(slice(None), stacked=True), grads(last, stacked=False)
-        if ours:
-            apart = norm_of([a - b for a, b in zip(ours, alone, strict=True)])
-            if not apart <= ALIKE[self.settings.dtype] * norm_of(alone):
-                raise NotImplementedError("it gives another gradient than for a client alone")
+        def came_to(
+            loss: torch.Tensor, own: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+        ) -> tuple[Tensors, Tensors]:
+            """Gradients, and what was added to buffers."""
+            leaves = [p for p in own.values() if p.requires_grad]
+            found = ()
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            moved = [after[n] - (b if after[n].shape == b.shape else b[k]) for n, b in buffers]
+            return list(found), [change for change in moved if change.is_floating_point()]
+
+        params, buffers = self.params.items(), self.buffers.items()
+        with _unrounded(), self.precision():
+            own, after = copies(slice(None))
+            output, _ = vmap(self._forward)(own, after, x, masks, samples)
+            stacked = came_to(mean_losses(output, y).sum(), own, after)
+            own, after = copies(k)
+            masks = [mask[k][cut] for mask in masks]
+            output, _ = self._forward(own, after, x[k][cut], masks, [])
+            alone = came_to(mean_losses(output[None], y[k][None, cut]).sum(), own, after)
+        what = ("another gradient", "other buffers")
+        for other, ours, theirs in zip(what, stacked, alone, strict=True):
+            if not theirs:
+                continue
+            apart = norm_of([a[k] - b for a, b in zip(ours, theirs, strict=True)])
+            if not apart <= ALIKE[self.settings.dtype] * norm_of(theirs):
+                raise NotImplementedError(f"it gives {other} than for a client alone")
+        self.known.checked.add(self.batches.padded)
 
     def _forward(
         self,
@@ -344,19 +367,20 @@ class _Cohort:
         return overriding("transform", member.methods)
 
     def _dropouts(self) -> list[tuple[torch.Tensor, float]]:
-        """Ones (B, ...) in the place of what dropouts get, in the order in which they run, and p:
-        dropped out, they are a client's mask."""
+        """Of the batches to come, see `Known`."""
         if not any(isinstance(module, _DropoutNd) for module in self.net.modules()):
             return []
         x, _, _ = self.batches.at(0)
-        draws = generator_state(self.device.type)
-        found = Dropouts()
-        with torch.no_grad(), frozen_statistics(self.net), self.precision(), found:
-            self.net(x[0])
-        set_generator_state(self.device.type, draws)
-        if any(len(ones) != len(x[0]) for ones, _ in found.seen):
-            raise NotImplementedError("a dropout of something else than samples")
-        return found.seen
+        if x[0].shape not in self.known.dropouts:
+            draws = generator_state(self.device.type)
+            found = Dropouts()
+            with torch.no_grad(), frozen_statistics(self.net), self.precision(), found:
+                self.net(x[0])
+            set_generator_state(self.device.type, draws)
+            if any(len(ones) != len(x[0]) for ones, _ in found.seen):
+                raise NotImplementedError("a dropout of something else than samples")
+            self.known.dropouts[x[0].shape] = found.seen
+        return self.known.dropouts[x[0].shape]
 
     def _stacked_state(self) -> State:
         """The members' own momentum; where one has none yet it is zero."""

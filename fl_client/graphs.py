@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from fl_client.trainer import overriding, perturbation_of
 from fl_common.config import AUTO
 from fl_common.models.catalogue import MODELS
-from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -33,6 +32,10 @@ if TYPE_CHECKING:
     """Of a batch: the loss, or each client's, and gradients that may be overwritten."""
 
 _log = logging.getLogger(__name__)
+
+
+class BeginAnew(Exception):
+    """Nothing is recorded any more: the round, of which nothing is kept, is to begin once more."""
 
 
 @dataclass
@@ -86,7 +89,10 @@ class Graphs:
         methods: Sequence[LocalMethod],
     ) -> Gradient:
         """`gradient`, recorded: a pass of `net` that sets the gradients of `leaves`; of so many
-        clients at once, whose stacked parameters are `in_place`, or 0."""
+        clients at once, whose stacked parameters are `in_place`, or 0.
+
+        Raises BeginAnew when it finds that nothing can be recorded, which is told in the log.
+        """
         trained = tuple(p.requires_grad for p in net.parameters())
         norms = [module for module in net.modules() if isinstance(module, _NormBase)]
         perturbation = perturbation_of(methods)
@@ -111,15 +117,9 @@ class Graphs:
                 except Exception as error:
                     if isinstance(error, torch.OutOfMemoryError) and clients:
                         raise  # there may be room for fewer
-                    self.refused = _first_line(error)
-                    _log.warning("train.graphs: passes are not recorded (%s)", self.refused)
-                    self.forget()
-                    for leaf in leaves():
-                        leaf.grad = None
-                    for method in methods:
-                        if isinstance(method, Regularizer):
-                            method.seen = []
-                    return gradient(*inputs)
+                    self.refuse(_first_line(error))
+                    # What the broken pass holds goes with its frames, and so does this error.
+                    raise BeginAnew from None
                 self.bytes += size
             return self.passes[key](inputs, copied)
 
@@ -129,9 +129,19 @@ class Graphs:
         held = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss, grads = gradient(*held)
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss, grads = gradient(*held)
+        finally:  # where ending a recording fails, torch stays on the stream that it recorded
+            torch.cuda.set_stream(stream)
         return Recorded(held, graph.replay, loss, grads)
+
+    def refuse(self, reason: str) -> None:
+        """Record nothing from now on, and say so."""
+        self.refused = reason
+        _log.warning("train.graphs: passes are not recorded (%s)", reason)
+        self.forget()
 
     def forget(self) -> None:
         """Let go of everything that was recorded, and of its memory."""
@@ -141,7 +151,9 @@ class Graphs:
     def most() -> float:
         """How many bytes of inputs and gradients may stay with what is recorded: of unequal
         clients there are many shapes."""
-        return torch.cuda.mem_get_info()[1] / 4 if torch.cuda.is_available() else inf
+        if not torch.cuda.is_available():
+            return inf
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 4
 
     def in_place(self, name: Hashable, tensors: Tensors) -> Tensors:
         """These tensors, where those of the last call by this name are."""

@@ -90,8 +90,10 @@ class Batches:
         clients, most = len(sizes), max(sizes)
         index = self.index[number, :clients, :most]
         rows = index.flatten().clamp(max=self.total - 1) if self.padded else index.flatten()
-        client, epoch, place = self._seen
-        u = self._u[client[:clients], epoch[number, :clients], place[number, :clients, :most]]
+        u = self._u
+        if self.data.draws:
+            client, epoch, place = self._seen
+            u = u[client[:clients], epoch[number, :clients], place[number, :clients, :most]]
         x = self.data.seen(self.x.index_select(0, rows), u.flatten(0, 1))
         y = self.y.index_select(0, index.flatten()).view_as(index)
         return x.unflatten(0, index.shape), y, sizes
@@ -108,9 +110,8 @@ def numbers(
     """(n,) on the device; a GPU takes them with the work itself, not as a copy."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
-    found = torch.empty(len(values), dtype=dtype, device=device)
-    for cell, value in zip(found.unbind(), values, strict=True):
-        cell.fill_(value)
+    found = torch.zeros(len(values), dtype=dtype, device=device)
+    torch._foreach_add_(found.unbind(), list(values))
     return found
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fl_client.cohort import Member, bytes_of, cohort_round, why_alone
+from fl_client.cohort import Known, Member, bytes_of, cohort_round, why_alone
+from fl_client.graphs import BeginAnew
 from fl_common.local import correction_of
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Together:
         """How many clients can be trained at once, as far as is known."""
         self.batch = 0
         """The largest batch that this was measured for."""
-        self.checked = False
-        """Whether torch is known to stack this network rightly."""
+        self.known = Known()
         self.said: set[str] = set()
 
     def train(self, messages: Sequence[Message], at_once: int) -> list[RecordDict | Exception]:
@@ -80,14 +80,19 @@ class Together:
             return 1, "engine.cohort = auto: 1; no two of these clients can be trained at once"
         trial = self.clients.config.train.model_copy(update={"epochs": 1})
         short = [_shortened(job, TRIAL_STEPS * trial.batch_size) for job in jobs]
+        together = None
         try:
             alone = min(self._seconds(self._one_by_one, short[:2], trial) for _ in range(2))
             together = min(self._seconds(self._at_once, short, trial) for _ in range(2))
         except torch.OutOfMemoryError:
-            self._halve(len(jobs))
+            pass
+        except BeginAnew:
             return self.choose(messages, workers)
         except Exception as error:
             return 1, f"engine.cohort = auto: 1; {_reason(error)}"
+        if together is None:  # only here, where the tensors of what was too much are let go of
+            self._halve(len(jobs))
+            return self.choose(messages, workers)
         chosen = len(jobs) if together < WIN * alone / workers else 1
         beside = f" (in {workers} processes beside each other)" if workers > 1 else ""
         return chosen, (
@@ -110,12 +115,13 @@ class Together:
     def _size(self, jobs: list[Job], at_once: int) -> int:
         """How many of these jobs go at once."""
         clients, largest = self.clients, max(jobs, key=lambda job: len(job.data.y))
+        free = free_bytes(clients.device)
         batch = min(clients.config.train.batch_size, len(largest.data.y))
-        if batch > self.batch:
+        if batch > self.batch and free < sys.maxsize:
             with clients.training(largest):
                 each = bytes_of(clients.net, largest.data, clients.config.train)
             self.batch = batch
-            self.most = min(self.most, max(1, int(SHARE * free_bytes(clients.device) / each)))
+            self.most = min(self.most, max(1, int(SHARE * free / each)))
             if self.most < min(at_once, len(jobs)):
                 self._say(f"memory holds {self.most} of these clients at once, not {at_once}")
         return max(1, min(at_once, self.most, len(jobs)))
@@ -145,17 +151,20 @@ class Together:
         ]
 
     def _tried(self, jobs: list[Job]) -> tuple[list[Member], bool]:
-        """The trained members, none if they are too many, and whether torch cannot stack them.
-        What failed is let go of with the error, before clients are trained otherwise."""
+        """The trained members, none if they are to be tried again, and whether torch cannot stack
+        them.  What failed is let go of with the error, before clients are trained otherwise."""
         try:
             return self._at_once(jobs, self.clients.config.train), False
-        except torch.OutOfMemoryError:
-            self._halve(len(jobs))
+        except BeginAnew:
             return [], False
+        except torch.OutOfMemoryError:
+            pass
         except Exception as error:
             self.most = 1
             self._say(f"clients are trained one by one: {_reason(error)}")
             return [], True
+        self._halve(len(jobs))
+        return [], False
 
     def _halve(self, count: int) -> None:
         """So many clients were too many for the card."""
@@ -187,10 +196,9 @@ class Together:
                 seed=clients.config.run.seed,
                 server_round=jobs[0].server_round,
                 norms=clients.config.eval.grad_norm,
-                check=not self.checked,
+                known=self.known,
                 graphs=clients.graphs,
             )
-        self.checked = True
         return members
 
     def _one_by_one(self, jobs: Sequence[Job], settings: Train) -> None:
@@ -236,10 +244,12 @@ def _is_job(begun: Any) -> bool:
 
 
 def _attempt(act: Callable[..., Any], *args: Any) -> Any:
+    """What it gives or raises; an error without its frames, which hold what the client had."""
     try:
         return act(*args)
     except Exception as error:
-        return error
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)
 
 
 def _reason(error: Exception) -> str:

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
     Tensors = list[torch.Tensor]
 
+AT_ONCE = 1 << 20
+"""Numbers of an epoch's samples that are transformed at once, in whole batches: an operation on a
+batch of small images takes no longer to do than to begin."""
+
 
 @dataclass(frozen=True)
 class LocalData:
@@ -149,8 +153,9 @@ def batches(
         order = numbers[:, 0].argsort(stable=True)
         u = uniform(numbers[:, 1:].index_select(0, order))
         x, y = data.x.index_select(0, order), data.y.index_select(0, order)
-        for x_b, y_b, u_b in zip(x.split(size), y.split(size), u.split(size), strict=True):
-            yield data.seen(x_b, u_b), y_b
+        some = size * max(1, AT_ONCE // (size * x[:1].numel()))
+        for x_s, y_s, u_s in zip(x.split(some), y.split(some), u.split(some), strict=True):
+            yield from zip(data.seen(x_s, u_s).split(size), y_s.split(size), strict=True)
 
 
 @dataclass

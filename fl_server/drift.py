@@ -36,7 +36,7 @@ class Drift:
 
     def add(self, reply: Reply) -> None:
         """One reply; of a partial update, its groups count and the rest has not moved."""
-        square = 0.0
+        square = torch.zeros((), dtype=torch.float64)
         for name, theta in reply.model.items():
             if name in (STATS, COUNTERS):
                 continue
@@ -56,7 +56,7 @@ class Drift:
         client moved.  To six digits: threads and GPUs add up in other orders."""
         if not self.squares:
             return {}
-        squares, n = [float(square) for square in self.squares], sum(self.samples)
+        squares, n = torch.stack(self.squares).tolist(), sum(self.samples)
         norms = [square**0.5 for square in squares]
         row = {"update_norm": sum(norms) / len(norms), "update_norm_max": max(norms)}
         of_mean = sum(float(total.dot(total)) for total in self.sums.values()) / n**2

@@ -42,7 +42,8 @@ def test_what_a_profile_says():
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
-     ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 3090", 0)],
+     ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 3090", 0), ("NVIDIA L40", 0),
+     ("NVIDIA RTX A1000", 0)],
 )  # fmt: skip
 def test_peaks(name: str, peak: float):
     assert gpu.peak_of(name) == peak

@@ -7,7 +7,9 @@ rounding puts an activation on the other side of a ReLU's kink, one step of 0.05
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -399,6 +401,54 @@ def test_what_torch_stacks_wrongly_is_noticed(monkeypatch, caplog, known: bool):
     assert "it gives another gradient than for a client alone" in line
 
 
+class Mixing(torch.nn.Module):
+    """Takes samples together, in a way that torch stacks and padding spoils."""
+
+    def __init__(self, instances: bool) -> None:
+        super().__init__()
+        self.norm = torch.nn.InstanceNorm2d(1, track_running_stats=True) if instances else None
+        self.fc = torch.nn.Linear(64, 4)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc((self.norm(x) if self.norm else x).flatten(1))
+        return y if self.norm else y - y.mean(0)
+
+
+@pytest.mark.parametrize(("instances", "other"), [(0, "another gradient"), (1, "other buffers")])
+def test_what_takes_padding_for_samples_is_noticed(monkeypatch, caplog, instances, other):
+    """At the first step with padding, which is the second one here."""
+    monkeypatch.setattr(assembly, "new_model", lambda *args: Mixing(instances))
+    federation = Federation(monkeypatch, sizes=(16, 13))
+    messages = federation.messages()
+    at_once = federation.together(messages, federation.states())
+    singly = federation.alone(messages, federation.states())
+    assert all(difference(a, b) == 0 for a, b in zip(singly, at_once, strict=True))
+    (line,) = caplog.messages
+    assert f"it gives {other} than for a client alone" in line
+    federation = Federation(monkeypatch, sizes=(16, 16))
+    same(federation, 1e-11)  # nobody needs padding
+
+
+def test_a_cohort_is_gone_after_its_round(monkeypatch):
+    """Not when the garbage collector comes to it, which does not see a card's memory."""
+    made, real = [], cohort._Cohort.__init__
+
+    def noted(self, *args):
+        made.append(weakref.ref(self))
+        real(self, *args)
+
+    monkeypatch.setattr(cohort._Cohort, "__init__", noted)
+    federation = Federation(monkeypatch)
+    gc.disable()
+    try:
+        federation.together(federation.messages(), federation.states())
+    finally:
+        gc.enable()
+    assert len(made) == 1
+    assert made[0]() is None
+
+
 def test_a_loss_of_its_own(monkeypatch, caplog):
     toy.install(monkeypatch, (3, 1))
     pairs = [setting.split("=") for setting in toy.SETTINGS]
@@ -449,13 +499,17 @@ def test_the_largest_of_unequal_clients_is_measured(monkeypatch):
 
 
 def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
-    """A card that is full at three: four are tried, then two and two; later rounds start there."""
+    """A card that is full at three: four are tried, then two and two; later rounds start there,
+    and what the four had is let go of before."""
     federation = Federation(monkeypatch, sizes=(8, 8, 8, 8))
-    tried, real = [], together.cohort_round
+    tried, held, real = [], [], together.cohort_round
 
     def small_card(net, members, *args, **settings):
+        assert not [one for one in held if one() is not None]
         tried.append(len(members))
         if len(members) > 2:
+            activations = torch.zeros(len(members))
+            held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(net, members, *args, **settings)
 

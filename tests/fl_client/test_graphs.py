@@ -119,17 +119,50 @@ def test_passes_that_differ_from_step_to_step_are_not_recorded(monkeypatch):
     assert not graphs.passes
 
 
-def test_what_cannot_be_recorded_is_run(monkeypatch, caplog):
+@pytest.mark.parametrize("way", ["alone", "together"])
+def test_what_cannot_be_recorded_is_run(monkeypatch, caplog, way: str):
+    """From the start of the round, dropout's draws included."""
+
     class Refusing(Graphs):
         def record(self, gradient, inputs):
-            gradient(*inputs)  # leaves gradients behind, as a recording that breaks off
+            _, grads = gradient(*inputs)
+            for p, grad in zip(self.net.parameters(), grads, strict=True):
+                p.grad = grad if way == "alone" else None  # as a recording that breaks off
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    expected = replies(Federation(monkeypatch), None, "alone", rounds=2)
+    settings = {"model__name": "cnn", "shape": (3, 10, 10)}
+    expected = replies(Federation(monkeypatch, **settings), None, way, rounds=2)
     graphs = Refusing()
     with caplog.at_level(logging.WARNING):
-        found = replies(Federation(monkeypatch), graphs, "alone", rounds=2)
+        found = replies(Federation(monkeypatch, **settings), graphs, way, rounds=2)
     assert graphs.refused == "operation not permitted"
+    assert caplog.text.count("passes are not recorded") == 1
+    assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_recorded_passes_make_room(monkeypatch, caplog, dropped: bool):
+    """Where a pass of another shape finds no memory beside them, the client's round begins anew
+    without; where it finds none anyway, the client fails and says so."""
+    settings = {"sizes": (20, 13), "model__name": "cnn", "shape": (3, 10, 10)}
+    expected = replies(Federation(monkeypatch, **settings), None, "alone", rounds=2)
+    graphs, real = Repeating(), client.local_round
+
+    def full(*args, **more):
+        if graphs.bytes or not dropped:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")
+        return real(*args, **more)
+
+    federation = Federation(monkeypatch, **settings)
+    replies(federation, graphs, "alone", rounds=1)
+    assert graphs.recorded
+    monkeypatch.setattr(client, "local_round", full)
+    if not dropped:
+        with pytest.raises(torch.OutOfMemoryError):
+            replies(federation, graphs, "alone", rounds=1)
+        return
+    found = replies(federation, graphs, "alone", rounds=2)
+    assert graphs.refused == "CUDA out of memory. Tried to"
     assert caplog.text.count("passes are not recorded") == 1
     assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
 

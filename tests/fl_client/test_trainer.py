@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fl_client import trainer
 from fl_client.optimizers import SGD
 from fl_client.trainer import LocalData, batches, local_round
 from fl_common.config import Train
+from fl_common.data.transforms import pipeline
 from fl_common.local import Affine, Perturbation, Work
 from regularizers.base import METHODS, Regularizer
 from strategies.base import NoParams
@@ -95,6 +97,22 @@ def test_every_epoch_sees_every_sample_once_in_its_own_order():
     assert first != second
     for key in [(1, 1, 2), (0, 2, 2), (0, 1, 3)]:
         assert next(iter(batches(local, settings, key)))[0].tolist() != first[:4]
+
+
+@pytest.mark.parametrize("name", ["crop-flip", "none"])
+def test_batches_do_not_depend_on_how_many_are_made_at_once(monkeypatch, name: str):
+    settings, recipe = Train(epochs=2, batch_size=4), pipeline("cifar10", name)
+    x = torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8)
+    local = LocalData(x, torch.arange(N), recipe.train, recipe.draws)
+    found = {}
+    for some in (1, 8 * 3 * 32 * 32, trainer.AT_ONCE):  # one, two, and all batches
+        monkeypatch.setattr(trainer, "AT_ONCE", some)
+        found[some] = list(batches(local, settings, (0, 1, 2)))
+    one, *others = found.values()
+    assert [len(y) for _, y in one] == [4, 4, 4, 1] * 2
+    for other in others:
+        for (x_a, y_a), (x_b, y_b) in zip(one, other, strict=True):
+            assert torch.equal(x_a, x_b) and torch.equal(y_a, y_b)
 
 
 def test_randomness_belongs_to_seed_round_partition_and_step():
