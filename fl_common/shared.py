@@ -1,8 +1,9 @@
 """Records between processes of one machine (Linux): tensors in shared memory, all else serialised.
 
-A parcel is a JSON header, Flower's serialisation of all records without arrays, and at most two
-memory files that hold the tensors.  Files have no name: nothing is left behind by a process that
-is killed.  Who receives maps them privately, so that neither side can change what the other has.
+A parcel is a JSON header, Flower's serialisation of all records without arrays, and at most three
+memory files: two that hold the tensors, and one for words that are too many for the socket.  Files
+have no name: nothing is left behind by a process that is killed.  Who receives maps them privately:
+what it writes is not seen by who sent; and who sent writes again only when told that all is let go.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
 LENGTHS = struct.Struct("!QQ")
 ALIGNMENT = 64
 """Of every tensor in its file [bytes]."""
-FILES = 2
+FILES = 3
 """At most this many with a parcel."""
+INLINE = 1 << 16
+"""What may go through the socket itself [bytes]: its buffer takes two such parcels, so that two
+sides that send at once do not wait for each other."""
 KNOWN = -1
 """In the place of a file's number: the tensor came from the other side, which has it."""
 
@@ -174,11 +178,17 @@ def send(
             "shared": shared is not None,
         }
         text = json.dumps(parts).encode()
-        body = b"".join(rest)
+        words = b"".join([text, *rest])
+        lengths = LENGTHS.pack(len(text), len(words) - len(text))
         files = [segment.file for segment in segments]
-        socket.send_fds(connection, [LENGTHS.pack(len(text), len(body))], files)
-        connection.sendall(text)
-        connection.sendall(body)
+        if len(words) <= INLINE:
+            socket.send_fds(connection, [lengths], files)
+            connection.sendall(words)
+        else:
+            with os.fdopen(os.memfd_create("flatfed"), "wb") as file:
+                file.write(words)
+                file.flush()
+                socket.send_fds(connection, [lengths], [*files, file.fileno()])
     finally:
         if own and slot is None:
             own.close()
@@ -202,8 +212,9 @@ def receive(
         if not data:
             raise EOFError
         data += read(connection, LENGTHS.size - len(data))
-        text, body = (read(connection, length) for length in LENGTHS.unpack(data))
-        parts = json.loads(text)
+        length, rest = LENGTHS.unpack(data)
+        words = _read(connection, files, length + rest)
+        parts, body = json.loads(words[:length]), words[length:]
         own = files[1:] if parts["shared"] else files
         maps = [_shared(files[0], kept)] if parts["shared"] else []
         end = None if parts["slot"] is None else partial(released, parts["slot"])
@@ -229,6 +240,15 @@ def receive(
                 record[key] = _array(next(left), form)
         records.append(made)
     return parts["header"], records, tensors
+
+
+def _read(connection: socket.socket, files: list[int], length: int) -> bytes | bytearray:
+    """The words of a parcel; the file that they may come in is taken out of `files`."""
+    if length <= INLINE:
+        return read(connection, length)
+    with os.fdopen(files.pop(), "rb") as file:
+        file.seek(0)
+        return file.read(length)
 
 
 def _map(file: int) -> torch.UntypedStorage | None:

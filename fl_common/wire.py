@@ -208,8 +208,19 @@ def vectors(content: RecordDict) -> dict[str, torch.Tensor]:
 
 
 def payload_bytes(record: ArrayRecord) -> int:
-    """numel x itemsize of all arrays: what the algorithm sends, without framing."""
-    return sum(prod(array.shape) * np.dtype(array.dtype).itemsize for array in record.values())
+    """numel x itemsize of all arrays: what the algorithm sends, without framing.  Of one that says
+    what cannot be, or more than there is, what there is."""
+    return sum(map(_payload_bytes, record.values()))
+
+
+def _payload_bytes(array: Array) -> int:
+    if isinstance(array, TensorArray):
+        return array.tensor.nbytes
+    there = array.nbytes if isinstance(array, ArrivedArray) else len(array.data)
+    try:
+        return min(abs(prod(array.shape)) * np.dtype(array.dtype).itemsize, there)
+    except TypeError:
+        return there
 
 
 def model_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

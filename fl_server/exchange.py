@@ -80,6 +80,7 @@ class Exchange:
         at_least: int = 0,
         give_back: Callable[[int, MetricRecord], RecordDict | None] | None = None,
         meanwhile: Callable[[], None] = lambda: None,
+        large: int = 0,
     ) -> Iterator[Message]:
         """Push `messages` and yield every good reply, in the order of `names`.
 
@@ -87,12 +88,15 @@ class Exchange:
         that comes before its turn waits; who has not answered by the deadline is left out.
         A client that lacks something is asked once more, with the content that `give_back` makes;
         it makes None for a request without a reason, which the guards then reject.
-        `meanwhile` is done once they are on their way.
+        `meanwhile` is done once they are on their way.  `large`: what a reply may have, if that is
+        more than a message has [bytes].
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
         waiting = deque(sorted(names))
-        arrivals = self._arrivals(messages, names, phase, outcome, at_least, give_back, meanwhile)
+        arrivals = self._arrivals(
+            messages, names, phase, outcome, at_least, give_back, meanwhile, large
+        )
         for name, reply in arrivals:
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
@@ -117,6 +121,7 @@ class Exchange:
         at_least: int,
         give_back: Callable[[int, MetricRecord], RecordDict | None] | None,
         meanwhile: Callable[[], None],
+        large: int,
     ) -> Iterator[tuple[int, Message]]:
         """Replies as they come, errors included, until all are there or time is up.
 
@@ -125,18 +130,27 @@ class Exchange:
         silence = f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
         asked = dict(zip(names, messages, strict=True))
         pending: dict[str, int] = {}
-        self._push(asked, pending, phase)
+        left: list[int] = []
+        gone: set[int] = set()
+        """Clients whose node went away with the message, or before it."""
+        needed: set[int] = set()
+        """Those of them that are waited for until the end."""
+
+        def push(new: dict[int, Message]) -> None:
+            for name in self._push(new, pending, phase):
+                if self.locate and left.count(name) < RETURNS:
+                    left.append(name)
+                    gone.add(name)
+                else:
+                    outcome.failed[name] = "its node is gone"
+
+        push(asked)
         meanwhile()
         end = time.monotonic() + self.deadline_s
         sizes = list(map(payload_bytes, messages))
         outcome.bytes_down += sum(sizes)
-        at_once = self._at_once(max(sizes, default=0), len(sizes))
+        at_once = self._at_once(max([large, *sizes]), len(sizes))
         sent = dict(pending)
-        left: list[int] = []
-        gone: set[int] = set()
-        """Clients whose node went away with the message."""
-        needed: set[int] = set()
-        """Those of them that are waited for until the end."""
         while pending or gone:
             again: dict[int, Message] = {}
             any_came = False
@@ -185,7 +199,10 @@ class Exchange:
             if at_once is None and not any_came:
                 expired = time.monotonic() > end
             if expired:
-                outcome.failed.update(dict.fromkeys([*pending.values(), *gone], silence))
+                silent = [*pending.values(), *gone, *again]
+                outcome.failed.update(dict.fromkeys(silent, silence))
+                for name in again:
+                    del outcome.restored[name]
                 self._late |= {i: f"{phase}, client {name}" for i, name in pending.items()}
                 return
             if gone:
@@ -200,13 +217,14 @@ class Exchange:
                 needed = kept
             if again:
                 asked |= again
-                self._push(again, pending, phase)
+                push(again)
                 sent |= pending
             if gone or again or not any_came:
                 time.sleep(min(POLL_S, self.deadline_s))
 
-    def _push(self, messages: dict[int, Message], pending: dict[str, int], phase: str) -> None:
-        """Send these, by the names of their receivers, and expect their replies."""
+    def _push(self, messages: dict[int, Message], pending: dict[str, int], phase: str) -> list[int]:
+        """Send these, by the names of their receivers, and expect their replies.  Gives those
+        whose node is not there any more."""
         if self.held_bytes is not None:
             wire.share(messages.values())
         ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
@@ -214,7 +232,9 @@ class Exchange:
             wire.forget_serialised(messages.values())
         if len(ids) != len(messages):
             raise RunFailed(f"{phase}: the grid took {len(ids)} of {len(messages)} messages")
-        pending |= dict(zip(ids, messages, strict=True))
+        # Flower gives no id to a message for a node that it does not know.
+        pending |= {i: name for i, name in zip(ids, messages, strict=True) if i}
+        return [name for i, name in zip(ids, messages, strict=True) if not i]
 
     def _at_once(self, size: int, number: int) -> int | None:
         """How many replies as large as the messages may be here at once; None: as many as come."""

@@ -66,6 +66,8 @@ class InProcessGrid(Grid):
         self._queue: dict[str, Message] = {}
         self._out: dict[str, Message] = {}
         """What the workers have been given."""
+        self._newest: dict[int, str] = {}
+        """The last work of each node, by its message's id."""
         self.workers, self._threads = workers, int(run_config.get("train.threads", 1))
         self._pool = self._fork() if workers > 1 and cohort == "1" else None
         self._cohort, self._chosen = cohort, chosen
@@ -105,6 +107,9 @@ class InProcessGrid(Grid):
         for message in pushed:
             message.metadata.__dict__["_message_id"] = str(uuid4())
         queued = {message.metadata.message_id: message for message in pushed}
+        if work := list(filter(_is_work, pushed)):
+            self._forget_others(work[0])
+        self._newest |= {m.metadata.dst_node_id: m.metadata.message_id for m in work}
         self._queue |= queued
         if self._pool:
             self._to_workers()
@@ -112,6 +117,15 @@ class InProcessGrid(Grid):
 
     def _fork(self) -> Pool:
         return Pool(self.workers, self._work, self._threads)
+
+    def _forget_others(self, work: Message) -> None:
+        """Work of other phases, which nobody waits for any more."""
+        waiting = [m for m in (*self._queue.values(), *self._out.values()) if _is_work(m)]
+        stale = {m.metadata.message_id for m in waiting if _phase(m) != _phase(work)}
+        self._queue = {key: m for key, m in self._queue.items() if key not in stale}
+        if self._pool:
+            for key in self._pool.withdraw(stale):
+                del self._out[key]
 
     def _to_workers(self) -> None:
         """All work that is queued."""
@@ -211,8 +225,9 @@ class InProcessGrid(Grid):
         replies = []
         for done in self._pool.collect():
             message = self._out.pop(done.key)
-            if done.state is not None:
-                self._contexts[message.metadata.dst_node_id].state = done.state
+            node = message.metadata.dst_node_id
+            if done.state is not None and self._newest[node] == done.key:
+                self._contexts[node].state = done.state
             failed = done.error and _failure(done.error, message)
             replies.append(_named(failed or Message(done.content, reply_to=message)))
         return replies
@@ -221,6 +236,10 @@ class InProcessGrid(Grid):
 def _is_work(message: Message) -> bool:
     """The roll call, which has no arrays, is answered at once."""
     return any(isinstance(record, ArrayRecord) for record in message.content.values())
+
+
+def _phase(message: Message) -> tuple[str, str]:
+    return message.metadata.group_id, message.metadata.message_type
 
 
 def _failure(reason: str, message: Message) -> Message:

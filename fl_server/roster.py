@@ -260,7 +260,8 @@ class Roster:
         if new:
             ask = RecordDict({wire.CONFIG: ConfigRecord({"roll-call": True})})
             messages = [Message(ask, n, MessageType.QUERY, group_id="roll-call") for n in new]
-            self._asked |= dict(zip(grid.push_messages(messages), new, strict=True))
+            ids = grid.push_messages(messages)  # "" for a node that has just left
+            self._asked |= {i: node for i, node in zip(ids, new, strict=True) if i}
         while self._asked and (replies := list(grid.pull_messages(list(self._asked)))):
             for reply in replies:
                 self._take(reply)

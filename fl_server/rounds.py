@@ -19,7 +19,14 @@ from fl_common.layout import PARAMS, on
 from fl_common.sync import Holdings
 from fl_server.checkpoint import Checkpoint
 from fl_server.drift import Drift
-from fl_server.exchange import POLL_S, Outcome, RoundFailed, RunFailed, addressed
+from fl_server.exchange import (
+    POLL_S,
+    Outcome,
+    RoundFailed,
+    RunFailed,
+    addressed,
+    payload_bytes,
+)
 from fl_server.ledger import Ledger
 from fl_server.network import ServerNetwork
 from fl_server.roster import Cohort, draw
@@ -360,7 +367,7 @@ class Rounds:
 
         replies = self.exchange.replies(
             list(slim.values()), list(slim), phase, outcome, self._counted(expected), at_least,
-            give_back, sent,
+            give_back, sent, large=max(map(payload_bytes, asked.values()), default=0),
         )  # fmt: skip
         try:
             for reply in replies:

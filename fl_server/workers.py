@@ -24,7 +24,7 @@ from fl_common.assembly import training_device
 from fl_common.config import AUTO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import torch
 
@@ -111,6 +111,12 @@ class Pool:
         self.jobs.extend(jobs)
         self._hand_out()
 
+    def withdraw(self, keys: Collection[str]) -> list[str]:
+        """Take back those of these jobs that no worker has yet; gives their keys."""
+        taken = [job.key for job in self.jobs if job.key in keys]
+        self.jobs = deque(job for job in self.jobs if job.key not in keys)
+        return taken
+
     def collect(self) -> list[Done]:
         """What is done, at least one if a job is under way, unless it takes longer than WAIT_S."""
         working = {worker.connection: worker for worker in self.workers if worker.jobs}
@@ -148,7 +154,7 @@ class Pool:
         header = {"job": job.header, "released": released}
         try:
             sent = shared.send(worker.connection, header, records, self.common)
-        except OSError:
+        except (BrokenPipeError, ConnectionResetError):
             if worker.jobs:
                 return False
             self._end(worker)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from flwr.clientapp import ClientApp
 from fl_common import determinism, wire
 from fl_common.config import resolve
 from fl_server import network, workers
+from fl_server.exchange import Exchange, Outcome
 from fl_server.inprocess import InProcessGrid
 from tests.living import living, mark
 
@@ -157,6 +160,102 @@ def test_a_clients_state_is_its_own_wherever_it_is_trained() -> None:
                 )
     finally:
         grid.close()
+
+
+def test_work_of_an_earlier_round_changes_nothing_of_a_later_one(monkeypatch) -> None:
+    """One client's round 1 outlasts its deadline, two had not begun: these are not trained any
+    more, and what the late one remembers does not take the place of what it did since."""
+    monkeypatch.setattr(workers, "WAIT_S", 0.1)
+    app, began = ClientApp(), multiprocessing.get_context("fork").Value("i", 0)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        round_ = int(message.metadata.group_id)
+        if round_ == 1:
+            with began:
+                began.value += 1
+            time.sleep(1.5)
+        context.state[f"of-{round_}"] = MetricRecord({"x": round_})
+        return Message(RecordDict({"metrics": MetricRecord({"x": round_})}), reply_to=message)
+
+    grid = grid_of(app, clients=6, count=2)
+    try:
+        exchange = Exchange(grid, 0.3, lambda text: None)
+
+        def play(round_: int, clients: list[int], deadline_s: float) -> Outcome:
+            exchange.deadline_s, outcome = deadline_s, Outcome()
+            messages = [
+                Message(RecordDict({"arrays": wire.pack({"w": torch.ones(3)})}), 2 + i, "train",
+                        group_id=str(round_))
+                for i in clients
+            ]  # fmt: skip
+            list(exchange.replies(messages, clients, f"round {round_}", outcome))
+            return outcome
+
+        assert len(play(1, [0, 1, 2, 3, 4, 5], 0.3).failed) == 6
+        assert list(play(2, [0, 1], 60).accepted) == [0, 1]
+        time.sleep(0.2)
+        assert list(play(3, [5], 60).accepted) == [5]
+        states = {i: list(grid._contexts[2 + i].state) for i in range(6)}
+        assert {states[0][-1], states[1][-1]} == {"of-2"} and states[5] == ["of-3"]
+        assert began.value <= 4  # two under way, and one ahead for each
+        assert not grid._out
+    finally:
+        grid.close()
+
+
+def test_work_of_an_earlier_round_is_not_kept_by_one_process() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        time.sleep(0.05)
+        return Message(RecordDict({"metrics": MetricRecord({"x": 1})}), reply_to=message)
+
+    grid = grid_of(app, clients=3, count=1)
+    exchange = Exchange(grid, 0.01, lambda text: None)
+    for round_ in (1, 2, 3):
+        messages = questions(grid, 3)
+        for message in messages:
+            message.metadata.__dict__["_group_id"] = str(round_)
+        list(exchange.replies(messages, [0, 1, 2], f"round {round_}", Outcome()))
+        assert len(grid._queue) == 2
+
+
+def test_large_states_on_both_ways_at_once() -> None:
+    """A job is sent ahead while its worker sends a reply; neither fits into a socket."""
+    state = RecordDict(
+        {"memory": wire.pack({f"optimizer.exp_avg.{i:05d}": torch.zeros(1) for i in range(9000)})}
+    )
+    pool = workers.Pool(2, lambda header, content, own: (content, own))
+    signal.alarm(60)  # ends the test where they wait for each other
+    try:
+        pool.put([workers.Job(str(i), {}, RecordDict(), state) for i in range(8)])
+        done = []
+        while len(done) < 8:
+            done += pool.collect()
+        assert all(len(one.state["memory"]) == 9000 for one in done)
+    finally:
+        signal.alarm(0)
+        pool.close()
+
+
+def test_what_cannot_be_sent_is_told(monkeypatch) -> None:
+    """It is no worker's death: another fork would not help."""
+
+    def full(name: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    pool = workers.Pool(2, lambda header, content, own: (content, own))
+    processes = [worker.process for worker in pool.workers]
+    try:
+        monkeypatch.setattr(os, "memfd_create", full)
+        content = RecordDict({"arrays": wire.pack({"w": torch.ones(3)})})
+        with pytest.raises(OSError, match="Too many open files"):
+            pool.put([workers.Job("1", {}, content, RecordDict())])
+        assert [worker.process for worker in pool.workers] == processes
+    finally:
+        pool.close()
 
 
 def test_nothing_is_left_of_a_run(runner: Runner) -> None:

@@ -1,0 +1,137 @@
+"""Every client that is asked is accepted, failed or rejected, whatever comes back and when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl_common import wire
+from fl_common.guards import Expected, Spec
+from fl_server.exchange import AWAITED, Exchange, Outcome
+
+GOOD = MetricRecord({"server-round": 1, "num-examples": 3})
+
+
+class Grid:
+    """Answers by `answer`, which sees the message; a node in `unknown` is not there when asked."""
+
+    def __init__(self, answer: Callable[[Message], RecordDict]) -> None:
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self.answer, self.unknown, self.sent = answer, set(), {}
+        self.pulled: list[int] = []
+        """How many replies came at each look."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            known = message.metadata.dst_node_id not in self.unknown
+            ids.append(f"m{len(self.sent)}" if known else "")
+            if known:
+                message.metadata.__dict__["_message_id"] = ids[-1]
+                self.sent[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        asked = [self.sent.pop(i) for i in list(ids) if i in self.sent]
+        self.pulled.append(len(asked))
+        return [Message(self.answer(message), reply_to=message) for message in asked]
+
+
+def model(size: int = 3) -> ArrayRecord:
+    return wire.pack({"params": torch.zeros(size)})
+
+
+def ask(grid: Grid, clients: int = 3, size: int = 3, deadline_s: float = 10.0, **more):
+    """The names whose replies were handed on, and the outcome."""
+    exchange = Exchange(grid, deadline_s, lambda text: None)
+    vars(exchange).update({k: more.pop(k) for k in ("held_bytes", "locate") if k in more})
+    messages = [
+        Message(
+            RecordDict({wire.ARRAYS: model(size), wire.CONFIG: ConfigRecord({})}),
+            10 + name, "train", group_id="1",
+        )
+        for name in range(clients)
+    ]  # fmt: skip
+    expected = Expected({wire.ARRAYS: {"params": Spec((3,), "float32")}}, 1, 3, frozenset())
+    outcome = Outcome()
+    replies = exchange.replies(
+        messages, range(clients), "round 1", outcome, lambda name: expected, **more
+    )
+    return [reply.metadata.reply_to_message_id for reply in replies], outcome
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "there"),
+    [("bfloat16", (3,), 2), ("garbage", (3,), 2), ("float32", (10**15, 10**9), 2),
+     ("float32", (-3,), 2), ("float32", (1 << 40,), 0)],
+)  # fmt: skip
+def test_an_array_that_says_what_cannot_be_is_rejected(dtype: str, shape, there: int):
+    """And its bytes are those that came."""
+
+    def answer(message: Message) -> RecordDict:
+        liar = message.metadata.dst_node_id == 11
+        arrays = ArrayRecord({"params": Array(dtype, shape, "numpy.ndarray", b"x" * there)})
+        return RecordDict({wire.ARRAYS: arrays if liar else model(), wire.METRICS: GOOD})
+
+    handed_on, outcome = ask(Grid(answer))
+    assert len(handed_on) == 2
+    assert list(outcome.accepted) == [0, 2] and list(outcome.rejected) == [1]
+    assert outcome.bytes_up == 2 * 12 + there
+
+
+def test_replies_are_fetched_by_what_they_may_have_not_by_what_was_sent():
+    """Messages may leave out all of the model; replies are whole ones."""
+
+    def answer(message: Message) -> RecordDict:
+        return RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD})
+
+    for large, at_once in ((0, 6), (12, 2)):
+        grid = Grid(answer)
+        _, outcome = ask(grid, clients=6, size=0, held_bytes=24, large=large)
+        assert len(outcome.accepted) == 6
+        assert sum(grid.pulled[: at_once and 1]) <= at_once
+        assert max(grid.pulled) == (6 if large == 0 else 1)
+
+
+def test_who_asks_for_more_when_time_is_up_has_failed():
+    """Its request is read at the last look, after the deadline."""
+
+    class Slow(Grid):
+        def pull_messages(self, ids):
+            if not self.pulled:
+                time.sleep(0.3)
+                self.pulled.append(0)
+                return []
+            return super().pull_messages(ids)
+
+    lost = MetricRecord({"server-round": 1, wire.GROUPS_LOST: 1})
+    grid = Slow(lambda message: RecordDict({wire.METRICS: lost}))
+
+    def give_back(name: int, request: MetricRecord) -> RecordDict:
+        return RecordDict({wire.ARRAYS: model()})
+
+    handed_on, outcome = ask(grid, deadline_s=0.2, held_bytes=12.0, give_back=give_back)
+    assert not handed_on
+    assert sorted(outcome.failed) == [0, 1, 2]
+    assert all("no reply within 0.2 s" in reason for reason in outcome.failed.values())
+    assert not outcome.restored
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_node_that_left_before_it_was_asked(returns: bool):
+    """Flower gives messages to such nodes no id: each is a failure, or awaited if it may return."""
+    grid = Grid(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
+    grid.unknown = {10, 11}
+    places = iter([AWAITED, AWAITED, 20, 21])
+    locate = (lambda name: next(places)) if returns else None
+    _, outcome = ask(grid, locate=locate)
+    if returns:
+        assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+    else:
+        assert list(outcome.accepted) == [2]
+        assert outcome.failed == {0: "its node is gone", 1: "its node is gone"}
