@@ -230,10 +230,8 @@ def _who(run: Run, pictures: Pictures) -> list[Markup]:
         told = f"All {len(states)} clients took part in all {len(rounds)} rounds."
         shown = element("p", told)
     else:
-        caption = (
-            f"Each of {len(states)} clients was drawn for {drawn.min()} to {drawn.max()} of "
-            f"{len(rounds)} rounds"
-        )
+        often = " to ".join(map(str, dict.fromkeys([drawn.min(), drawn.max()])))
+        caption = f"Each of {len(states)} clients was drawn for {often} of {len(rounds)} rounds"
 
         def draw(path: Path) -> None:
             plots.participation(states, rounds, path)

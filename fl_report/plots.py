@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, RED = "#1f6feb", "#d9730d", "#8c959f", "#b31d28"
+BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 COLOURS = (
     BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#0a7f86", "#9a6700", "#57606a", "#6cb6ff",
     "#f0b37e", "#7ee787", "#c9a7ff", "#ff9bce", "#39c5cf", "#e3b341", "#24292f", "#0b2f66",
     "#6e2c00", "#b31d28", "#a8b1ba",
 )  # fmt: skip
 """Of runs, in their order; from the 21st on they come again, dashed."""
+STATES = {
+    "not drawn": "#eaeef2", "answered": "#7fb0f5", "no answer": "#eda100", "rejected": "#8b1020"
+}  # fmt: skip
+"""Of a client in a round; told apart by those who see no red or no green too, and in grey."""
 INSIDE = 5
 """Names that a picture has room for; more stand below it."""
 LONGEST = 40
@@ -151,48 +155,53 @@ def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None
     states: (clients, rounds) of 0 not drawn, 1 answered, 2 no answer, 3 rejected.
     """
     from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    clients = len(states)
-    figure, axes = _figure(9, min(1.3 + 0.14 * clients, 6))
+    clients, colours = len(states), list(STATES.values())
+    figure, axes = _figure(4.4, min(1.6 + 0.14 * clients, 6))
     edges = (rounds[0] - 0.5, rounds[-1] + 0.5, clients - 0.5, -0.5)
-    pale = ListedColormap(["#eaeef2", "#7fb0f5"])
     axes.imshow(
-        states > 0, cmap=pale, vmin=0, vmax=1, aspect="auto", extent=edges, interpolation="nearest"
-    )
+        states, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1, aspect="auto",
+        extent=edges, interpolation="nearest",
+    )  # fmt: skip
     # Points, so that one among thousands is seen.
-    for state, colour, marker, label in ((2, ORANGE, "x", "no answer"), (3, RED, "s", "rejected")):
+    for state in (2, 3):
         who, when = np.nonzero(states == state)
-        if len(who):
-            places = [rounds[t] for t in when]
-            axes.scatter(places, who, color=colour, marker=marker, s=16, label=label, zorder=2)
-    if (states > 1).any():
-        axes.legend(
-            frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
-            borderaxespad=0.2,
-        )  # fmt: skip
+        places = [rounds[t] for t in when]
+        axes.scatter(places, who, color=colours[state], marker="s", s=4, linewidths=0, zorder=2)
+    there = [
+        Patch(color=colour, label=name)
+        for state, (name, colour) in enumerate(STATES.items())
+        if (states == state).any()
+    ]
+    figure.legend(
+        handles=there, frameon=False, fontsize=8, loc="outside upper center", ncols=len(there),
+        handlelength=1,
+    )  # fmt: skip
     axes.set(xlabel="round", ylabel="client", xlim=edges[:2], ylim=edges[2:])
     axes.spines[:].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)
 
 
 def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
     """The norm at every local step, the mean over clients, a panel per run and a list per round;
     dotted lines are aggregations."""
-    figure, axes = _figure(9, 2.4 * len(panels), rows=len(panels))
+    figure, axes = _figure(4.4, 2.4 * len(panels), rows=len(panels))
     panes = np.atleast_1d(axes)
     for panel, (label, rounds) in zip(panes, panels.items(), strict=True):
-        start = 0
+        start, width = 0, min(1, 40 / len(rounds))
         for norms in rounds:
             panel.plot(range(start, start + len(norms)), norms, color=BLUE, linewidth=0.8)
             start += len(norms)
-            panel.axvline(start - 0.5, color=GREY, linewidth=0.5, linestyle=":")
-        panel.set(ylabel="gradient norm", title=name_of(label), yscale="log")
+            panel.axvline(start - 0.5, color=GREY, linewidth=width, linestyle=":", zorder=0)
+        panel.set(ylabel="gradient norm", yscale="log")
+        panel.set_title(name_of(label), fontsize=10)
         _plain(panel)
     panes[-1].set(xlabel="local step")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)
 
 
 def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
@@ -201,11 +210,13 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
     `counts` is (clients, classes).  Beyond 100 clients the first 100 are drawn, and said so.
     """
     table = np.asarray(counts[:100])
-    figure, axes = _figure(min(4 + 0.22 * len(table), 14), 3.6)
     from matplotlib import colormaps
     from matplotlib.collections import PolyCollection
 
     few = table.shape[1] <= 10
+    names = [name_of(str(name)) for name in classes] if few else []
+    columns = max(1, min(5, 60 // (6 + max(map(len, names), default=0))))
+    figure, axes = _figure(4.4, 3.2 + 0.16 * -(-len(names) // columns))
     colours = colormaps["tab10" if few else "viridis"]
     left, bottom = np.arange(len(table)) - 0.425, np.zeros(len(table))
     for label in range(table.shape[1]):
@@ -214,7 +225,7 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
         corners = [(left, bottom), (left + 0.85, bottom), (left + 0.85, top), (left, top)]
         bars = np.moveaxis(np.array(corners), 2, 0)  # (clients, corners, x and y)
         colour = colours(label if few else label / (table.shape[1] - 1))
-        name = name_of(str(classes[label])) if few else None
+        name = names[label] if few else None
         axes.add_collection(PolyCollection(bars, facecolors=[colour], label=name))
         bottom = top
     axes.set(xlim=(-0.7, len(table) - 0.3), ylim=(0, max(1.05 * bottom.max(), 1)))
@@ -223,5 +234,7 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
     axes.xaxis.get_major_locator().set_params(integer=True)
     _plain(axes)
     if few:
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130)
+        figure.legend(
+            frameon=False, fontsize=8, loc="outside lower center", ncols=columns, handlelength=1
+        )
+    figure.savefig(path, dpi=150)
