@@ -19,7 +19,9 @@ COLOURS = (
     "#f0b37e", "#7ee787", "#c9a7ff", "#ff9bce", "#39c5cf", "#e3b341", "#24292f", "#0b2f66",
     "#6e2c00", "#b31d28", "#a8b1ba",
 )  # fmt: skip
-"""Of runs, in their order; from the 21st on they come again, dashed."""
+"""Of runs, in their order; from the 21st on they come again."""
+DASHES, MARKERS = ("-", (0, (5, 3)), (0, (2, 2))), "os^vDPX"
+"""Beside the colours, so that a line shows under another; from the 21st on in other pairs."""
 STATES = {
     "not drawn": "#eaeef2", "answered": "#7fb0f5", "no answer": "#eda100", "rejected": "#8b1020"
 }  # fmt: skip
@@ -50,6 +52,15 @@ def name_of(label: str) -> str:
     tail = LONGEST // 2  # names and paths that begin alike differ at their ends
     short = label if len(label) <= LONGEST else f"{label[: LONGEST - tail - 1]}…{label[-tail:]}"
     return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
+
+
+def _style(place: int, points: int) -> dict[str, Any]:
+    """Of the line of the run at this place, which has so many points."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": DASHES[place % len(DASHES)],
+        "marker": MARKERS[place % len(MARKERS)] if points < 25 else None,
+    }
 
 
 def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -88,12 +99,13 @@ def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
     """Accuracies: a panel per title and x axis, in it a line per run."""
     figure, axes = _figure(4.6 * len(panels), 3.6, columns=len(panels))
     for panel, ((title, over), runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for label, (x, accuracies) in runs.items():
-            panel.plot(x, [100 * a for a in accuracies], label=name_of(label), marker="o", ms=2.5)
+        for i, (label, (x, accuracies)) in enumerate(runs.items()):
+            style = _style(i, len(x))
+            panel.plot(x, [100 * a for a in accuracies], label=name_of(label), ms=3, **style)
         panel.set(xlabel=over, ylabel="test accuracy [%]", title=title)
         _plain(panel)
         panel.xaxis.get_major_locator().set_params(integer=over == "round")
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, handlelength=3)
     figure.savefig(path, dpi=130)
 
 
@@ -103,25 +115,22 @@ def lines(
     what: str,
     path: Path,
     spreads: Spreads | None = None,
-    colours: Mapping[str, int] | None = None,
+    places: Mapping[str, int] | None = None,
 ) -> None:
     """One panel, small enough for a phone: a line per label, with a band where there is a spread.
 
-    colours: the place of each label among COLOURS, where that is not its place among the lines.
+    places: the place of each label among the runs, where that is not its place among the lines.
     """
     names_below = len(series) > INSIDE
     columns = 2 if max(map(len, series)) < 22 else 1
     below = 0.16 * -(-len(series) // columns) if names_below else 0
     figure, axes = _figure(4.4, 3.1 + below)
     for i, (label, (x, y)) in enumerate(series.items()):
-        again, place = divmod(colours[label] if colours else i, len(COLOURS))
+        style = _style(places[label] if places else i, len(x))
         if spread := (spreads or {}).get(label):
             low, high = (np.asarray(y) + sign * np.asarray(spread) for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=COLOURS[place], alpha=0.18, linewidth=0)
-        axes.plot(
-            x, y, label=name_of(label), color=COLOURS[place], linestyle="--" if again else "-",
-            linewidth=1.4, marker="o" if len(x) < 25 else None, ms=3,
-        )  # fmt: skip
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(x, y, label=name_of(label), linewidth=1.4, ms=3, **style)
     axes.set(xlabel=over, ylabel=what)
     _plain(axes)
     axes.xaxis.get_major_locator().set_params(integer=over == "round")
@@ -129,9 +138,11 @@ def lines(
     if 0 < 1000 * min(heights) < max(heights):  # of a loss that has run away
         axes.set_yscale("log")
     if names_below:
-        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
+        figure.legend(
+            frameon=False, fontsize=8, loc="outside lower center", ncols=columns, handlelength=3
+        )
     elif len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=3)
     figure.savefig(path, dpi=150)
 
 

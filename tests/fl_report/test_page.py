@@ -336,6 +336,14 @@ def test_many_methods_have_names_below_and_a_colour_each(tmp_path: Path):
     assert len({*plots.COLOURS}) == 20 and {*plots.COLOURS} <= hexes
 
 
+def test_lines_that_coincide_all_show(tmp_path: Path):
+    x = [float(t) for t in range(100)]
+    plots.lines({name: (x, x) for name in "abc"}, "round", "loss", tmp_path / "same.png")
+    right = np.asarray(Image.open(tmp_path / "same.png").convert("RGB"))[:, 300:]  # of the legend
+    for colour in plots.COLOURS[:3]:
+        assert (right == list(bytes.fromhex(colour[1:]))).all(-1).sum() > 100
+
+
 def test_who_took_part_by_hand(tmp_path: Path):
     run = run_of(
         row(1, cohort=[0, 1], failed={"1": f"gone {EVIL}"}),
