@@ -5,6 +5,7 @@ what it shows."""
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +41,19 @@ from fl_report.series import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
 
     from fl_report.compare import Run
     from fl_report.markup import Pictures
+    from fl_report.series import Refusal
 
 SHOWN, LISTED = 20, 200
-"""Refusals that are in sight, and that are listed at all; the history has all."""
+"""Lines of refusals that are in sight, and that are there at all; the history has all."""
+NAMED = 6
+"""Clients that a line of refusals names."""
 PARTITIONS = 2
 """Pictures of partitions that are in sight."""
 
@@ -200,8 +204,8 @@ def participation(runs: Sequence[Run], pictures: Pictures) -> Markup:
     parts: list[Markup] = []
     if len(runs) == 1 and runs[0].rows:
         parts += _who(runs[0], pictures)
-    listed = [(run.label, refusal) for run in runs for refusal in refusals(run)]
-    if not listed:
+    refused = [(run, refusals(run)) for run in runs]
+    if not any(found for _, found in refused):
         if any(run.rows for run in runs):
             parts.append(element("p", "No client failed and no update was rejected."))
         return section("Participation", *parts)
@@ -209,14 +213,33 @@ def participation(runs: Sequence[Run], pictures: Pictures) -> Markup:
     kinds = ", ".join(f"{count} {what}" for what, count in counts.items())
     parts.append(element("h3", f"Failures and rejected updates: {kinds}"))
     rows = [
-        [number(r.round), *[label] * (len(runs) > 1), number(r.client), r.what, r.reason]
-        for label, r in listed[:LISTED]
+        [number(same[0].round), *[run.label] * (len(runs) > 1), *_by_reason(same)]
+        for run, found in refused
+        for same in _alike(found)
     ]
-    head = ["round", *["run"] * (len(runs) > 1), "client", "what", "reason"]
-    whole = table(head, rows)
-    more = f"The first {LISTED}; history.jsonl has all" if len(listed) > LISTED else "All"
-    parts.append(folded(f"{more} {len(listed)}", whole) if len(listed) > SHOWN else whole)
+    head = ["round", *["run"] * (len(runs) > 1), "clients", "what", "reason"]
+    whole = table(head, rows[:LISTED])
+    more = f"The first {LISTED} of" if len(rows) > LISTED else "All"
+    title = f"{more} {len(rows)}, by round and reason"
+    parts.append(folded(title, whole) if len(rows) > SHOWN else whole)
     return section("Participation", *parts)
+
+
+def _alike(found: Sequence[Refusal]) -> Collection[list[Refusal]]:
+    """Those of one round and one reason, whatever numbers are in it."""
+    groups: dict[object, list[Refusal]] = {}
+    for one in found:
+        same = one.round, one.what, re.sub(r"\d+", "", one.reason)
+        groups.setdefault(same, []).append(one)
+    return groups.values()
+
+
+def _by_reason(same: Sequence[Refusal]) -> list[str]:
+    """Whom it concerns, what became of them, and why."""
+    names = ", ".join(str(one.client) for one in same[:NAMED])
+    more = f" and {len(same) - NAMED} more" if len(same) > NAMED else ""
+    differ = len({one.reason for one in same}) > 1
+    return [names + more, same[0].what, same[0].reason + " (other numbers in others)" * differ]
 
 
 def _who(run: Run, pictures: Pictures) -> list[Markup]:

@@ -338,7 +338,7 @@ def test_many_methods_have_names_below_and_a_colour_each(tmp_path: Path):
 
 def test_lines_that_coincide_all_show(tmp_path: Path):
     x = [float(t) for t in range(100)]
-    plots.lines({name: (x, x) for name in "abc"}, "round", "loss", tmp_path / "same.png")
+    plots.lines(dict.fromkeys("abc", (x, x)), "round", "loss", tmp_path / "same.png")
     right = np.asarray(Image.open(tmp_path / "same.png").convert("RGB"))[:, 300:]  # of the legend
     for colour in plots.COLOURS[:3]:
         assert (right == list(bytes.fromhex(colour[1:]))).all(-1).sum() > 100
@@ -362,6 +362,22 @@ def test_who_took_part_by_hand(tmp_path: Path):
     strip = np.asarray(Image.open(tmp_path / "pictures" / "participation.png").convert("RGB"))
     for colour in plots.STATES.values():  # cells' and the legend's
         assert (strip == list(bytes.fromhex(colour[1:]))).all(-1).sum() > 500
+
+
+def test_refusals_are_told_by_reason(tmp_path: Path):
+    lost = {str(k): f"{k} of 10 elements are NaN" for k in range(8)} | {"8": "no samples"}
+    both = {"cohort": [*range(9)], "replies": []}
+    rows = [row(1, rejected=lost, **both), row(2, failed={"3": "x", "5": "x"}, **both)]
+    run = Run("x", {}, rows, CONFIG)
+    page = Page(participants.participation([run], Pictures(tmp_path / "pictures")))
+    assert page.tables["Participation"][-4:] == [
+        ["round", "clients", "what", "reason"],
+        ["1", "0, 1, 2, 3, 4, 5 and 2 more", "rejected",
+         "0 of 10 elements are NaN (other numbers in others)"],
+        ["1", "8", "rejected", "no samples"],
+        ["2", "3, 5", "no answer", "x"],
+    ]  # fmt: skip
+    assert "Failures and rejected updates: 9 rejected, 2 no answer" in page.text
 
 
 def test_drift_by_hand(tmp_path: Path):
