@@ -122,33 +122,33 @@ def side_by_side(runs: Sequence[Run]) -> Markup:
     shares = [key for key in OF_CLIENTS if any(last(run, key) is not None for run in runs)]
     refused = [sum(refusal_counts(run).values()) for run in runs]
     head = [
-        "run", "accuracy", "best", *(TITLES[m] for m in models),
-        *(OF_CLIENTS[key] for key in shares), "loss", "rounds", "up", "down", "time",
-        "processor time", *["refused"] * any(refused), "status", "model_sha256",
+        "run", "status", "accuracy", "best", "loss", "rounds", "up", "down", "time",
+        "processor time", *["refused"] * any(refused), *(TITLES[m] for m in models),
+        *(OF_CLIENTS[key] for key in shares), "model_sha256",
     ]  # fmt: skip
     groups, rows = alike(runs), []
     for i, run in enumerate(runs):
         accuracies = curve(run, "accuracy")[1]
         rows.append([
             _named(run.label, _place(groups, run)) + _small(_other_name(run)),
+            _status(run),
             accuracy(accuracies[-1] if accuracies else None),
             accuracy(max(accuracies, default=None)),
-            *(accuracy(last(run, SERIES[m])) for m in models),
-            *(accuracy(last(run, key)) for key in shares),
             loss(last(run, "loss")),
             number(len(run.rows)),
             *map(size, sent(run)),
             seconds(run.summary.get("wall_s")),
             seconds(run.summary.get("cpu_s")),
             *[number(refused[i])] * any(refused),
-            _status(run),
+            *(accuracy(last(run, SERIES[m])) for m in models),
+            *(accuracy(last(run, key)) for key in shares),
             element("code", run.summary.get("model_sha256", NONE)[:16]),
         ])  # fmt: skip
     # Below the table: in a narrow cell of it a line of text is as tall as a page.
     reasons = [
         element("p", text(f"{run.label} ") + _ending(run)) for run in runs if "error" in run.summary
     ]
-    whole = joined([table(head, rows), *reasons])
+    whole = joined([table(head, rows, cards=True), *reasons])
     if not repeated(groups):
         return section("Runs", whole)
     if len(runs) > MANY:
@@ -177,7 +177,7 @@ def _means(groups: Sequence[Alike]) -> Markup:
         ])  # fmt: skip
     told = "Of completed runs that differ in nothing but run.seed: mean ± standard deviation."
     head = ["method", "seeds", "accuracy", "best", "loss", "up", "down", "time"]
-    return element("p", told) + table(head, rows)
+    return element("p", told) + table(head, rows, cards=True)
 
 
 def _out_of(group: Alike) -> str:

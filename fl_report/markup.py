@@ -70,8 +70,11 @@ def joined(parts: Iterable[object], between: str = "\n") -> Markup:
     return Markup(between.join(map(text, parts)))
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """A row's first cell names it; columns of numbers stand to the right."""
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], cards: bool = False) -> Markup:
+    """A row's first cell names it; columns of numbers stand to the right.
+
+    cards: where the screen is narrow, each row is a box of its cells with their headings.
+    """
     rows = [[text(cell) for cell in row] for row in rows]
     right: list[dict[str, str]] = [
         {"class_": "n"} if any(cell.startswith("<data") for cell in cells) else {}
@@ -86,8 +89,8 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
             element("th", row[0], scope="row", **right[0])
             + joined(
                 (
-                    element("td", cell, **kind)
-                    for cell, kind in zip(row[1:], right[1:], strict=True)
+                    element("td", cell, **kind, **({"data-head": name} if cards else {}))
+                    for name, cell, kind in zip(head[1:], row[1:], right[1:], strict=True)
                 ),
                 "",
             ),
@@ -96,7 +99,8 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
     ]
     whole = element("thead", element("tr", names)) + element("tbody", joined(lines))
     # What is wider than a phone scrolls by itself; tabindex: by keyboard too.
-    return element("div", element("table", whole), class_="scroll", tabindex=0)
+    made = element("table", whole, **({"class_": "cards"} if cards else {}))
+    return element("div", made, class_="scroll", tabindex=0)
 
 
 def of_rich(made: Table) -> Markup:
@@ -190,7 +194,7 @@ dl div { background: var(--card); border-radius: 6px; padding: 0.5rem 0.7rem; }
 dl div.long { grid-column: 1 / -1; }
 dt { color: var(--soft); font-size: 0.8rem; }
 dd { margin: 0; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
-small { display: block; }
+small { display: block; font-weight: 400; }
 dl div.long dd { font: 0.85rem/1.5 ui-monospace, "Liberation Mono", monospace; }
 /* A shadow at the right edge, covered by the end of what scrolls. */
 .scroll { overflow-x: auto; background:
@@ -215,6 +219,17 @@ figure img { display: block; max-width: 100%; height: auto; background: #fff; bo
 code, pre { font-family: ui-monospace, "Liberation Mono", monospace; font-size: 0.9em; }
 pre { background: var(--card); border-radius: 6px; padding: 0.7rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
+@media screen and (max-width: 40rem) {
+  .cards thead { display: none; }
+  .cards, .cards tbody { display: block; }
+  .cards tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr));
+    gap: 0.4rem 0.8rem; padding: 0.6rem 0; border-bottom: 1px solid var(--line); }
+  .cards th, .cards td { border: 0; padding: 0; text-align: left; overflow-wrap: anywhere; }
+  .cards tbody th { grid-column: 1 / -1; font-weight: 600; }
+  .cards td { white-space: normal; align-self: end; }
+  .cards td::before { content: attr(data-head); display: block; color: var(--soft);
+    font-size: 0.8rem; }
+}
 details { margin: 0.6rem 0; }
 summary { cursor: pointer; padding: 0.3rem 0; }
 @media print {
@@ -223,6 +238,10 @@ summary { cursor: pointer; padding: 0.3rem 0; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; background: none; }
   table { font-size: 8.5pt; }
+  .cards, .cards small { font-size: 7pt; }
+  .cards th, .cards td { padding-right: 0.35rem; }
+  .cards tbody th, .cards code { overflow-wrap: anywhere; }
+  .cards tbody th { min-width: 4.5rem; }
   mark, dl div, pre { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .grid { grid-template-columns: repeat(3, 1fr); }
   section { margin-top: 1rem; }

@@ -165,7 +165,7 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
         )
     if not any(run.rows for run in runs):
         return Markup("")
-    short = table(head, rows)
+    short = table(head, rows, cards=True)
     if len(runs) > MANY:
         short = folded(f"All {len(runs)} runs as numbers", short)
     return section("Client drift", element("p", told), short, grid(_drifts(runs, pictures)))

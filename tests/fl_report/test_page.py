@@ -465,14 +465,14 @@ def test_many_runs(tmp_path: Path):
     none = folder_of(tmp_path / "none", [], status="failed", error="broken")
     page = Page(write([one, two, none], tmp_path / "page.html").read_text())
     lines = page.values["Runs"][1:]
-    assert [line[1:7] for line in lines] == [
+    assert [line[2:8] for line in lines] == [
         [0.9, 0.9, 1.0, 2, 20, 40], [0.7, 0.7, 1.0, 2, 20, 40], [None, None, None, 0, 0, 0]
     ]  # fmt: skip
     named = [line[0] for line in page.tables["Runs"]]
     assert named == ["run", "●\xa0onefedavg", "●\xa0feddyntwo", "●\xa0nonefedavg"]
-    assert [line[-2] for line in page.tables["Runs"][1:]] == ["completed", "completed", "failed"]
+    assert [line[1] for line in page.tables["Runs"][1:]] == ["completed", "completed", "failed"]
     assert page.text.count("none failed: broken") == 1
-    assert [line[7] for line in lines] == [None, 7.5, None]
+    assert [line[8] for line in lines] == [None, 7.5, None]
     # 0.9 of 0.9 is 0.81
     reach = [line[1] for line in page.tables["To a target accuracy"]]
     assert reach == ["round", "2", "not reached; best 0.7000", "not reached; best —"]
