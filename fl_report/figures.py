@@ -19,7 +19,7 @@ from fl_report.markup import (
     size,
     table,
 )
-from fl_report.series import AXES, curve
+from fl_report.series import AXES, curve, measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,15 @@ def curves(runs: Sequence[Run], pictures: Pictures) -> Markup:
     told = ""
     if seeds.repeated(seeds.alike(runs)):
         told = element("p", "Lines are means over seeds, bands one standard deviation.")
-    return section("Accuracy and loss", told, grid(figures), _history(runs))
+    return section("Accuracy and loss", told, flatness_seconds(runs), grid(figures), _history(runs))
+
+
+def flatness_seconds(runs: Sequence[Run]) -> Markup:
+    """That seconds are not those of training alone, where it is so."""
+    names = [run.label for run in runs if measured(run)]
+    of = f" of {', '.join(names)}" if len(names) < len(runs) else ""
+    told = element("p", f"Seconds{of} include the measuring of flatness during the run.")
+    return told if names else Markup("")
 
 
 def of_runs(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_report import plots
 from fl_report.compare import SERIES, TITLES, method_of
-from fl_report.figures import MANY
+from fl_report.figures import MANY, flatness_seconds
 from fl_report.markup import (
     NONE,
     Markup,
@@ -236,7 +236,9 @@ def target(runs: Sequence[Run], aim: float | None, given: bool) -> Markup:
     if repeated(groups):
         told += " Means over the runs that reached it."
     head = ["run", "round", "up and down", "time in rounds"]
-    return section("To a target accuracy", element("p", told), table(head, rows))
+    return section(
+        "To a target accuracy", element("p", told), flatness_seconds(runs), table(head, rows)
+    )
 
 
 def settings(runs: Sequence[Run]) -> Markup:

@@ -37,6 +37,8 @@ OF_UPDATES = {
     "update_alignment": "alignment of updates",
 }
 """Columns of a history that tell how far a round's clients moved, and whether alike."""
+OF_FLATNESS = ("lambda_max", "trace", "h_n", "h_d", "flatness_error")
+"""Columns that a row has, one or more of them, where flatness was measured in its round."""
 NOT_DRAWN, ANSWERED, FAILED, REJECTED = range(4)
 
 
@@ -167,11 +169,17 @@ def local_gain(run: Run) -> list[tuple[int, float, float]]:
     return [(t, *pair) for t, pair in pairs if pair]
 
 
+def measured(run: Run) -> bool:
+    """Whether flatness was measured in any round, in the seconds of that round."""
+    return any(key in row for row in run.rows for key in OF_FLATNESS)
+
+
 def measurements(run: Run) -> list[tuple[int | str, dict[str, Any]]]:
     """How flat the loss is: the round, and a row of the history, of every one that measured it;
     at last what `flatfed flatness` found of the final model."""
-    told = ("lambda_max", "trace", "h_n", "h_d", "flatness_error")
-    found: list[Any] = [(row["round"], row) for row in run.rows if any(key in row for key in told)]
+    found: list[Any] = [
+        (row["round"], row) for row in run.rows if any(key in row for key in OF_FLATNESS)
+    ]
     path = run.folder / "flatness.json" if run.folder else None
     if path and path.exists():
         afterwards = json.loads(path.read_text())

@@ -168,6 +168,7 @@ def test_the_numbers_are_those_of_the_run(real: Path, report: Path):
     ]  # fmt: skip
     assert page.values["Flatness"][-1][1:] == [3, abs(last["lambda_max"]) * (
         last["lambda_max_residual"]), last["trace_error"]]  # fmt: skip
+    assert page.text.count("Seconds include the measuring of flatness") == 2
     assert page.tables["Gradient norms"][1][0] == "all"
     assert page.tables["Gradient norms"][1][1].endswith(" (2)")  # aggregations between 3 rounds
     drawn = [sum(k in told["cohort"] for told in history) for k in range(4)]
@@ -482,6 +483,8 @@ def test_many_runs(tmp_path: Path):
         ["one", "feddyn", "none"], ["0.1", "0.5", "0.1"], ["fedavg", "feddyn", "fedavg"]
     ]  # fmt: skip
     assert sum(tag == "mark" for tag, _ in page.tags) == 2
+    said = "Seconds of one include the measuring of flatness during the run."
+    assert page.text.count(said) == 2  # with the curves, and with the target
     assert page.text.count("2 clients hold 8 training samples of 2 classes: 3 to 5") == 1
     assert page.tables["Flatness"][1:] == [
         ["one", "2", "4 ± 0.04", "—", "—"],
