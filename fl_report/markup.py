@@ -238,10 +238,10 @@ summary { cursor: pointer; padding: 0.3rem 0; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; background: none; }
   table { font-size: 8.5pt; }
-  .cards, .cards small { font-size: 7pt; }
-  .cards th, .cards td { padding-right: 0.35rem; }
+  .cards, .cards small { font-size: 6.5pt; }
+  .cards th, .cards td { padding-right: 0.25rem; }
   .cards tbody th, .cards code { overflow-wrap: anywhere; }
-  .cards tbody th { min-width: 4.5rem; }
+  .cards tbody th { min-width: 4rem; }
   mark, dl div, pre { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .grid { grid-template-columns: repeat(3, 1fr); }
   section { margin-top: 1rem; }

@@ -10,6 +10,7 @@ import select
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -576,63 +577,143 @@ class Browser:
         self("Page.navigate", url=path.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
-        wide = self("Runtime.evaluate", expression="document.documentElement.scrollWidth")
+        wide = self.value("document.documentElement.scrollWidth")
         png = base64.b64decode(self("Page.captureScreenshot")["data"])
-        return wide["result"]["value"], np.asarray(Image.open(BytesIO(png)).convert("L"))
+        return wide, np.asarray(Image.open(BytesIO(png)).convert("L"))
+
+    def value(self, expression: str) -> Any:
+        """Of an expression in the page."""
+        answer = self("Runtime.evaluate", returnByValue=True, expression=expression)
+        return answer["result"]["value"]
+
+    def complaints(self) -> list[str]:
+        """Whatever the page said on the console."""
+        errors = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event["method"] for event in self.events if event["method"] in errors]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on the PATH")
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip(f"none of {', '.join(NAMES)} on the PATH")
+    opened = Browser(tmp_path / "profile")
+    yield opened
+    opened.process.kill()
+    opened.process.wait()
+
+
 @pytest.mark.parametrize("width", [1200, 360])
-def test_in_a_browser(width: int, real: Path, report: Path, tmp_path: Path):
-    browser = Browser(tmp_path / "profile")
-    try:
-        wide, screenshot = browser.show(report, width)
-        loaded = browser("Runtime.evaluate", returnByValue=True, expression=(
-            "[...document.images].filter(i => i.complete && i.naturalWidth > 400).length"
-        ))  # fmt: skip
-        cut = browser("Runtime.evaluate", returnByValue=True, expression=(
-            "[...document.images].filter(i => i.getBoundingClientRect().right > innerWidth)"
-            ".map(i => i.alt)"
-        ))  # fmt: skip
-        said = browser("Runtime.evaluate", returnByValue=True, expression=(
-            "Object.fromEntries([...document.querySelectorAll('dl > div')].map(box => "
-            "[box.children[0].innerText, box.children[1].innerText.split('\\n')[0]]))"
-        ))["result"]["value"]  # fmt: skip
-    finally:
-        browser.process.kill()
-        browser.process.wait()
+def test_in_a_browser(width: int, real: Path, report: Path, browser: Browser):
+    wide, screenshot = browser.show(report, width)
+    said = browser.value(
+        "Object.fromEntries([...document.querySelectorAll('dl > div')].map(box => "
+        "[box.children[0].innerText, box.children[1].innerText.split('\\n')[0]]))"
+    )
     summary = json.loads((real / "summary.json").read_text())
     assert said["accuracy"] == f"{summary['accuracy']:.4f}"
     assert said["best accuracy"] == f"{summary['best_accuracy']:.4f}"
     assert (said["rounds"], said["model_sha256"]) == ("3", summary["model_sha256"])
-    told = [event["method"] for event in browser.events]
-    errors = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-    assert not [method for method in told if method in errors]
     asked = [e["params"]["request"]["url"] for e in browser.events
              if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
     assert [url for url in asked if not url.startswith("data:")] == [report.resolve().as_uri()]
     assert wide <= width and screenshot.shape == (800, width)
-    assert cut["result"]["value"] == []
+    images = "[...document.images].filter(i => {}).length"
+    assert browser.value(images.format("i.getBoundingClientRect().right > innerWidth")) == 0
     assert screenshot.std() > 10 and (screenshot < 100).mean() > 0.005  # ink on it
-    assert loaded["result"]["value"] == 16
+    assert browser.value(images.format("i.complete && i.naturalWidth > 400")) == 16
+    assert not browser.complaints()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on the PATH")
-def test_what_is_folded_away_is_printed(report: Path, tmp_path: Path):
-    browser = Browser(tmp_path / "profile")
+SEEN = (
+    "[...document.querySelectorAll('h2')].find(h => h.innerText == '{}').parentElement"
+    ".querySelectorAll('tbody tr')"
+)
+"""The rows of a section's tables."""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_several_runs_in_a_browser(width: int, browser: Browser, tmp_path: Path):
+    """As wide as the table of runs gets; one of them failed."""
+    more = {
+        "accuracy_sel": 0.51, "accuracy_all": 0.52, "client_accuracy_mean": 0.53,
+        "client_accuracy_worst_decile": 0.54, "lambda_max": 4.0, "update_norm": 1.0,
+        "update_norm_max": 2.0, "update_alignment": 0.5, "grad_norm": {"all": [1.0, 2.0]},
+        "client_accuracy_before": {"0": 0.2}, "client_accuracy_after": {"0": 0.9},
+    }  # fmt: skip
+    config = {name: CONFIG | {"strategy.name": name} for name in ("fedavg", "feddyn", "scaffold")}
+    rows = [row(1, 0.5, **more), row(2, 0.9125, **more)]
+    done = {"wall_s": 1234.5, "cpu_s": 99.5, "model_sha256": "ab" * 32}
+    folders = [
+        folder_of(tmp_path / "a", rows, config["fedavg"], **done),
+        folder_of(tmp_path / "a-longer-name", rows, config["feddyn"], **done),
+        folder_of(
+            tmp_path / "c", [row(1, 0.25, replies=[], rejected={"0": "NaN"}, client_loss=None)],
+            config["scaffold"], status="failed", error="round 1: 0 good replies",
+        ),
+    ]  # fmt: skip
+    page = write(folders, tmp_path / "page.html")
+    wide, _ = browser.show(page, width)
+    assert wide <= width and not browser.complaints()
+    cells = f"[...{SEEN.format('Runs')}].map(tr => [...tr.cells].map(td => {{}}))"
+    told = browser.value(cells.format("td.innerText"))
+    assert [line[1:4] for line in told] == [
+        ["completed", "0.9125", "0.9125"], ["completed", "0.9125", "0.9125"],
+        ["failed", "0.2500", "0.2500"],
+    ]  # fmt: skip
+    assert told[0][5:11] == ["2", "20 B", "40 B", "1,234 s", "99.5 s", "0"]
+    assert told[0][11:] == ["0.5100", "0.5200", "0.5300", "0.5400", "ab" * 8]
+    places = browser.value(cells.format("td.getBoundingClientRect().right"))
+    shown = places if width < 600 else [line[:11] for line in places]
+    assert max(map(max, shown)) <= width
+    browser("Emulation.setEmulatedMedia", media="print")
+    browser("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1,
+            mobile=False)  # fmt: skip
+    ends = "[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)"
+    assert max(browser.value(ends)) <= 718
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run that ends because all updates are rejected, in three rounds."""
+    base = tmp_path_factory.mktemp("failed")
+    settings = (
+        "run.name=failed", f"run.output-dir={base}", "run.pictures=false", "run.rounds=5",
+        "clients.number=12", "train.device=cpu", "train.lr=1e30",
+    )  # fmt: skip
+    assert main(["run", *settings]) == 3
+    release()
+    return base / "failed"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_failed_run_in_a_browser(width: int, failed: Path, browser: Browser, tmp_path: Path):
+    page = write([failed], tmp_path / "page.html")
+    wide, _ = browser.show(page, width)
+    assert wide <= width and not browser.complaints()
+    error = json.loads((failed / "summary.json").read_text())["error"]
+    assert f"failed: {error}" in browser.value("document.body.innerText")
+    assert "36 rejected" in browser.value("document.body.innerText")
+    lines = browser.value(f"[...{SEEN.format('Participation')}].map(tr => tr.innerText)")
+    lines = [line for line in lines if "0, 1, 2, 3, 4, 5 and 6 more" in line]
+    assert len(lines) == 3 and all("NaN or infinite" in line for line in lines)
+    strip = Image.open(tmp_path / "page" / "participation.png").convert("RGB")
+    colours = {colour: count for count, colour in strip.getcolors(1 << 20)}
+    rejected, answered = (
+        colours.get(tuple(bytes.fromhex(plots.STATES[state][1:])), 0)
+        for state in ("rejected", "answered")
+    )
+    assert rejected > 0.5 * strip.width * strip.height and not answered
+
+
+def test_what_is_folded_away_is_printed(report: Path, browser: Browser, tmp_path: Path):
     inside = (
         "[...document.querySelectorAll('details > :not(summary)')].map(it => it.checkVisibility())"
     )
-    try:
-        browser.show(report, 800)
-        on_screen = browser("Runtime.evaluate", returnByValue=True, expression=inside)
-        browser("Emulation.setEmulatedMedia", media="print")
-        printed = browser("Runtime.evaluate", returnByValue=True, expression=inside)
-        pdf = browser("Page.printToPDF", printBackground=False)["data"]
-    finally:
-        browser.process.kill()
-        browser.process.wait()
-    on_screen, printed = (found["result"]["value"] for found in (on_screen, printed))
+    browser.show(report, 800)
+    on_screen = browser.value(inside)
+    browser("Emulation.setEmulatedMedia", media="print")
+    printed = browser.value(inside)
+    pdf = browser("Page.printToPDF", printBackground=False)["data"]
     assert len(on_screen) >= 3 and not any(on_screen) and all(printed)
     if shutil.which("pdftotext"):
         (tmp_path / "report.pdf").write_bytes(base64.b64decode(pdf))
