@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_common import determinism  # noqa: F401  (sets MKL's environment before torch loads)
 
 if TYPE_CHECKING:
-    from flwr.app import Context, RecordDict
+    from flwr.app import Context
     from flwr.clientapp.typing import ClientAppCallable
 
     from fl_client.client import Clients
@@ -89,7 +89,8 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     """With `dp-clip`, the node's own or the run's, clip what was learned in a round and add noise
     before it leaves: Flower's LocalDpMod.
 
-    The numbers of a reply (loss, samples) stay as they are.
+    The numbers of a reply (loss, samples) stay as they are, and so does what the client remembers,
+    which does not leave it.
     """
     clip, epsilon, delta = (
         float(context.node_config.get(key, context.run_config.get(f"client.{key}", 0.0)))
@@ -98,12 +99,18 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     reply = call_next(message, context)
     if not clip or reply.has_error():
         return reply
-    for content in (message.content, reply.content):
-        arrays = [(n, *r) for n, r in content.items() if n not in ("config", "metrics")]
+    sent = RecordDict({n: r for n, r in message.content.items() if n != "memory"})
+    received, told = (
+        [(n, *r) for n, r in content.items() if n not in ("config", "metrics")]
+        for content in (sent, reply.content)
+    )
+    if not told:  # it asks for what it has lost
+        return reply
+    for arrays in (received, told):
         if arrays != [("arrays", "params")]:
             raise ValueError(
                 f"dp-clip: {arrays} would leave this client without noise; use a model without "
-                "BatchNorm (model.norm=group), and train.keep-optimizer=false"
+                "BatchNorm (model.norm=group)"
             )
     import numpy
     from flwr.clientapp.mod import LocalDpMod
@@ -116,7 +123,8 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     flower.setLevel(logging.WARNING)  # it tells of clip and noise at every reply
     try:
         # Two updates of norm C at most are 2 C apart.
-        return LocalDpMod(clip, 2 * clip, epsilon, delta)(message, context, lambda *_: reply)
+        mod, asked = LocalDpMod(clip, 2 * clip, epsilon, delta), Message(sent, reply_to=message)
+        return mod(asked, context, lambda *_: reply)
     finally:
         flower.setLevel(level)
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from safetensors.torch import load_file
 
-from fl_client.app import private
+from fl_client.app import private, release
 from fl_common.config import ConfigError, resolve
+from fl_server.cli import main
 
 if TYPE_CHECKING:
     from tests.conftest import Runner
@@ -123,6 +125,56 @@ def test_what_would_stay_without_noise_is_refused(runner, capsys):
     ]
     with pytest.raises(ConfigError, match=r"client.dp-epsilon = 0.5: has no effect"):
         resolve({"client.dp-epsilon": 0.5})
+
+
+MEMORY = [*PLAIN, "regularizers=moon", "model.head=moon", "client.dp-clip=1"]
+
+
+def test_a_client_that_lost_its_memory_is_given_back_what_it_had_sent(runner):
+    """The clients of a run that goes on in another process remember nothing."""
+    result = runner(*MEMORY, "client.dp-epsilon=1e6")
+    assert result.code == 0
+    release()
+    assert main(["resume", str(result.folder), "run.rounds=3"]) == 0
+    assert [row["replies"] for row in result.history] == [[0]] * 3
+    (given,) = result.summary["memory_given_back"]
+    assert (given["round"], given["client"]) == (2, 0)
+
+
+def test_the_servers_ledger_has_noise(runner, tmp_path):
+    """Of one client: what it sent is the new model; it remembers another."""
+    result = runner(*MEMORY, f"client.state-dir={tmp_path / 'state'}")
+    sent = params(result)
+    ledger, own = (
+        load_file(next(place.rglob("*.safetensors")))["moon.params"].double()
+        for place in (result.folder / "ledger", tmp_path / "state")
+    )
+    assert torch.equal(ledger.sort().values, sent.sort().values)
+    assert (own - ledger).std() > 1  # sigma = 2 sqrt(2 ln 1.25e5) = 9.7
+
+
+def test_a_memory_that_is_given_back_stays_as_it_is():
+    content = {
+        "arrays": ArrayRecord({"params": torch.zeros(4)}),
+        "config": ConfigRecord(),
+        "memory": ArrayRecord({"moon.params": torch.ones(4)}),
+    }
+    message = Message(RecordDict(content), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    node = {"dp-clip": 2.5, "dp-epsilon": 1e12, "dp-delta": 1e-5}
+    context = Context(1, 1, node, RecordDict(), {})
+    update = torch.tensor([3.0, 0.0, 4.0, 0.0])  # of norm 5
+    answers = [{"arrays": ArrayRecord({"params": update})}, {"metrics": MetricRecord({"a": 1})}]
+    done, asks = (
+        private(message, context, lambda m, c: Message(RecordDict(a), reply_to=m))  # noqa: B023
+        for a in answers
+    )
+    got = torch.from_numpy(done.content["arrays"]["params"].numpy())
+    torch.testing.assert_close(got, update / 2, rtol=0, atol=1e-6)
+    assert list(done.content) == ["arrays"]
+    assert asks.content == answers[1]
+    assert list(message.content) == ["arrays", "config", "memory"]
+    assert (message.content["memory"]["moon.params"].numpy() == 1).all()
 
 
 def test_clients_that_evaluate(runner):
