@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CONFIG, CLIENTS, HISTORY = "config.json", "clients.json", "history.jsonl"
 REPORT = "report.html"
 SUMMARY, MODEL = "summary.json", "model.safetensors"
+GATHERED = ("memory_given_back", "flatness_bytes_down", "flatness_bytes_up")
+"""What the summary gathers from round to round and no row of the history has."""
 
 
 def default_output_dir() -> Path:
@@ -220,9 +222,11 @@ class Recorder:
         self._digest.update(line)
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the results: how far the history goes, the time it took."""
+        """What a checkpoint keeps of the results: how far the history goes, the time it took, and
+        what the summary gathers."""
         history = {"bytes": self._length, "sha256": self._digest.hexdigest()}
-        return {"history": history, **self._times()}
+        gathered = {key: self.summary[key] for key in GATHERED if key in self.summary}
+        return {"history": history, "gathered": gathered, **self._times()}
 
     def rewind(self, server_round: int, facts: Mapping[str, Any]) -> None:
         """Back to what `facts` told after this round; later rows are played again.
@@ -243,6 +247,9 @@ class Recorder:
         self.rows = [json.loads(line) for line in text.splitlines()]
         self._resumed_rows = len(self.rows)
         self.earlier = {key: facts[key] for key in self.earlier}
+        for key in GATHERED:
+            self.summary.pop(key, None)
+        self.summary |= facts.get("gathered", {})
         self.summary["resumed_after_rounds"] = [
             *self.summary.get("resumed_after_rounds", ()), server_round
         ]  # fmt: skip
@@ -262,11 +269,12 @@ class Recorder:
 
     def restored(self, server_round: int, sizes: Mapping[int, int]) -> None:
         """Clients that lost their memory and were given it back, with the bytes of it."""
-        told = self.summary.setdefault("memory_given_back", [])
-        told += [
+        told = [
             {"round": server_round, "client": name, "bytes": size}
             for name, size in sorted(sizes.items())
         ]
+        # A new list: a checkpoint that is not written yet may have the old one.
+        self.summary["memory_given_back"] = [*self.summary.get("memory_given_back", ()), *told]
 
     def measured(self, down: int, up: int) -> None:
         """Bytes that went only to measure flatness."""

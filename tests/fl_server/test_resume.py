@@ -261,6 +261,41 @@ def test_a_resumed_runs_times_are_those_of_all_its_parts(runs: Runs):
     assert told["cpu_s"] >= before["cpu_s"] + sum(row["client_cpu_s"] for row in rows) - 1e-3
 
 
+FLATNESS = [
+    "flatness.every=1", "flatness.probes=2", "flatness.match=paper", "flatness.match-probes=2",
+]  # fmt: skip
+
+
+def gathered(folder: Path) -> tuple[int, int]:
+    told = summary(folder)
+    return told["flatness_bytes_down"], told["flatness_bytes_up"]
+
+
+def test_the_bytes_that_measure_flatness_are_those_of_all_rounds(runs: Runs):
+    """After a kill; and after an end that wrote a summary with a round that is played again."""
+    whole = runs("whole", *FLATNESS)
+    killed = runs.crashed("killed", *FLATNESS, after=3)
+    assert runs.resume(killed) == 0
+    assert gathered(killed) == gathered(whole)
+    ended = runs.base / "ended"
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, [4])
+        sparse = ["server.checkpoint-every=2", "clients.max-failed-rounds=1"]
+        assert main(runs.command("ended", *FLATNESS, *sparse)) == 3
+    assert runs.resume(ended) == 0
+    assert summary(ended)["resumed_after_rounds"] == [2]
+    assert gathered(ended) == gathered(whole)
+
+
+def test_who_was_given_its_memory_back_is_known_after_a_crash(runs: Runs):
+    """In this process the clients of a run that goes on remember nothing."""
+    folder = runs.crashed("killed", *MEMORY, after=1)
+    crash(lambda: kill_after(3), ["resume", str(folder)])
+    assert runs.resume(folder) == 0
+    given = summary(folder)["memory_given_back"]
+    assert [(g["round"], g["client"]) for g in given] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+
+
 # Damage
 
 
