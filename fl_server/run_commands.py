@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
         if problems := missing(config.tracking.names):
             return complain(problems)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
     return engines[config.engine.name](config, folder)
 
@@ -158,7 +159,6 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
         link = connection(config.engine.connection)
     except UsageError as error:
         return complain([str(error)])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
             status = run_on_connection(

@@ -25,6 +25,7 @@ import torch
 from fl_client.app import release
 from fl_client.client import Clients
 from fl_common import assembly, snapshots, wire
+from fl_server import rounds
 from fl_server.checkpoint import Checkpoints
 from fl_server.cli import main
 from fl_server.progress import Progress
@@ -239,6 +240,34 @@ def test_two_crashes_change_nothing_either(runs: Runs):
     assert runs.resume(folder) == 0
     assert reached(folder) == reached(whole)
     assert summary(folder)["resumed_after_rounds"] == [1, 3]
+
+
+def test_a_run_that_is_terminated_keeps_its_last_round(runs: Runs):
+    """SIGTERM after round 2, before its checkpoint is on the disk."""
+    whole = runs("whole", *MEMORY)
+    child = os.fork()
+    if not child:
+        code, draw = 99, rounds.draw
+
+        def terminate(clients, seed, server_round: int) -> list[int]:
+            if server_round == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return draw(clients, seed, server_round)
+
+        rounds.draw = terminate
+        try:
+            main(runs.command("ended", *MEMORY))
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    folder = runs.base / "ended"
+    told = summary(folder)
+    assert (told["status"], told["error"], told["rounds"]) == ("failed", "stopped", 2)
+    assert runs.resume(folder) == 0
+    assert summary(folder)["resumed_after_rounds"] == [2]
+    assert reached(folder) == reached(whole)
 
 
 def test_a_resumed_runs_times_are_those_of_all_its_parts(runs: Runs):

@@ -267,7 +267,7 @@ def test_nothing_is_left_of_a_run(runner: Runner) -> None:
     assert _children(os.getpid()) == children
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_workers_end_with_the_run(tmp_path: Path, end: signal.Signals) -> None:
     call = [sys.executable, "-c", "from fl_server.cli import entry_point as e; e()", "run",
             "run.rounds=100000", "engine.workers=2", f"run.output-dir={tmp_path}",
@@ -290,9 +290,11 @@ def test_workers_end_with_the_run(tmp_path: Path, end: signal.Signals) -> None:
     finally:
         run.kill()
         run.wait()
-    if end == signal.SIGINT:
-        assert run.returncode == 130
-        assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] != "completed"
+    if end != signal.SIGKILL:
+        code, error = (130, "interrupted") if end == signal.SIGINT else (143, "stopped")
+        assert run.returncode == code
+        summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+        assert (summary["status"], summary["error"]) == ("failed", error)
 
 
 def _children(process: int) -> set[int]:
