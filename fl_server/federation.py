@@ -301,7 +301,7 @@ class Federation:
         public = [make_node_key(self.keys / f"node-{i}") for i in range(self.clients)]
         calls = [self._flwr("supernode", "register", str(p), CONNECTION) for p in public]
         for call in calls:
-            text = _COLOUR.sub("", call.communicate(timeout=START_TIMEOUT)[0])
+            text = self._answer(call)
             if call.returncode or "registered successfully" not in text:
                 raise FederationError(f"a node's key was refused: {' '.join(text.split())}")
 
@@ -319,10 +319,12 @@ class Federation:
                 log = self.folder / "logs" / f"{name}.log"
                 if process.poll() is not None:
                     raise self._broken(f"{name} ended at its start", log)
-                if time.monotonic() > deadline:
-                    raise self._broken(f"{name} was not online within {limit:g} s", log)
                 if name in waiting and b"SuperNode ID:" in log.read_bytes():
                     del waiting[name]
+            if time.monotonic() > deadline:
+                who = ", ".join(waiting) or "a node that says it is"
+                log = self.folder / "logs" / f"{next(iter(waiting), 'superlink')}.log"
+                raise self._broken(f"not online within {limit:g} s: {who}", log)
             time.sleep(POLL)
 
     def node_command(self, partition: int, data_path: str = "") -> list[str]:
@@ -339,10 +341,21 @@ class Federation:
 
     def _online(self) -> int:
         call = self._flwr("supernode", "list", CONNECTION, "--format", "json")
-        text = call.communicate(timeout=START_TIMEOUT)[0]
         with suppress(ValueError, LookupError):
-            return sum(n["status"] == "online" for n in json.loads(text)["nodes"])
+            return sum(n["status"] == "online" for n in json.loads(self._answer(call))["nodes"])
         return 0
+
+    @staticmethod
+    def _answer(call: subprocess.Popen[str]) -> str:
+        """What a call of `flwr` prints.  Raises FederationError if it takes too long."""
+        try:
+            return _COLOUR.sub("", call.communicate(timeout=START_TIMEOUT)[0])
+        except subprocess.TimeoutExpired:
+            command = " ".join(["flwr", *call.args[1:3]])
+            raise FederationError(
+                f"the federation did not start: `{command}` gave no answer within "
+                f"{START_TIMEOUT:g} s"
+            ) from None
 
     def _flwr(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fl_common import processes
 from fl_server import federation
+from fl_server.cli import main
 
 
 @pytest.fixture
@@ -39,6 +41,64 @@ def test_a_broken_state_file(up: Path, text: str):
     up.write_text(text)
     with pytest.raises(federation.UsageError, match="no federation is up"):
         federation.connection("")
+
+
+@pytest.fixture
+def commands(up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put scripts in the place of Flower's commands and of `flatfed`; limits are short."""
+    monkeypatch.setattr(federation, "BIN", tmp_path / "bin")
+    for limit in ("START_TIMEOUT", "ONLINE_TIMEOUT"):
+        monkeypatch.setattr(federation, limit, 2.0)
+    monkeypatch.setattr(federation, "NODE_S", 0.0)
+    (tmp_path / "bin").mkdir()
+
+    def write(flwr: str, node: str = "echo SuperNode ID: 1") -> None:
+        for name, text in (
+            ("flower-superlink", "echo Uvicorn running on; exec sleep 60"),
+            ("flwr", flwr),
+            ("flatfed", f"{node}; exec sleep 60"),
+        ):
+            path = tmp_path / "bin" / name
+            path.write_text(f"#!/bin/sh\n{text}\n")
+            path.chmod(0o755)
+
+    return write
+
+
+def failure(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+    """Why a federation of three does not start; nothing of it is left."""
+    assert main(["up", "--clients", "3", *options]) == 3
+    assert not federation._present(federation._state())
+    return capsys.readouterr().err.splitlines()
+
+
+TWO_OF_THREE = """echo '{"nodes": [{"status": "online"}, {"status": "online"}]}'"""
+
+
+def test_the_node_that_is_not_online_is_named(commands, capsys: pytest.CaptureFixture[str]):
+    late = 'case "$*" in *"--partition 2 "*) echo no way;; *) echo SuperNode ID: 1;; esac'
+    commands(TWO_OF_THREE, late)
+    first, *tail = failure(capsys, "--insecure")
+    assert first == "error: the federation did not start: not online within 2 s: node-2"
+    assert tail[0].endswith("node-2.log:")
+    assert tail[1:] == ["no way"]
+
+
+def test_a_node_that_the_superlink_does_not_have(commands, capsys: pytest.CaptureFixture[str]):
+    commands(TWO_OF_THREE)
+    first, *tail = failure(capsys, "--insecure")
+    assert first.endswith("not online within 2 s: a node that says it is")
+    assert tail[0].endswith("superlink.log:")
+
+
+@pytest.mark.parametrize(("options", "call"), [([], "register"), (["--insecure"], "list")])
+def test_a_superlink_that_does_not_answer(
+    commands, capsys: pytest.CaptureFixture[str], options: list[str], call: str
+):
+    commands("exec sleep 60")
+    assert failure(capsys, *options) == [
+        f"error: the federation did not start: `flwr supernode {call}` gave no answer within 2 s"
+    ]
 
 
 def test_wrong_calls(up: Path):
