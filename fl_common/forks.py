@@ -62,6 +62,9 @@ def _fork(work: Callable[[T], list[Any]], part: T) -> tuple[int, IO[bytes]] | No
         os.close(theirs)
         return process, os.fdopen(ours, "rb")
     try:
+        # Ctrl-C is for the process that forked us, which ends us.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if end_with(parent, signal.SIGKILL):
             with os.fdopen(theirs, "wb") as pipe:
                 threads = torch.get_num_threads()

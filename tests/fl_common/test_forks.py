@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import sys
 
 import pytest
@@ -34,6 +35,28 @@ def test_the_part_of_a_fork_that_fails_is_done_here(end: str) -> None:
     assert [part for part, _ in found] == [0, 1, 2]
     assert found[1][1] == here
     assert found[2][1] != here
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_a_fork_raise_nothing_in_it(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C goes to all processes of a terminal, and is for the one that forked; SIGTERM ends."""
+    here = os.getpid()
+
+    def work(part: int) -> list[int]:
+        if os.getpid() != here:
+            os.kill(os.getpid(), number)
+        return [part, os.getpid()]
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        found = in_processes(work, [0, 1])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [part for part, _ in found] == [0, 1]
+    assert (found[1][1] == here) == (number == signal.SIGTERM)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_raises_here_ends_the_forks(monkeypatch: pytest.MonkeyPatch) -> None:
