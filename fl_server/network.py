@@ -38,6 +38,11 @@ class ServerNetwork:
         except Exception as error:  # the model may be the user's own
             raise RunFailed(f"model.name = {config.model.name}: {error}") from error
         self.layout = Layout.of(self.net)
+        self.strides = {
+            kind: [tensor.stride() for tensor in tensors.values()]
+            for kind, tensors in tensors_of(self.net).items()
+        }
+        """The order of each tensor in memory, which one that is put away has no more."""
         self.data: Dataset | None = None
         self.most, self.processes = processes, 1
         """Processes there may be, and those that an evaluation is shared out among."""
@@ -62,9 +67,10 @@ class ServerNetwork:
         with torch.no_grad():
             for kind, tensors in tensors_of(self.net).items():
                 views = self.layout.split(kind, model[kind].to(self.device))
-                for tensor, view in zip(tensors.values(), views, strict=True):
+                given = zip(tensors.values(), views, self.strides[kind], strict=True)
+                for tensor, view, stride in given:
                     if tensor.shape != view.shape:  # it was put away
-                        tensor.data = torch.empty_like(view)
+                        tensor.data = tensor.data.new_empty_strided(view.shape, stride)
                 torch._foreach_copy_(list(tensors.values()), views)
 
     def put_away(self) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fl_server.inprocess
+import fl_server.network
+from fl_common import assembly
+from fl_common.config import resolve
+from fl_common.evaluation import evaluate
 from fl_server.inprocess import InProcessGrid
+from fl_server.network import ServerNetwork
 
 BASE = ["clients.number=5", "run.rounds=3", "train.device=cpu"]
 
@@ -71,6 +78,33 @@ def test_evaluating_changes_no_bit_of_training(runner):
     assert often.summary["model_sha256"] == seldom.summary["model_sha256"]
     assert "accuracy" not in seldom.history[0]
     assert "client_accuracy_before" not in seldom.history[0]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_network_that_was_put_away_comes_back_in_its_order_in_memory(
+    monkeypatch: pytest.MonkeyPatch, channels_last: bool
+):
+    """A server that trains nobody, as on gRPC, evaluates as one that does."""
+    config = resolve({"train.device": "cpu", "train.channels-last": channels_last})
+    data = assembly.load_data(config)
+    first = SimpleNamespace(classes=data.classes, shape=assembly.input_shape(config, data))
+    network = ServerNetwork(config, first, torch.device("cpu"), 1)
+    network.load_data(first)
+    model, seen = network.model(), []
+
+    def look(net, *others):
+        convolutions = [p for p in net.parameters() if p.dim() == 4 and p.shape[1] > 1]
+        assert convolutions
+        orders = {p.is_contiguous(memory_format=torch.channels_last) for p in convolutions}
+        seen.append((orders, {name: t.stride() for name, t in net.state_dict().items()}))
+        return evaluate(net, *others)
+
+    monkeypatch.setattr(fl_server.network, "evaluate", look)
+    before = network.evaluate(model)
+    network.put_away()
+    assert network.evaluate(model) == before
+    assert seen[0] == seen[1]
+    assert seen[0][0] == {channels_last}
 
 
 def picture_folders(tmp_path, classes_of):
