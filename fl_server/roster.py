@@ -298,7 +298,7 @@ class Roster:
             return
         try:
             self._answers[node] = replace(Member.of(reply), node_id=node)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             self._refuse({node: f"its answer cannot be read: {error!r}"})
 
     def judge(self) -> None:

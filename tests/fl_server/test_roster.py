@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import replace
 
@@ -210,7 +211,8 @@ def test_a_simulation_of_another_size_ends_at_once(grid):
         Roster(Exchange(grid, 1000.0), 3).assemble(nodes_may_come=False)
 
 
-def test_an_answer_that_cannot_be_read_is_a_refusal(grid, monkeypatch):
+@pytest.mark.parametrize("samples", [None, math.inf, math.nan])
+def test_an_answer_that_cannot_be_read_is_a_refusal(grid, monkeypatch, samples):
     import fl_client.client
 
     describe = fl_client.client.Clients.describe
@@ -219,6 +221,8 @@ def test_an_answer_that_cannot_be_read_is_a_refusal(grid, monkeypatch):
         content = describe(self, partition)
         if partition == 1:
             del content["metrics"]["num-examples"]
+            if samples is not None:
+                content["metrics"]["num-examples"] = samples
         return content
 
     monkeypatch.setattr(fl_client.client.Clients, "describe", broken)
