@@ -277,6 +277,8 @@ CHILD = "from fl_server.suites import child; child()"
 def child() -> None:
     """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first argument
     is the cell's folder."""
+    # A shell's `&` and nohup have it ignored, and we would not end when the suite asks us to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not processes.end_with(os.getppid(), signal.SIGINT):
         sys.exit("the suite is no more")
     from fl_server.cli import entry_point

@@ -53,10 +53,10 @@ class Suite:
     def call(self, *words: str) -> int:
         return main(["suite", str(self.file), "--out", str(self.out), *words])
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, *before: str) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [FLATFED, "suite", self.file, "--out", self.out],
+                [*before, FLATFED, "suite", self.file, "--out", self.out],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -181,6 +181,27 @@ def check_the_table(suite: Suite) -> None:
     assert f"flatfed suite {suite.file}" in page and table["cells"][0]["code"][:12] in page
     report = (suite.folder / "report.html").read_text()
     assert all(cell in report for cell in CELLS)
+
+
+# As a script's `&` starts its processes.
+IN_BACKGROUND = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.skipif(sys.platform != "linux", reason="a child's end with its parent is Linux's")
+def test_a_suite_in_the_background_takes_its_cells_with_it(number, tmp_path):
+    suite = Suite(tmp_path, SUITE.replace(f"rounds = {ROUNDS}", "rounds = 100000"))
+    process = suite.start(*IN_BACKGROUND)
+    suite.until(CELLS[0], process)
+    [child] = children(process)
+    started = processes.identify(child)
+    process.send_signal(number)
+    process.wait(60)
+    try:
+        assert wait_for(lambda: child not in processes.living(), 20)
+    finally:
+        processes.end({child: started})
+    assert suite.summary(CELLS[0])["error"] == "interrupted"
 
 
 def test_a_cell_measures_itself_whatever_became_of_the_suite(tmp_path):
