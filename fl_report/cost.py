@@ -130,6 +130,11 @@ class Plan:
                 sizes[kind] = sum(tensor.nbytes for tensor in tensors.values())
         return sizes
 
+    @property
+    def buffers(self) -> int:
+        """Bytes of what travels besides the groups."""
+        return sum(size for name, size in self.sizes.items() if name not in self.groups.names)
+
     def __str__(self) -> str:
         return (
             f"{self.config.model.name}: {sum(self.groups.sizes):,} parameters in "
@@ -232,18 +237,24 @@ def report(plan: Plan, samples: float, cohort: Callable[[int], list[int]]) -> Re
     return Report(plan, samples, macs, {rounds: of(rounds) for rounds in lengths})
 
 
-def published_tmacs(values: Mapping[str, Any], samples: float, rounds: int) -> float | None:
-    """The published accounting of a run's settings: 1e12 MACs of a client with so many samples
-    that takes part in the first `rounds` rounds.  None where the samples' shape is only known by
-    reading them, or the settings are of another version."""
+def plan_of(values: Mapping[str, Any]) -> Plan | None:
+    """That of a run's settings.  None where the samples' shape is only known by reading them, or
+    the settings are of another version."""
+    settings = {key: value for key, value in values.items() if not key.startswith("engine.")}
     try:  # nodes elsewhere have the data: none is read here
-        config = resolve({**values, "engine.name": "grpc"}, absolute_paths=False)
-        if SOURCES[config.data.source].shape is None:
-            return None
-        plan = Plan.of(config, None, None)
+        config = resolve({**settings, "engine.name": "grpc"}, absolute_paths=False)
+        return Plan.of(config, None, None) if SOURCES[config.data.source].shape else None
     except (KeyError, ValueError):
         return None
-    names, partial = plan.groups.names, 0
+
+
+def published_tmacs(values: Mapping[str, Any], samples: float, rounds: int) -> float | None:
+    """The published accounting of a run's settings: 1e12 MACs of a client with so many samples
+    that takes part in the first `rounds` rounds.  None as in `plan_of`."""
+    plan = plan_of(values)
+    if plan is None:
+        return None
+    config, names, partial = plan.config, plan.groups.names, 0
     if config.strategy.name == "fedpart":
         strategy = methods("strategies")["fedpart"](config)
         strategy.bind(plan.groups)

@@ -70,9 +70,16 @@ def _summed(key: str, scale: float) -> Callable[..., float | None]:
 
 
 def _up_until(run: Run, t: float, _: Any) -> float | None:
-    if len(run.rows) < t:
+    """Of parameters alone: the poster does not count BatchNorm's statistics."""
+    if len(run.rows) < t or not run.config:
         return None
-    return sum(row["bytes_up"] for row in run.rows[: int(t)]) / POSTER_GB
+    from fl_report.cost import plan_of
+
+    if (plan := plan_of(run.config)) is None:
+        return None
+    buffers = plan.buffers
+    sent = (row["bytes_up"] - len(row["replies"]) * buffers for row in run.rows[: int(t)])
+    return sum(sent) / POSTER_GB
 
 
 def _tmacs_until(run: Run, t: float, _: Any) -> float | None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fl_common.config import methods
-from fl_report import suite_page, suite_table
+from fl_report import cost, suite_page, suite_table
 from fl_report.compare import Run
-from fl_report.suite import Reduced, SuiteError, _cells, _parse, load
+from fl_report.suite import Cell, Reduced, SuiteError, _cells, _parse, load
 from fl_report.suite_metrics import KINDS, Metric
 from fl_server.cli import main
 
@@ -81,9 +81,8 @@ EXPECTED = {
     "mb-to:0.6": 800 / 1e6,  # 100 + 200 + 300 + 200 B
     "mb-up": 1000 / 1e6,
     "mb-down": 600 / 1e6,
-    "poster-gb-up:2": 400 / 1.024e9,
-    "poster-gb-up:4": None,
-    "poster-tmacs:2": None,  # no settings here
+    "poster-gb-up:2": None,  # no settings here
+    "poster-tmacs:2": None,
     "seconds": 12.5,
     "cpu-seconds": 20.0,
     "seconds-per-round": 3.0,  # (2 + 4 + 3) / 3
@@ -104,22 +103,52 @@ def test_a_run_without_numbers_has_none():
     assert {Metric.of(name).value(empty, {}) for name in EXPECTED} == {None}
 
 
-def test_the_posters_computation_is_that_of_its_table():
-    path = ROOT / "experiments" / "fedpart-main-cifar10.toml"
-    printed = {"fedavg": (4.38, 17.5), "fedavg-part": (3.21, 12.9), "fedprox-part": (3.21, 12.9)}
-    suite = _parse(path)
-    cells = {cell.method: cell for cell in _cells(path, suite, Reduced(), {})}
+POSTER = ("main-cifar10", "main-cifar100", "main-tiny-imagenet")
+
+
+def of_the_poster(suite: str, kind: str) -> list[tuple[Cell, int, float]]:
+    """The cells of its main table: ours, rounds, and the number as printed."""
+    path = ROOT / "experiments" / f"fedpart-{suite}.toml"
+    parsed = _parse(path)
+    cells = {cell.method: cell for cell in _cells(path, parsed, Reduced(), {}) if not cell.seed}
+    return [
+        (cells[method], int(block.metric.partition(":")[2]), float(row[0]))
+        for block in parsed.published
+        if block.metric.startswith(kind) and not block.differs
+        for method, row in block.values.items()
+    ]
+
+
+@pytest.mark.parametrize("suite", POSTER)
+def test_the_posters_computation_is_that_of_its_table(suite):
     clients = {"samples": [499, 500, 501]}
-    for method, (one, four) in printed.items():
-        run = Run("", {}, [{}] * 100, cells[method].values, clients)
-        found = [Metric.of(f"poster-tmacs:{t}").value(run, {}) for t in (25, 100)]
-        assert found == pytest.approx([one, four], rel=0.005)
-        for other in ([{}] * 24, clients), ([{}] * 100, {}):
-            short = Run("", {}, other[0], cells[method].values, other[1])
-            assert Metric.of("poster-tmacs:25").value(short, {}) is None
-    unknown = cells["fedavg"].values | {"data.source": "folder"}
-    run = Run("", {}, [{}] * 25, unknown, clients)
-    assert Metric.of("poster-tmacs:25").value(run, {}) is None
+    printed = of_the_poster(suite, "poster-tmacs")
+    assert len(printed) == 4 * (4 if suite == "main-cifar10" else 5)
+    for cell, t, number in printed:
+        metric = Metric.of(f"poster-tmacs:{t}")
+        run = Run("", {}, [{}] * t, cell.values, clients)
+        assert metric.value(run, {}) == pytest.approx(number, rel=0.005)
+        for rows, known in ([{}] * (t - 1), clients), ([{}] * t, {}):
+            assert metric.value(Run("", {}, rows, cell.values, known), {}) is None
+    unknown = Run("", {}, [{}] * t, cell.values | {"data.source": "folder"}, clients)
+    assert metric.value(unknown, {}) is None
+
+
+@pytest.mark.parametrize("suite", [*POSTER, "c1-cifar10"])
+def test_the_posters_communication_is_that_of_its_table(suite):
+    """Of what `flatfed cost` says is sent, BatchNorm's statistics too."""
+    shares = {}
+    for cell, t, number in of_the_poster(suite, "poster-gb-up"):
+        if t not in shares:
+            plan = cost.plan_of(cell.values | {"run.rounds": t, "strategy.name": "fedpart"})
+            shares[t] = cost.report(plan, 500, lambda _: list(range(40))).costs[t]["bytes_up"]
+        sent = shares[t][cell.method.endswith("-part")]
+        rows = [{"bytes_up": sent / t, "replies": list(range(40))}] * t
+        metric = Metric.of(f"poster-gb-up:{t}")
+        run = Run("", {}, rows, cell.values)
+        assert metric.value(run, {}) == pytest.approx(number, rel=0.004)
+        assert metric.value(Run("", {}, rows[1:], cell.values), {}) is None
+        assert metric.value(Run("", {}, rows, cell.values | {"data.source": "folder"}), {}) is None
 
 
 def test_the_cells_are_the_matrix_and_later_settings_win(tmp_path):
