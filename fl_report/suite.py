@@ -145,6 +145,7 @@ def load(
     plan = Plan(path.stem, suite, [known[name] for name in chosen], [], reduced, over)
     plan.cells.extend(_cells(path, suite, cut if reduced else Reduced(), over))
     _check(path, plan.cells)
+    _check_data(path, plan.cells)
     return plan
 
 
@@ -298,3 +299,17 @@ def _check(path: Path, cells: Sequence[Cell]) -> None:
                 for line, names in found.items()
             ]
         )
+
+
+def _check_data(path: Path, cells: Sequence[Cell]) -> None:
+    """The lines of one setting stand below each other, so that they must be of the same data."""
+    defaults, first = resolve({}).flat(), {}
+    for cell in cells:
+        before = first.setdefault(cell.setting, cell)
+        for key in ("data.source", "data.path"):
+            here, there = (c.values.get(key, defaults[key]) for c in (cell, before))
+            if here != there:
+                raise SuiteError(
+                    [f'{path}: {cell.name}: {key} = "{here}" here and "{there}" in {before.name}; '
+                     "the methods of a setting need the same data: make them [settings]"]
+                )  # fmt: skip

@@ -165,6 +165,14 @@ def test_the_cells_are_the_matrix_and_later_settings_win(tmp_path):
     }  # fmt: skip
 
 
+def test_settings_may_be_of_different_data(tmp_path):
+    other = '[settings.many]\ndata.source = "breast-cancer"\nmodel.name = "mlp"\n'
+    cells = load(written(tmp_path, TEXT.replace("[settings.many]\n", other))).cells
+    assert {cell.setting: cell.values.get("data.source") for cell in cells} == {
+        "few": None, "many": "breast-cancer"
+    }  # fmt: skip
+
+
 def test_reduced_takes_fewer_cells_and_its_own_settings(tmp_path):
     plan = load(written(tmp_path), reduced=True)
     assert plan.folder_name == "two-reduced"
@@ -217,6 +225,9 @@ BAD = {
         'published, Table 1: feddyn in few has its accuracy in Table 0; write "" there'),
     "column twice": ('"few", "many"]\nv', '"few", "few"]\nv',
         "published, Table 1: feddyn in few has its accuracy in Table 1"),
+    "other data": ('strategy.name = "feddyn"', 'data.source = "breast-cancer"\nmodel.name = "mlp"',
+        'few_feddyn_seed0: data.source = "breast-cancer" here and "digits" in few_fedavg_seed0; '
+        "the methods of a setting need the same data: make them [settings]"),
     "cell": ("[settings.few]", '[cells."few_fedav"]\n[settings.few]', "cells: no few_fedav; write"),
 }  # fmt: skip
 

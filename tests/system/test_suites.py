@@ -262,19 +262,19 @@ def test_cells_whose_data_cannot_be_read_are_not_tried_one_after_the_other(tmp_p
     for path in (tmp_path / "images" / image for image in images):
         path.parent.mkdir(parents=True)
         path.write_text("no image")
-    place = f'[base]\nrun.rounds = 1\ndata.path = "{tmp_path}/images"'
-    text = BRIEF.replace("[base]", place)
-    text = text.replace("clients", 'data.source = "folder"\ndata.min-size = 1\nclients')
-    text += '[methods.two]\n[methods.own]\ndata.source = "digits"\ndata.path = ""\n'
+    text = BRIEF.replace("[base]", "[base]\nrun.rounds = 1") + "[methods.two]\n"
+    text += f'[settings.images]\ndata.source = "folder"\ndata.path = "{tmp_path}/images"\n'
+    text += "data.min-size = 1\n[settings.own]\n"
     suite = Suite(tmp_path, text)
     assert suite.call() == 3
     told = capfd.readouterr()
     started = [line for line in told.out.splitlines() if line.endswith(": begins")]
-    assert started == ["fedavg_seed0: begins", "own_seed0: begins"]
-    assert "; with the same data, not tried: 1; 1 left" in told.out
+    cells = "images_fedavg_seed0", "own_fedavg_seed0", "own_two_seed0"
+    assert started == [f"{cell}: begins" for cell in cells]
+    assert "; with the same data, not tried: 1; 2 left" in told.out
     assert told.err.count("error: ") == 1
-    assert suite.summary("own_seed0")["status"] == "completed"
-    assert not (suite.folder / "two_seed0").exists()
+    assert suite.summary("own_two_seed0")["status"] == "completed"
+    assert not (suite.folder / "images_two_seed0").exists()
 
 
 # As many rounds as the call says.
