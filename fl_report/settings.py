@@ -17,6 +17,9 @@ PLACE = ("run.name", "run.output-dir", "run.resume")
 DATA = ("data.source", "data.partition", "eval.on")
 """Settings that runs must share for their accuracies to be of the same data."""
 
+READING = ("run.seed", "data.image-size")
+"""Settings with which a data set is read otherwise: a seed may draw what is held out."""
+
 
 def shown(value: Scalar) -> str:
     """As on the command line."""
@@ -72,11 +75,40 @@ def different_data(runs: Sequence[Run]) -> str | None:
         for what, value in _data(run).items():
             before, label = first.setdefault(what, (value, run.label))
             if value != before:
-                return (
-                    f"runs of different data: {what} is {before} in {label} and {value} in "
-                    f"{run.label}; give runs of the same data, or --anyway"
-                )
+                return _told(what, (before, label), (value, run.label))
+        if differ := _other_samples(runs[0], run):
+            what, before, value = differ
+            return _told(what, (before, runs[0].label), (value, run.label))
     return None
+
+
+def _told(what: str, one: tuple[Any, str], other: tuple[Any, str]) -> str:
+    places = " and ".join(f"{value} in {label}" for value, label in (one, other))
+    return f"runs of different data: {what} is {places}; give runs of the same data, or --anyway"
+
+
+def _other_samples(one: Run, other: Run) -> tuple[str, Any, Any] | None:
+    """What tells that two runs of one source read other samples, with their values.  Equal digests
+    are equal samples, wherever they lay; the same folder gives others with other `READING`."""
+    digests = [run.summary.get("data_sha256") for run in (one, other)]
+    if all(digests):
+        if digests[0] == digests[1]:
+            return None
+        if all(one.config.get(key) == other.config.get(key) for key in READING):
+            return "the digest of the samples", digests[0][:12], digests[1][:12]
+    paths = [run.config.get("data.path") for run in (one, other)]
+    known = one.config and other.config
+    if known and _path_decides(one.config) and paths[0] != paths[1]:
+        return "data.path", paths[0], paths[1]
+    return None
+
+
+def _path_decides(config: Mapping[str, Scalar]) -> bool:
+    """Which data set it is, rather than where a known one lies."""
+    from fl_common.data.catalogue import SOURCES
+
+    source = SOURCES.get(str(config.get("data.source")))
+    return source is None or source.shape is None
 
 
 def _data(run: Run) -> dict[str, Any]:

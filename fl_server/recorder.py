@@ -259,7 +259,7 @@ class Recorder:
 
     def members(self, members: Sequence[Member], classes: Sequence[str]) -> None:
         """Who takes part: samples and label counts of every client."""
-        self.summary["clients"] = len(members)
+        self.summary |= {"clients": len(members), "data_sha256": _data_of(members)}
         self.labels = {
             "classes": list(classes),
             "samples": [member.samples for member in members],
@@ -356,6 +356,12 @@ class Recorder:
             page.write([self.folder], self.folder / REPORT)
         except (OSError, ValueError) as error:  # a run is no worse for its page
             print(f"{REPORT}: {error}", flush=True)
+
+
+def _data_of(members: Sequence[Member]) -> str:
+    """Digest of the data set, or of all of them where clients have their own."""
+    first, *others = sorted({member.data for member in members})
+    return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
 
 def _device(config: CoreConfig) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fl_report.compare import read
 from fl_server.cli import main
@@ -76,3 +78,25 @@ def test_runs_of_different_data(runner, tmp_path, capsys):
         "run", "run1", "run2", "run3"
     ]  # fmt: skip
     assert picture.exists()
+
+
+def test_a_folder_is_told_by_its_samples_wherever_it_lies(runner, tmp_path, capsys):
+    results = []
+    for name, seed in (("one", 0), ("copy", 0), ("other", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (2, 2, 6, 8, 8, 3), dtype=np.uint8)
+        for split, images in zip(("train", "test"), pixels, strict=True):
+            for label, some in zip("ab", images, strict=True):
+                place = tmp_path / name / split / label
+                place.mkdir(parents=True)
+                for i, image in enumerate(some):
+                    Image.fromarray(image).save(place / f"{i}.png")
+        settings = ["data.source=folder", f"data.path={tmp_path / name}", "data.partition=iid"]
+        results.append(runner(*SMALL, *settings, "data.min-size=1"))
+    one, copy, other = (str(result.folder) for result in results)
+    digests = [result.summary["data_sha256"] for result in results]
+    assert digests[0] == digests[1] and len(digests[0]) == 64
+    capsys.readouterr()
+    assert main(["compare", one, copy]) == 0
+    assert main(["compare", one, other]) == 2
+    told = f"the digest of the samples is {digests[0][:12]} in run1 and {digests[2][:12]} in run3"
+    assert told in capsys.readouterr().err

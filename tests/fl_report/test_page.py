@@ -28,7 +28,7 @@ from fl_report.markup import Pictures
 from fl_report.page import summary_table, write
 from fl_report.seeds import alike
 from fl_report.series import curve, local_gain, reached, states_of
-from fl_report.settings import command
+from fl_report.settings import command, different_data
 from fl_report.terminal import text
 from fl_server.cli import main
 
@@ -508,6 +508,29 @@ def test_runs_of_different_data(tmp_path: Path):
         write([one, more], out)
     assert not out.exists()
     assert "2 runs on digits and cifar10" in write([one, two], out, anyway=True).read_text()
+
+
+def test_runs_of_other_samples_of_one_source():
+    folder = {"data.source": "folder", "data.path": "a", "run.seed": 0}
+
+    def problem(digest: str, other: str, source: str = "folder", **settings: Any) -> str | None:
+        told = [{"data_sha256": sha} if sha else {} for sha in (digest, other)]
+        one = folder | {"data.source": source}
+        two = one | {key.replace("_", ".", 1): value for key, value in settings.items()}
+        return different_data([Run("x", told[0], [], one), Run("y", told[1], [], two)])
+
+    # The digest decides, wherever the data lie; the path where a run has none.
+    assert problem("1" * 64, "1" * 64, data_path="b") is None
+    said = problem("1" * 64, "2" * 64)
+    assert "the digest of the samples is 111111111111 in x and 222222222222 in y; give" in said
+    assert "data.path is a in x and b in y; give runs of" in problem("1" * 64, "", data_path="b")
+    assert problem("", "", source="mine.nets:load", data_path="b")
+    assert problem("", "", source="cifar10", data_path="b") is None
+    assert problem("", "") is None
+    # Another seed may hold out others: then the path decides again.
+    assert problem("1" * 64, "2" * 64, run_seed=1) is None
+    assert problem("1" * 64, "2" * 64, run_seed=1, data_path="b")
+    assert problem("1" * 64, "2" * 64, **{"data_image-size": 16}) is None
 
 
 def test_wrong_arguments(tmp_path: Path):
