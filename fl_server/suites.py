@@ -25,10 +25,10 @@ from fl_common import processes
 from fl_common.config import resolve
 from fl_common.files import write_atomically
 from fl_common.fingerprint import code_sha256
-from fl_report import suite_page, suite_table
+from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
 from fl_report.suite import SuiteError, load
-from fl_server.recorder import CONFIG, REPORT, RESUMABLE, SUMMARY, read_summary
+from fl_server.recorder import CONFIG, HISTORY, REPORT, RESUMABLE, SUMMARY, read_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,6 +96,17 @@ def complete(folder: Path) -> bool:
     return read_summary(folder).get("status") == "completed"
 
 
+def broken(folder: Path) -> str | None:
+    """Why a completed run has no numbers for the table, with the file's name; None if it has."""
+    try:
+        [run] = compare.read([folder])
+    except ValueError as error:
+        return str(error).rpartition("; ")[0] or str(error)
+    if len(run.rows) != (rounds := run.summary["rounds"]):
+        return f"{folder / HISTORY}: has {len(run.rows)} of {rounds} rounds"
+    return None
+
+
 def look(plan: Plan, base: Path) -> State:
     """Which cells are done, which are left, and what stands in the way."""
     state = State()
@@ -111,7 +122,11 @@ def look(plan: Plan, base: Path) -> State:
         elif folder.exists() and _foreign(folder):
             state.problems.append(f"{folder}: holds no run; give another --out, or move it away")
             continue
-        (state.done if complete(folder) else state.left).append(cell)
+        done = complete(folder)
+        if done and (problem := broken(folder)):
+            state.problems.append(f"{problem}; mend it, or move {folder} away to run it anew")
+            continue
+        (state.done if done else state.left).append(cell)
     return state
 
 

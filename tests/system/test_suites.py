@@ -308,6 +308,28 @@ def test_settings_of_the_call_hold_for_the_folder_and_are_named(tmp_path, capfd)
     assert table["overrides"] == ["run.rounds"]
 
 
+def test_a_completed_cell_with_a_broken_file_is_named(tmp_path, capfd):
+    suite = Suite(tmp_path, BRIEF)
+    assert suite.call("run.rounds=2") == 0
+    [folder] = suite.folder.glob("*_seed0")
+    history = folder / "history.jsonl"
+    whole = history.read_text()
+    first = whole.splitlines()[0]
+    for text, told in (
+        (first + '\n{"round"\n', f"{history}, line 2: is no JSON (Expecting ':' delimiter); "),
+        (first + "\n", f"{history}: has 1 of 2 rounds; "),
+    ):
+        history.write_text(text)
+        for words in ([], ["--table"]):
+            capfd.readouterr()
+            assert suite.call(*words) == 2
+            error = capfd.readouterr().err
+            assert error == f"error: {told}mend it, or move {folder} away to run it anew\n"
+        assert history.read_text() == text
+    history.write_text(whole)
+    assert suite.call("--table") == 0
+
+
 def test_a_folder_with_something_else_is_refused_before_anything_starts(tmp_path, capfd):
     suite = Suite(tmp_path)
     foreign = suite.folder / CELLS[3]
