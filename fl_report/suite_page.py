@@ -97,7 +97,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     parts += [_remark(i, table["published"][place]) for place, i in _cited(table).items()]
     done = [cell for cell in table["cells"] if cell["status"] == "completed"]
     parts.append("\n## How it was made\n\n```\n" + table["command"] + "\n```\n")
-    parts.append(_made(done))
+    parts.append(_made(done, table.get("elapsed_s")))
     parts.append("\n## Every run\n")
     parts.append(_grid(["run", *_titles(table), "rounds", "wall s", "CPU s", "model"],
                        [_run(table, cell) for cell in table["cells"]]))  # fmt: skip
@@ -121,7 +121,7 @@ def _number(metric: Metric, value: float | None) -> str:
     return NONE if value is None else f"{value:.{metric.kind.digits + 1}f}"
 
 
-def _made(done: Sequence[Mapping[str, Any]]) -> str:
+def _made(done: Sequence[Mapping[str, Any]], elapsed: float | None) -> str:
     """Versions, code, dates and time of the runs that are there."""
     if not done:
         return "No run is complete.\n"
@@ -132,11 +132,22 @@ def _made(done: Sequence[Mapping[str, Any]]) -> str:
         f"{len(done)} runs, {wall:,.0f} s of wall time and {cpu:,.0f} s of processor time in all; "
         f"device: {', '.join(sorted({cell['device'] for cell in done}))}",
         "seconds are those of the runs themselves: without the start of their processes",
+        *_beside(done, elapsed),
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
         *sorted(versions),
         "code " + ", ".join(sorted({cell["code"][:12] for cell in done})),
     ]
     return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _beside(done: Sequence[Mapping[str, Any]], elapsed: float | None) -> list[str]:
+    """How many runs shared the machine, without which wall time says little, and the suite's own
+    time; nothing where a run did not record it."""
+    jobs = {cell.get("jobs") for cell in done}
+    if None in jobs:
+        return []
+    told = f"{' or '.join(map(str, sorted(jobs)))} at once (--jobs)"
+    return [f"{told}; the suite's own time: {elapsed:,.0f} s" if elapsed else told]
 
 
 def _remark(number: int, block: Mapping[str, Any]) -> str:

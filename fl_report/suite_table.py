@@ -61,6 +61,7 @@ def gather(
                 "cpu_s": summary["cpu_s"],
                 "device": summary.get("device") or run.config.get("train.device", "auto"),
                 "date": extra.get("date", "unknown"),
+                "jobs": extra.get("jobs"),
                 "model_sha256": summary["model_sha256"],
                 "code": code_of(folder),
                 "versions": summary["versions"],

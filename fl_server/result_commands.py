@@ -52,13 +52,14 @@ def suite(args: argparse.Namespace) -> int:
     if errors:
         return complain(errors)
     try:
-        suite = suites.open_suite(args.file, absolute_paths(given), args.reduced, args.out)
+        settings = absolute_paths(given)
+        suite = suites.open_suite(args.file, settings, args.reduced, args.out, args.jobs)
     except SuiteError as error:
         return complain(error.errors)
     failed: list[str] = []
     try:
         if not (args.table or args.publish):
-            failed = suite.run(args.jobs)
+            failed = suite.run()
         table = suite.table()
         show(suite.picture(table))
         for path in suite.write(table, args.publish):

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 MEASURED = "cell.json"
 """In a cell's results folder: what its process measured at its end."""
 REMEMBERED = "suite.json"
-"""In the suite's folder: the last call that ran cells, with the settings that hold there."""
+"""In the suite's folder: the last call that ran cells, the settings that hold there, and the
+seconds of all calls that ran cells and came to an end."""
 LOGS = "logs"
 GRACE = 30.0  # s, from the Ctrl-C that is handed on to the end of a child
 POLL = 0.05  # s
@@ -200,7 +201,7 @@ class Runner:
         try:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < jobs:
-                    self._start(self.waiting.pop(0))
+                    self._start(self.waiting.pop(0), jobs)
                 time.sleep(POLL)
                 for child in list(self.running):
                     self._reap(child, jobs)
@@ -209,7 +210,7 @@ class Runner:
             self._end()
         return self.failed
 
-    def _start(self, cell: Cell) -> None:
+    def _start(self, cell: Cell, jobs: int) -> None:
         folder = self.base / cell.name
         if not _at_rest(folder):
             self.failed.append(cell)
@@ -222,8 +223,9 @@ class Runner:
             shutil.rmtree(folder)  # not one round of it was kept
         with path.open("ab") as log:
             written = log.tell()
+            about = str(folder), str(jobs)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", CHILD, str(folder), *_command(cell, folder, resumes)],
+                [sys.executable, "-P", "-c", CHILD, *about, *_command(cell, folder, resumes)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -290,31 +292,33 @@ CHILD = "from fl_server.suites import child; child()"
 
 
 def child() -> None:
-    """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first argument
-    is the cell's folder."""
+    """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first arguments
+    are the cell's folder and how many cells run at once."""
     # A shell's `&` and nohup have it ignored, and we would not end when the suite asks us to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not processes.end_with(os.getppid(), signal.SIGINT):
         sys.exit("the suite is no more")
     from fl_server.cli import entry_point
 
-    folder = Path(sys.argv.pop(1))
+    folder, jobs = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
     try:
         entry_point()
     finally:
         if begun(folder):
-            _measure(folder)
+            _measure(folder, jobs)
 
 
-def _measure(folder: Path) -> None:
-    """What a run does not tell of itself: its peak memory, workers' too, and the day.  Written by
-    its own process, which may end after a suite that was killed."""
+def _measure(folder: Path, jobs: int) -> None:
+    """What a run does not tell of itself: its peak memory, workers' too, the day, and how many
+    cells shared the machine.  Written by its own process, which may end after a suite that was
+    killed."""
     unit = 1 if sys.platform == "darwin" else 1024
     of = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = unit * max(resource.getrusage(who).ru_maxrss for who in of)
     told = {
         "max_rss_bytes": max(peak, measured(folder).get("max_rss_bytes", 0)),
         "date": time.strftime("%Y-%m-%d"),
+        "jobs": max(jobs, measured(folder).get("jobs", 0)),
     }
     write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
 
@@ -371,9 +375,11 @@ class OpenSuite:
     """As given on the command line."""
     taken: Mapping[str, Scalar] = field(default_factory=dict)
     """Settings that an earlier call gave and this one did not."""
+    jobs: int = 1
+    """How many cells run at once."""
 
-    def run(self, jobs: int) -> list[str]:
-        """What is missing, `jobs` cells at once; gives the names of those that failed.
+    def run(self) -> list[str]:
+        """What is missing; gives the names of those that failed.
 
         Raises SuiteError, before anything starts, where folders hold something else or another
         process is at work."""
@@ -383,17 +389,26 @@ class OpenSuite:
         with held:
             state = look(self.plan, self.base)
             state.check()
-            self._remember()
+            self._remember(ran=bool(state.left))
             print(f"{self.plan.suite.title}: {len(self.plan.cells)} cells, {len(state.done)} done, "
                   f"{len(state.left)} to run; results: {self.base}")  # fmt: skip
             if state.left and self.taken:
                 told = ", ".join(f"{key}={shown(value)}" for key, value in self.taken.items())
                 print(f"settings of the last call: {told}")
-            runner = Runner(self.base, state, len(self.plan.cells), print)
-            return [cell.name for cell in runner.run(jobs)]
+            runner, began = Runner(self.base, state, len(self.plan.cells), print), time.monotonic()
+            try:
+                return [cell.name for cell in runner.run(self.jobs)]
+            finally:
+                if state.left:
+                    self._remember(ran=True, seconds=time.monotonic() - began)
 
-    def _remember(self) -> None:
-        told = {"command": self.command(), "settings": self.plan.overrides}
+    def _remember(self, *, ran: bool, seconds: float = 0.0) -> None:
+        before = _read(self.base / REMEMBERED)
+        told = {
+            "command": self.command() if ran else before.get("command", self.command()),
+            "settings": self.plan.overrides,
+            "elapsed_s": round(before.get("elapsed_s", 0.0) + seconds, 1),
+        }
         write_atomically(self.base / REMEMBERED, (json.dumps(told, indent=2) + "\n").encode())
 
     def command(self, *, places: bool = False) -> str:
@@ -401,6 +416,7 @@ class OpenSuite:
         or have a name that says what belongs there."""
         words = ["flatfed", "suite", str(self.file)]
         words += ["--reduced"] if self.plan.reduced else []
+        words += ["--jobs", str(self.jobs)] if self.jobs > 1 else []
         words += ["--out", str(self.out)] if self.out and places else []
         source = next((str(c.values.get("data.source")) for c in self.plan.cells), "data")
         for key, value in self.plan.overrides.items():
@@ -413,8 +429,10 @@ class OpenSuite:
     def table(self) -> dict[str, Any]:
         """What is there.  Raises SuiteError for folders that hold something else."""
         look(self.plan, self.base).check()
-        told = _read(self.base / REMEMBERED).get("command") or self.command()
-        return suite_table.gather(self.plan, self.base, told, measured, code_of)
+        remembered = _read(self.base / REMEMBERED)
+        told = remembered.get("command") or self.command()
+        table = suite_table.gather(self.plan, self.base, told, measured, code_of)
+        return table | {"elapsed_s": remembered.get("elapsed_s")}
 
     def picture(self, table: Mapping[str, Any]) -> RenderableType:
         return suite_page.terminal(table)
@@ -439,7 +457,7 @@ class OpenSuite:
 
 
 def open_suite(
-    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None
+    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None, jobs: int = 1
 ) -> OpenSuite:
     """Every cell's configuration checked.  Settings of earlier calls in this folder hold until they
     are given anew.  Raises SuiteError with every mistake."""
@@ -448,7 +466,7 @@ def open_suite(
     remembered = _read(base / REMEMBERED).get("settings", {})
     taken = {key: value for key, value in remembered.items() if key not in overrides}
     plan = load(file, reduced=reduced, overrides=remembered | overrides)
-    return OpenSuite(file, plan, base, out, taken)
+    return OpenSuite(file, plan, base, out, taken, jobs)
 
 
 def _read(path: Path) -> dict[str, Any]:

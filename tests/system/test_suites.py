@@ -17,6 +17,7 @@ import pytest
 from living import wait_for
 
 from fl_common import processes
+from fl_report.suite_table import rows
 from fl_server.cli import main
 
 FLATFED = Path(sys.executable).with_name("flatfed")
@@ -210,15 +211,18 @@ def test_a_cell_measures_itself_whatever_became_of_the_suite(tmp_path):
     folder = tmp_path / "cell"
     place = [f"run.output-dir={tmp_path}", "run.name=cell"]
     settings = ["clients.number=2", "run.rounds=1", "run.pictures=false"]
-    command = [sys.executable, "-P", "-c", suites.CHILD, str(folder), "run", *place, *settings]
+    child = [sys.executable, "-P", "-c", suites.CHILD, str(folder)]
+    command = [*child, "2", "run", *place, *settings]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
     told = suites.measured(folder)
     assert 1e8 < told["max_rss_bytes"] < 1e10 and told["date"] == time.strftime("%Y-%m-%d")
-    # The peak of a cell that went on is that of all its processes.
-    (folder / suites.MEASURED).write_text('{"max_rss_bytes": 12345678901}')
-    resume = [*command[:5], "resume", str(folder), "run.rounds=2"]
+    assert told["jobs"] == 2
+    # Those of a cell that went on are the largest of all its processes.
+    (folder / suites.MEASURED).write_text('{"max_rss_bytes": 12345678901, "jobs": 3}')
+    resume = [*child, "1", "resume", str(folder), "run.rounds=2"]
     subprocess.run(resume, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    assert suites.measured(folder)["max_rss_bytes"] == 12345678901
+    told = suites.measured(folder)
+    assert (told["max_rss_bytes"], told["jobs"]) == (12345678901, 3)
 
 
 # The first cell's parameters overflow in its first round, and no update is accepted.
@@ -348,3 +352,33 @@ def test_another_suite_at_work_is_told(tmp_path, capfd):
     with lock(suite.folder):
         assert suite.call() == 2
     assert "another flatfed suite is at work here" in capfd.readouterr().err
+
+
+def test_cells_beside_each_other_make_the_same_table(tmp_path, capfd):
+    text = SUITE.replace(f"rounds = {ROUNDS}", "rounds = 2").replace(', "memory-mb"', "")
+    tables, pages = [], []
+    for jobs in ("1", "2"):
+        (base := tmp_path / jobs).mkdir()
+        suite = Suite(base, text)
+        assert suite.call("--jobs", jobs) == 0
+        tables.append(json.loads((suite.folder / "table.json").read_text()))
+        pages.append((suite.folder / "table.md").read_text())
+    assert rows(tables[0]) == rows(tables[1])
+    digests = [[cell["model_sha256"] for cell in table["cells"]] for table in tables]
+    assert digests[0] == digests[1] and len({*digests[0]}) == len(CELLS)
+    for jobs, table, page in zip((1, 2), tables, pages, strict=True):
+        assert {cell["jobs"] for cell in table["cells"]} == {jobs}
+        assert table["elapsed_s"] > max(cell["wall_s"] for cell in table["cells"])
+        assert (
+            f"- {jobs} at once (--jobs); the suite's own time: {table['elapsed_s']:,.0f} s" in page
+        )
+        assert ("--jobs 2" in table["command"]) == (jobs == 2)
+
+    # The table alone is that of the call that ran the cells; nothing runs for it.
+    before = {cell: suite.files(cell) for cell in CELLS}
+    for words in (["--table"], []):
+        capfd.readouterr()
+        assert suite.call(*words) == 0
+        assert "90.0" in capfd.readouterr().out
+        assert json.loads((suite.folder / "table.json").read_text()) == tables[1]
+        assert {cell: suite.files(cell) for cell in CELLS} == before
