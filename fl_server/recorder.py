@@ -377,7 +377,8 @@ def _device(config: CoreConfig) -> str:
         return config.train.device
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    count = os.cpu_count()
+    cores = getattr(os, "sched_getaffinity", None)
+    count = len(cores(0)) if cores else os.cpu_count()
     return f"{device} ({count} processor{'s' * (count != 1)})"
 
 

@@ -169,6 +169,8 @@ class Child:
     """A cell's process."""
 
     cell: Cell
+    place: int
+    """Among the cells that run at once, from 0 on."""
     process: subprocess.Popen[bytes]
     log: Path
     written: int
@@ -223,7 +225,8 @@ class Runner:
             shutil.rmtree(folder)  # not one round of it was kept
         with path.open("ab") as log:
             written = log.tell()
-            about = str(folder), str(jobs)
+            place = min({*range(jobs)} - {child.place for child in self.running})
+            about = str(folder), str(place), str(jobs)
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", CHILD, *about, *_command(cell, folder, resumes)],
                 stdin=subprocess.DEVNULL,
@@ -231,7 +234,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes through us
             )
-        self.running.append(Child(cell, process, path, written))
+        self.running.append(Child(cell, place, process, path, written))
         told = "begins"
         if resumes:
             told = "goes on from its checkpoint"
@@ -293,19 +296,27 @@ CHILD = "from fl_server.suites import child; child()"
 
 def child() -> None:
     """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first arguments
-    are the cell's folder and how many cells run at once."""
+    are the cell's folder, its place among those that run at once, and how many these are."""
     # A shell's `&` and nohup have it ignored, and we would not end when the suite asks us to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not processes.end_with(os.getppid(), signal.SIGINT):
         sys.exit("the suite is no more")
     from fl_server.cli import entry_point
 
-    folder, jobs = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+    folder, place, jobs = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+    _take_cores(place, jobs)
     try:
         entry_point()
     finally:
         if begun(folder):
             _measure(folder, jobs)
+
+
+def _take_cores(place: int, jobs: int) -> None:
+    """This cell's share, with a worker for each: cells do not take each other's."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[place::jobs] or [cores[place % len(cores)]])
 
 
 def _measure(folder: Path, jobs: int) -> None:

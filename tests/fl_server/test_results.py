@@ -160,7 +160,7 @@ def test_the_device_has_its_name(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     told = {"auto": "Card 0 (cuda:0)", "cuda:0": "Card 0 (cuda:0)", "cpu": "cpu (1 processor)",
             "cuda:1": "cuda:1"}  # fmt: skip
     for name, device in told.items():  # there is no second card, which the roll call says

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -363,6 +364,12 @@ def test_cells_beside_each_other_make_the_same_table(tmp_path, capfd):
         assert suite.call("--jobs", jobs) == 0
         tables.append(json.loads((suite.folder / "table.json").read_text()))
         pages.append((suite.folder / "table.md").read_text())
+        cores = sorted(os.sched_getaffinity(0))
+        shares = {max(1, len(cores[place :: int(jobs)])) for place in range(int(jobs))}
+        devices = [
+            json.loads((suite.folder / c / "summary.json").read_text())["device"] for c in CELLS
+        ]
+        assert {int(re.search(r"\d+", device)[0]) for device in devices} == shares
     assert rows(tables[0]) == rows(tables[1])
     digests = [[cell["model_sha256"] for cell in table["cells"]] for table in tables]
     assert digests[0] == digests[1] and len({*digests[0]}) == len(CELLS)
