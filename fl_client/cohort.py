@@ -274,13 +274,13 @@ class _Cohort:
         masks, samples = list(more[: len(self.dropouts)]), list(more[len(self.dropouts) :])
         with self.precision():
             output, seen = vmap(self._forward)(self.params, self.buffers, x, masks, samples)
-            losses = mean_losses(output, y)
+            whole = losses = mean_losses(output, y)
             for methods, noted in zip(each, seen, strict=True):
                 methods[0].seen = noted
-                losses = losses + methods[0].stacked_term(methods, output, y)
+                whole = whole + methods[0].stacked_term(methods, output, y)
                 methods[0].seen = []
-        if losses.requires_grad:
-            losses.sum().backward()
+        if whole.requires_grad:
+            whole.sum().backward()
         return losses.detach(), taken_gradients(self.leaves)
 
     def _check(

@@ -65,7 +65,7 @@ class LocalResult:
     steps: int
     """K_i, optimizer steps taken."""
     loss: float
-    """Mean training loss over the samples of the round, regularizers' data terms included."""
+    """Mean training loss over the samples of the round, without regularizers' data terms."""
     norms: torch.Tensor | None = None
     """(K, P) on the CPU, float64: the norm of the loss's gradient on each parameter that was
     trained, at each step; without closed-form terms, before clipping."""
@@ -114,11 +114,11 @@ def local_round(
     def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         with precision():
             output = net(x)
-            loss = criterion(output, y)
+            whole = loss = criterion(output, y)
             for data_term in data_terms:
-                loss = loss + data_term(x, output, y)
-        if loss.requires_grad:  # not where nothing that is trained took part
-            loss.backward()
+                whole = whole + data_term(x, output, y)
+        if whole.requires_grad:  # not where nothing that is trained took part
+            whole.backward()
         return loss.detach(), taken_gradients(params)
 
     if not net.training:
@@ -181,8 +181,9 @@ class Step:
         gradient: Callable[[], tuple[torch.Tensor, Tensors]],
         repeated: Callable[[], AbstractContextManager[None]],
     ) -> torch.Tensor:
-        """The loss, or each client's; `gradient` gives it with gradients that may be overwritten;
-        under `repeated` it draws the same again and leaves running statistics alone."""
+        """The loss, or each client's, without data terms; `gradient` gives it with gradients that
+        may be overwritten; under `repeated` it draws the same again and leaves running statistics
+        alone."""
         loss, grads = gradient()
         if self.perturbation is not None:
             with torch.no_grad():

@@ -146,8 +146,8 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
             row += [number(last(run, key), "{:.4g}") for key in OF_UPDATES]
         rows.append(row)
     told = (
-        "Losses: of the clients on their own samples while they train, and of the global model "
-        "where it is evaluated; the last round that has both."
+        "Losses: of the clients on their own samples while they train, without what regularizers "
+        "add, and of the global model where it is evaluated; the last round that has both."
     )
     head = ["run", "client loss", "global loss", "difference"]
     if gained:

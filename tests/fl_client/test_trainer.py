@@ -162,12 +162,14 @@ def test_hooks_in_order_and_only_those_that_are_overridden():
 
     settings = Train(batch_size=N)
     ours, theirs = net(), net()
-    play(ours, settings, methods=[Recording(NoParams(), WORK), Idle(NoParams(), WORK)])
+    result = play(ours, settings, methods=[Recording(NoParams(), WORK), Idle(NoParams(), WORK)])
     assert calls == ["transform", "data_term"]
 
     (x, y), = batches(data(), settings, (5, 3, 2))  # fmt: skip
     output = theirs(2 * x)
-    (cross_entropy(output, y) + 0.5 * (output**2).mean()).backward()
+    loss = cross_entropy(output, y)
+    assert result.loss == pytest.approx(loss.item())  # without the term
+    (loss + 0.5 * (output**2).mean()).backward()
     for p in theirs.parameters():
         p.data -= settings.lr * p.grad
     torch.testing.assert_close(weights(ours), weights(theirs))

@@ -286,8 +286,7 @@ def test_without_weight_it_is_the_plain_run_bit_for_bit(runner):
     assert neutral.summary["model_sha256"] == plain.summary["model_sha256"]
     assert neutral.history_less_times == plain.history_less_times
     assert active.summary["model_sha256"] != plain.summary["model_sha256"]
-    # CE + mu CE in the first round's first steps; the same state dict
-    assert active.history[0]["client_loss"] > plain.history[0]["client_loss"]
+    # the same state dict
     assert list(active.model) == list(plain.model)
 
 

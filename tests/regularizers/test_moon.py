@@ -268,7 +268,6 @@ def test_without_weight_it_is_the_plain_run_with_the_same_head(runner):
     assert active.summary["model_sha256"] != plain.summary["model_sha256"]
     # nobody has a history in the first round: the runs part in the second
     assert active.history_less_times[0] == plain.history_less_times[0]
-    assert active.history[1]["client_loss"] > plain.history[1]["client_loss"]
     # what goes over the wire is FedAvg's
     assert [row["bytes_down"] for row in active.history] == [
         row["bytes_down"] for row in plain.history
