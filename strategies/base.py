@@ -202,13 +202,12 @@ class FederatedStrategy(Strategy):
         """Why clients must take plain SGD steps, without momentum and not Adam's; "": any."""
         return ""
 
-    @classmethod
-    def warnings(cls, config: CoreConfig, model: Flat) -> list[str]:
-        """What works, but not as well as its user may think; told once."""
+    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
+        """What works, but not as well as its user may think; told once, after `bind`."""
         return [
-            f"{name} with strategy {cls.name}: {cls.redundant[name]}"
+            f"{name} with strategy {self.name}: {self.redundant[name]}"
             for name in config.regularizer_names
-            if name in cls.redundant
+            if name in self.redundant
         ]
 
     @classmethod

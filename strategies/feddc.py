@@ -73,9 +73,8 @@ class FedDC(FederatedStrategy):
     def plain_sgd(cls, config: CoreConfig) -> str:
         return PLAIN_SGD if config.params_of(cls.name).gradient_correction else ""
 
-    @classmethod
-    def warnings(cls, config: CoreConfig, model: Flat) -> list[str]:
-        corrects = config.params_of(cls.name).gradient_correction
+    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
+        corrects = self.params.gradient_correction
         return super().warnings(config, model) + (control_warnings(model) if corrects else [])
 
     def begin(self, w: torch.Tensor) -> None:

@@ -172,6 +172,22 @@ class FedPart(FederatedStrategy):
                 f"run.rounds={self.schedule.rounds}, or fedpart.cycles=0"
             )
 
+    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
+        told = super().warnings(config, model)
+        rounds, cycle, warm_up = config.run.rounds, self.schedule.cycle, self.params.warm_up
+        if rounds <= warm_up:
+            told.append(
+                f"fedpart with run.rounds = {rounds}: all of them are full rounds, as fedavg's "
+                f"(fedpart.warm-up = {warm_up}); a cycle is {cycle} rounds"
+            )
+        elif rounds < cycle:
+            done = (rounds - warm_up) // self.params.rounds_per_group
+            told.append(
+                f"fedpart with run.rounds = {rounds}: a cycle is {cycle} rounds; groups that get "
+                f"all their partial rounds: {done} of {len(self.schedule.names)}"
+            )
+        return told
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:

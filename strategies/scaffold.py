@@ -96,8 +96,7 @@ class Scaffold(FederatedStrategy):
     def plain_sgd(cls, config: CoreConfig) -> str:
         return PLAIN_SGD
 
-    @classmethod
-    def warnings(cls, config: CoreConfig, model: Flat) -> list[str]:
+    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
         return super().warnings(config, model) + control_warnings(model)
 
     def begin(self, w: torch.Tensor) -> None:

@@ -277,6 +277,24 @@ def test_cycles_and_rounds_that_differ_are_told_with_the_remedy(runner, capsys):
     assert runner(*settings, "fedpart.reopen=false", "run.rounds=7").code == 0
 
 
+@pytest.mark.parametrize(
+    ("rounds", "told"),
+    [
+        (5, "all of them are full rounds, as fedavg's (fedpart.warm-up = 5); a cycle is 11 rounds"),
+        (6, "a cycle is 11 rounds; groups that get all their partial rounds: 0 of 3"),
+        (10, "a cycle is 11 rounds; groups that get all their partial rounds: 2 of 3"),
+        (11, ""),
+        (12, ""),
+    ],
+)
+def test_a_run_that_ends_before_its_first_cycle_is_told_so(rounds, told):
+    config = resolve({"strategy.name": "fedpart", "run.rounds": rounds})
+    strategy = FedPart(config)
+    strategy.bind(Groups({"a": (0,), "b": (1,), "c": (2,)}, (1, 1, 1)))
+    expected = [f"fedpart with run.rounds = {rounds}: {told}"] if told else []
+    assert strategy.warnings(config, {}) == expected
+
+
 # A partial round
 
 
