@@ -9,7 +9,14 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from fl_common.config import ConfigError, Scalar, flatten, resolve
 from fl_report.suite_metrics import Metric
@@ -25,6 +32,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 """Of a method or setting: it becomes part of a folder's name."""
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+def _once(seeds: list[int]) -> list[int]:
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"{seed} is given twice; give each seed once")
+    return seeds
+
+
+Seeds = Annotated[list[Seed], AfterValidator(_once)]
 
 
 class SuiteError(ValueError):
@@ -66,7 +83,7 @@ class Reduced(_Part):
     over those of all cells."""
 
     about: str = ""
-    seeds: list[Seed] = []
+    seeds: Seeds = []
     methods: list[Name] = []
     settings: list[Name] = []
     metrics: list[str] = []
@@ -80,7 +97,7 @@ class Suite(_Part):
     about: str = ""
     config: str = ""
     """A file of settings beside this one, under `base`."""
-    seeds: list[Seed] = Field(min_length=1)
+    seeds: Seeds = Field(min_length=1)
     metrics: list[str] = Field(min_length=1)
     base: dict[str, Any] = {}
     methods: dict[Name, dict[str, Any]] = Field(min_length=1)

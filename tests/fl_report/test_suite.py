@@ -208,6 +208,8 @@ BAD = {
     "argument": ('"accuracy",', '"accuracy:3",', "metrics: accuracy:3: accuracy has no argument"),
     "suite key": ("title", "tilte", "tilte: unknown key; docs/suites.md lists those of a suite"),
     "missing": ('seeds = [0, 1]\n', "", "seeds: is missing; docs/suites.md tells what it holds"),
+    "seed twice": ("seeds = [0, 1]", "seeds = [0, 1, 0]",
+        "seeds: 0 is given twice; give each seed once"),
     "no column": ('"few", "many"]\nv', '"few", "mayn"]\nv',
         "published, Table 1: no setting mayn; this suite has few, many"),
     "no method": ("fedavg = [", "fedavgg = [",
