@@ -99,8 +99,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> Table:
-    """Accuracy, last and best, of every model that was evaluated; rounds, bytes and time; and
-    `more` columns, a cell per run."""
+    """Accuracy, last and best, of every model that was evaluated; rounds, bytes and time; the
+    status, where a run is not completed; and `more` columns, a cell per run."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -108,7 +108,10 @@ def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) 
         box=SIMPLE, pad_edge=False, caption="accuracy: last (best); MB: 10^6 bytes up / down"
     )
     models = [m for m in SERIES if any(run.series(m)[0] for run in runs)]
-    more = more or {}
+    more = dict(more or {})
+    status = [str(run.summary.get("status", "unknown")) for run in runs]
+    if set(status) != {"completed"}:
+        more = {"status": status} | more
     for column in ("run", "rounds", *models, "MB", "CPU s", *more):
         made.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for i, run in enumerate(runs):

@@ -85,7 +85,7 @@ def _loss(value: float | None) -> str:
 
 def several_runs(runs: Sequence[Run], target: float | None = None) -> Table:
     """What `compare.table` tells, and loss, time, when the target was reached, what was refused,
-    the model, and the status and folder where they are not what one would think."""
+    the model, and the folder where it is not what one would think."""
     more = {"loss": [_loss(series.last(run, "loss")) if run.rows else "" for run in runs]}
     more["s"] = [f"{run.summary['wall_s']:.0f}" if "wall_s" in run.summary else "" for run in runs]
     if target is not None:
@@ -96,9 +96,6 @@ def several_runs(runs: Sequence[Run], target: float | None = None) -> Table:
     if any(refused):
         more["refused"] = [str(count) for count in refused]
     more["sha256"] = [str(run.summary.get("model_sha256", ""))[:DIGITS] for run in runs]
-    status = [str(run.summary.get("status", "unknown")) for run in runs]
-    if set(status) != {"completed"}:
-        more["status"] = status
     folders = [run.folder.resolve().name for run in runs]
     if folders != [run.label for run in runs]:
         more["folder"] = folders

@@ -31,6 +31,20 @@ def test_runs_of_one_method_are_named_by_their_folders(runner):
     assert [run.label for run in read(folders)] == ["run1", "run2"]
 
 
+def test_a_run_that_is_not_completed_is_told(tmp_path, capsys):
+    for name, status in (("one", "completed"), ("two", "interrupted"), ("three", "completed")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(f'{{"status": "{status}"}}')
+    for names, statuses in (
+        (["one", "three"], []),
+        (["one", "two"], ["completed", "interrupted"]),
+    ):
+        assert main(["compare", *(str(tmp_path / name) for name in names)]) == 0
+        printed = capsys.readouterr().out.split()
+        found = [word for word in printed if word in ("status", "completed", "interrupted")]
+        assert found == (["status", *statuses] if statuses else [])
+
+
 def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: holds no run")
