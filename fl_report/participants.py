@@ -127,7 +127,7 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
     """How far local training leads away from what is good for all."""
     gained = any(map(local_gain, runs))
     moved = any(last(run, key) is not None for run in runs for key in OF_UPDATES)
-    rows = []
+    rows, partial = [], False
     for run in runs:
         both = [
             (row["client_loss"], row["loss"])
@@ -143,7 +143,10 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
             gain = number(after - before if gains else None, "{:+.4f}")
             row += [accuracy(before), accuracy(after), gain]
         if moved:
-            row += [number(last(run, key), "{:.4g}") for key in OF_UPDATES]
+            moving = [own for own in run.rows if own.get("update_norm") is not None]
+            mark = "*" if moving and moving[-1].get("active") else ""
+            row += [number(last(run, key), "{:.4g}") + mark for key in OF_UPDATES]
+            partial |= bool(mark)
         rows.append(row)
     told = (
         "Losses: of the clients on their own samples while they train, without what regularizers "
@@ -162,6 +165,11 @@ def drift(runs: Sequence[Run], pictures: Pictures) -> Markup:
             " An update: trained less received parameters, in the last round that was evaluated; "
             "alignment: 1 where all clients made the same, 1 / K where K clients went each their "
             "own way, at right angles, and 0 where what they did cancels out."
+        )
+    if partial:
+        told += (
+            " *: a round in which some groups of layers trained and the others were frozen; it "
+            "does not compare with full rounds."
         )
     if not any(run.rows for run in runs):
         return Markup("")

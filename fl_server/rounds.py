@@ -285,6 +285,9 @@ class Rounds:
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
         row |= _row(server_round, names, outcome) | {"client_loss": loss}
+        active = messages[0].content[wire.CONFIG].get(wire.ACTIVE, ()) if messages else ()
+        if 0 < len(active) < len(self.holdings.groups.names):
+            row["active"] = list(active)
         if series and outcome.accepted:
             row["grad_norm"] = {
                 key.removeprefix(wire.GRAD_NORM).lstrip(".") or "all": _mean_by_step(outcome, key)

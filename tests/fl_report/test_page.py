@@ -413,6 +413,18 @@ def test_updates_by_hand(tmp_path: Path):
     assert len(without.tables["Client drift"][0]) == 4
 
 
+def test_updates_of_a_partial_round_are_marked(tmp_path: Path):
+    moved = {"update_norm": 1.5, "update_norm_max": 4.0, "update_alignment": 0.5}
+    full = run_of(row(1, 0.5, **moved, active=["conv2"]), row(2, 0.5, **moved))
+    partial = run_of(row(1, 0.5, **moved), row(2, 0.5, **moved, active=["conv2"]), label="y")
+    page = Page(participants.drift([full, partial], Pictures(tmp_path / "pictures")))
+    lines = page.tables["Client drift"][1:]
+    assert [line[4:] for line in lines] == [["1.5", "4", "0.5"], ["1.5*", "4*", "0.5*"]]
+    assert "does not compare with full rounds" in page.text
+    page = Page(participants.drift([full], Pictures(tmp_path / "pictures")))
+    assert "does not compare with full rounds" not in page.text
+
+
 def test_what_comes_from_outside_is_text(tmp_path: Path):
     classes = {"classes": [EVIL, "_hidden"], "samples": [3], "label_counts": [[1, 2]]}
     config = CONFIG | {"data.source": EVIL, "old.key": EVIL, "strategy.name": EVIL}

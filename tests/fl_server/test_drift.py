@@ -111,6 +111,12 @@ def test_a_run_records_what_its_clients_sent(runner, monkeypatch, settings):
     assert all(0 < row["update_alignment"] < 1 for row in history)
 
 
+def test_partial_rounds_name_the_groups_that_trained(runner):
+    few = ["fedpart.warm-up=1", "fedpart.rounds-per-group=1", "fedpart.groups=conv*+norm*, fc*"]
+    history = runner(*SMALL, "strategy.name=fedpart", *few).history
+    assert [row.get("active") for row in history] == [None, ["conv*+norm*"], ["fc*"]]
+
+
 def test_only_rounds_that_evaluate_are_measured(runner, monkeypatch):
     made = []
     monkeypatch.setattr("fl_server.rounds.Drift", lambda *given: made.append(1) or Drift(*given))
