@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     if resume:
         reached = read_summary(folder)
         if (reached.get("status"), reached.get("rounds")) == ("completed", config.run.rounds):
-            print(f"{folder}: completed, all {config.run.rounds} rounds; nothing is left to do")
+            print(
+                f"{folder}: completed, all {config.run.rounds} rounds; nothing is left to do; for "
+                f"more rounds: flatfed resume {folder} run.rounds=N"
+            )
             return OK
     elif problem := folder_error(folder):
         return complain([problem])

@@ -490,7 +490,10 @@ def test_a_completed_run_is_left_as_it_is(runs: Runs, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert runs.resume(folder) == 0
     out, err = capsys.readouterr()
-    assert out == f"{folder}: completed, all 5 rounds; nothing is left to do\n"
+    assert out == (
+        f"{folder}: completed, all 5 rounds; nothing is left to do; for more rounds: "
+        f"flatfed resume {folder} run.rounds=N\n"
+    )
     assert err == ""
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
