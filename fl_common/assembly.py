@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fl_common.config import methods
+from fl_common.config import methods, shown
 from fl_common.data.errors import DataError
 from fl_common.data.partition import cached_partition
 from fl_common.data.sources import load
@@ -113,7 +113,13 @@ def groups_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) 
     if not methods("strategies")[config.strategy.name].partial:
         return Groups.whole(net)
     patterns = config.params_of(config.strategy.name).groups
-    return Groups.matching(net, patterns) if patterns else Groups.of(net, shape)
+    if not patterns:
+        return Groups.of(net, shape)
+    try:
+        return Groups.matching(net, patterns)
+    except ValueError as error:
+        key = f"{config.strategy.name}.groups = {shown(patterns)}"
+        raise ValueError(f"{key}: {error}") from error
 
 
 def layers_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) -> Groups:

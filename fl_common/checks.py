@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fl_common.config import AUTO, TRACKERS, Client, dashed, methods, shown, unknown_name
 from fl_common.data import catalogue as data_catalogue
+from fl_common.layout import PARAMS, tensors_of
 from fl_common.models import catalogue as model_catalogue
 
 if TYPE_CHECKING:
@@ -125,6 +126,12 @@ def _check_privacy(config: CoreConfig) -> list[str]:
         )
         if value != default
     ]
+    net = model_catalogue.skeleton(config)
+    if net is not None and tensors_of(net).keys() - {PARAMS}:
+        errors.append(
+            f"{given}: statistics of BatchNorm would leave a client without noise; set "
+            "model.norm=group, or choose a model without BatchNorm"
+        )
     if config.engine.cohort != "1":
         errors.append(f"{given}: noise is added one client at a time; leave engine.cohort at 1")
     if config.eval.on != "server" and config.sync.mode != "full":

@@ -72,6 +72,11 @@ def run(args: argparse.Namespace) -> int:
             return OK
     elif problem := folder_error(folder):
         return complain([problem])
+    local = config.data.partition == "local" and config.clients.number > 1
+    if local and config.engine.name != "grpc":
+        return complain([f"data.partition = local: with engine.name={config.engine.name} all "
+            "clients would hold the same data; set engine.name=grpc, whose nodes have their own, "
+            "or choose another data.partition"])  # fmt: skip
     if config.client.state_dir and config.engine.name != "grpc":
         from fl_client.node import NodeError, check_state_dir
 

@@ -21,6 +21,7 @@ from fl_common.config import Group
 from fl_common.determinism import seed_of
 from fl_common.guards import Spec
 from fl_common.layout import PARAMS, STATS
+from fl_common.models.catalogue import skeleton, usual_shape
 from strategies.base import BufferMean, ClientRule, FederatedStrategy, WeightedMean
 
 if TYPE_CHECKING:
@@ -85,6 +86,16 @@ class Schedule:
         """Rounds of all `cycles`."""
         again = self.params.warm_up * (self.params.cycles - 1)
         return self.params.cycles * self.cycle - (0 if self.params.reopen else again)
+
+    def problem(self, rounds: int) -> str:
+        """Why a run of so many rounds does not have these cycles; empty if it does."""
+        cycles = self.params.cycles
+        if not cycles or rounds == self.rounds:
+            return ""
+        return (
+            f"fedpart.cycles = {cycles}: over {len(self.names)} groups these are {self.rounds} "
+            f"rounds, but run.rounds = {rounds}; set run.rounds={self.rounds}, or fedpart.cycles=0"
+        )
 
     def active(self, server_round: int) -> tuple[str, ...]:
         """The groups of a round, counted from 1."""
@@ -156,6 +167,19 @@ class FedPart(FederatedStrategy):
                 "train.keep-optimizer = true: not with strategy.name=fedpart, whose optimizer has "
                 "another group's state; leave it at false"
             )
+        params: FedPartParams = config.params_of(cls.name)
+        net = skeleton(config) if params.groups or params.cycles else None
+        if net is not None:
+            from fl_common.assembly import groups_of
+
+            try:
+                names = groups_of(config, net, usual_shape(config)).names
+            except ValueError as error:
+                return [*errors, str(error)]
+            except Exception:  # of a model's own code, which others tell
+                return errors
+            if problem := Schedule(params, names, config.run.seed).problem(config.run.rounds):
+                errors.append(problem)
         return errors
 
     def buffers(self) -> BufferMean:
@@ -164,13 +188,8 @@ class FedPart(FederatedStrategy):
     def bind(self, groups: Groups) -> None:
         super().bind(groups)
         self.schedule = Schedule(self.params, groups.names, self.config.run.seed)
-        cycles, rounds = self.params.cycles, self.config.run.rounds
-        if cycles and rounds != self.schedule.rounds:
-            raise ValueError(
-                f"fedpart.cycles = {cycles}: over {len(groups.names)} groups these are "
-                f"{self.schedule.rounds} rounds, but run.rounds = {rounds}; set "
-                f"run.rounds={self.schedule.rounds}, or fedpart.cycles=0"
-            )
+        if problem := self.schedule.problem(self.config.run.rounds):
+            raise ValueError(problem)
 
     def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
         told = super().warnings(config, model)

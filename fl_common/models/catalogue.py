@@ -188,17 +188,21 @@ def build(
     return import_module("fl_common.models.layers").with_head(model)
 
 
+def usual_shape(config: CoreConfig) -> tuple[int, ...] | None:
+    """A sample's shape: that of usual images where the data's is not known yet, but None for a
+    model of one's own."""
+    source = SOURCES.get(config.data.source)
+    shape = source.shape if source else None
+    return (3, 32, 32) if shape is None and config.model.name in MODELS else shape
+
+
 def skeleton(config: CoreConfig) -> nn.Module | None:
-    """The configured model, for checks of its structure: for two classes, and for usual images
-    where the data's shape is not known yet.  None if it cannot be built, which others tell, and
-    for a model of one's own on data of unknown shape.
+    """The configured model, for checks of its structure: for two classes and `usual_shape`.  None
+    if it cannot be built, which others tell, and for a model of one's own on data of unknown shape.
     """
     import torch
 
-    model, source = config.model, SOURCES.get(config.data.source)
-    shape = source.shape if source else None
-    if shape is None and model.name in MODELS:
-        shape = (3, 32, 32)
+    model, shape = config.model, usual_shape(config)
     if shape is None or check(model.name, shape, model.norm, model.head):
         return None
     try:

@@ -279,6 +279,17 @@ def test_one_mistake(refused, setting: str, key: str, remedies: list[str]):
         (["eval.models=sel", "eval.on=clients"], "eval.models", ["test set", "server or both"]),
         (["eval.models=all", "server.ledger=false"], "eval.models", [r"server\.ledger", "true"]),
         (["run.resume=true"], "run.resume", [r"run\.name"]),
+        # what the model alone tells
+        (
+            ["strategy.name=fedpart", "fedpart.cycles=2", "run.rounds=3"],
+            "fedpart.cycles",
+            [r"set run\.rounds=\d+"],
+        ),
+        (["strategy.name=fedpart", "fedpart.groups=foo"], "fedpart.groups", ["foo: no parameter"]),
+        (["client.dp-clip=1"], "client.dp-clip", ["BatchNorm", "model.norm=group"]),
+        # nodes of one process have one data set
+        (["data.partition=local"], "data.partition", ["engine.name=grpc", "another"]),
+        (["data.partition=local", "engine.name=ray"], "data.partition", ["engine.name=grpc"]),
     ],
 )
 def test_settings_that_do_not_fit_each_other(refused, settings, key: str, remedies: list[str]):

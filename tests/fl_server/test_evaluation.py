@@ -16,6 +16,7 @@ import fl_server.network
 from fl_common import assembly
 from fl_common.config import resolve
 from fl_common.evaluation import evaluate
+from fl_server import run_commands
 from fl_server.inprocess import InProcessGrid
 from fl_server.network import ServerNetwork
 
@@ -132,11 +133,13 @@ def own_data(monkeypatch, folders):
                 context.node_config["data-path"] = folder
 
     monkeypatch.setattr(fl_server.inprocess, "InProcessGrid", Nodes)
+    monkeypatch.setattr(run_commands, "_run_grpc", run_commands._run_inprocess)
 
 
 LOCAL = [
-    "data.source=folder", "data.partition=local", "clients.number=3", "model.name=cnn",
-    "run.rounds=4", "eval.on=clients", "train.device=cpu", "train.lr=0.05", "train.epochs=3",
+    "engine.name=grpc", "data.source=folder", "data.partition=local", "clients.number=3",
+    "model.name=cnn", "run.rounds=4", "eval.on=clients", "train.device=cpu", "train.lr=0.05",
+    "train.epochs=3",
 ]  # fmt: skip
 
 
