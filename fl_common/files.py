@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,3 +59,15 @@ def read_checked(path: Path) -> bytes | None:
     except OSError:
         return None
     return data if path.stem.endswith(f"-{checksum(data)}") else None
+
+
+def unwritable(folder: Path) -> str:
+    """Why files cannot be written to a folder, which need not be there yet; empty if they can."""
+    there = folder
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        # Permissions alone do not tell of /proc, or of root.
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return f"{there} cannot be written to ({error.strerror})"

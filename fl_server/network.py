@@ -12,6 +12,7 @@ import torch
 from fl_common import assembly
 from fl_common.evaluation import evaluate
 from fl_common.layout import Layout, concatenate, tensors_of
+from fl_common.own import told
 from fl_server.exchange import RunFailed
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ServerNetwork:
         try:
             self.net = assembly.new_model(config, len(first.classes), first.shape, device)
         except Exception as error:  # the model may be the user's own
-            raise RunFailed(f"model.name = {config.model.name}: {error}") from error
+            raise RunFailed(f"model.name = {config.model.name}: {told(error)}") from error
         self.layout = Layout.of(self.net)
         self.strides = {
             kind: [tensor.stride() for tensor in tensors.values()]

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fl_common.files import remove_unfinished, write_atomically
+from fl_common.files import remove_unfinished, unwritable, write_atomically
 from fl_common.wire import model_sha256
 from fl_server.checkpoint import Checkpoints
 from fl_server.exchange import RunFailed
@@ -62,9 +62,8 @@ def folder_error(folder: Path) -> str | None:
             f"run.name: {folder} exists and is not overwritten; give another run.name or "
             "run.output-dir, or leave run.name empty for a timestamp"
         )
-    parent = next(p for p in folder.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        return f"run.output-dir: {parent} cannot be written to; choose another folder"
+    if problem := unwritable(folder.parent):
+        return f"run.output-dir: {problem}; choose another folder"
     return None
 
 

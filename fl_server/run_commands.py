@@ -38,6 +38,8 @@ def config(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from fl_common.config import ConfigError, absolute_paths, resolve
+    from fl_common.data.cache import default_cache_dir
+    from fl_common.files import unwritable
     from fl_server.recorder import (
         folder_error,
         read_summary,
@@ -84,6 +86,12 @@ def run(args: argparse.Namespace) -> int:
             check_state_dir(Path(config.client.state_dir))
         except NodeError as error:
             return complain([f"client.{error}"])
+    cache = Path(config.data.cache_dir or default_cache_dir())
+    # One that has data may be there for reading alone.
+    new = config.engine.name != "grpc" and not (cache / "datasets").is_dir()
+    if new and (problem := unwritable(cache)):
+        key = "data.cache-dir" if config.data.cache_dir else "FLATFED_CACHE"
+        return complain([f"{key}: {problem}; choose another folder with data.cache-dir"])
     if config.engine.name != "grpc":  # there, it is the server that needs them
         from fl_server.tracking import missing
 

@@ -154,7 +154,10 @@ def check(
             ("data.image-size", f"{source} has its own size; leave it at 0, or use folder")
         )
     if not errors and source == "folder" and not on_nodes:
-        info = replace(info, train_size=layouts.train_size(path))
+        try:
+            info = replace(info, train_size=layouts.train_size(path))
+        except DataError as error:
+            errors.append(("data.path", str(error)))
     errors += _check_partition(info, partition, clients, min_size, classes_per_client)
     return errors
 

@@ -87,10 +87,17 @@ def images(top: Path) -> list[Path]:
         return [Path(file) for file in _walk(top) if file.name.lower().endswith(IMAGE_SUFFIXES)]
 
 
+def images_of_class(top: Path) -> list[Path]:
+    """The same of a class that is trained on.  Raises DataError if there is none."""
+    if found := images(top):
+        return found
+    raise DataError(f"{top} has no images; fill this class folder, or remove it")
+
+
 def train_size(path: str) -> int:
     """Training samples of a folder of images by class, counted without opening one."""
     layout = find("folder", path)
-    sizes = [len(images(folder)) for folder in layout.train]
+    sizes = [len(images_of_class(folder)) for folder in layout.train]
     if layout.test:
         return sum(sizes)
     return sum(size - held_out_size(size) for size in sizes)

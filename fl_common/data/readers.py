@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fl_common.data.errors import DataError
-from fl_common.data.layouts import IMAGE_SUFFIXES, Layout, images
+from fl_common.data.layouts import IMAGE_SUFFIXES, Layout, images, images_of_class
 from fl_common.data.splits import Raw, RawSplit, held_out
 
 if TYPE_CHECKING:
@@ -117,14 +117,13 @@ def _tree(source: str, layout: Layout, info: SourceInfo, seed: int, image_size: 
     from fl_common.data.images import Frame, decode, survey
 
     classes = tuple(dict.fromkeys(map(_class_of, layout.train)))
-    train = [(file, _class_of(top)) for top in layout.train for file in images(top)]
+    train = [(file, _class_of(top)) for top in layout.train for file in images_of_class(top)]
     if layout.kind == "annotated":
         test = _annotated(layout.test[0])
     else:
         test = [(file, _class_of(top)) for top in layout.test for file in images(top)]
-    if not train or (layout.test and not test):
-        part = "test" if train else "train"
-        raise DataError(f"{layout.root} has no images in the class folders of {part}; fill them")
+    if layout.test and not test:
+        raise DataError(f"{layout.root} has no images in the class folders of test; fill them")
     unknown = {name for _, name in test} - set(classes)
     if unknown:
         raise DataError(

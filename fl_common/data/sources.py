@@ -17,6 +17,7 @@ from fl_common.data import cache, layouts
 from fl_common.data.cache import default_cache_dir
 from fl_common.data.catalogue import SOURCES
 from fl_common.data.errors import DataError
+from fl_common.own import told
 
 __all__ = ["Dataset", "Split", "default_cache_dir", "load"]
 
@@ -111,10 +112,17 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
     """
     module, _, function = source.partition(":")
     try:
-        train, test, classes = getattr(import_module(module), function)(path=path, seed=seed)
+        given = getattr(import_module(module), function)(path=path, seed=seed)
+    except Exception as error:  # of the user's own code
+        raise DataError(f"data.source = {source}: {told(error)}") from error
+    try:
+        train, test, classes = given
         splits = {"train": Split(*map(np.asarray, train)), "test": Split(*map(np.asarray, test))}
-    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"data.source = {source}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"data.source = {source}: it returned {type(given).__name__} ({error}); it must return "
+            "((x, y), (x, y), classes): training samples, test samples, class names"
+        ) from error
     for name, split in splits.items():
         _check_own(source, name, split, len(classes))
     content = [[name, _array_digest(s.x), _array_digest(s.y)] for name, s in splits.items()]
@@ -133,6 +141,16 @@ def _check_own(source: str, name: str, split: Split, classes: int) -> None:
         raise DataError(
             f"data.source = {source}: {name} x is {x.dtype} {x.shape}; it must be uint8 images "
             "(n, C, H, W) or float32 features (n, F), or token ids (n, L), uint8 or int64"
+        )
+    if images and x.shape[3] in (1, 3, 4) and x.shape[1] > 4:
+        raise DataError(
+            f"data.source = {source}: {name} x is {x.dtype} {x.shape}, images with their channels "
+            "last; give (n, C, H, W)"
+        )
+    if features and (wrong := x.size - np.count_nonzero(np.isfinite(x))):
+        raise DataError(
+            f"data.source = {source}: {wrong} of {x.size} values of {name} x are NaN or infinite; "
+            "fill them, or leave their samples out"
         )
     if _are_tokens(x) and x.size and x.min() < 0:
         raise DataError(

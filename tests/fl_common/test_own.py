@@ -40,12 +40,30 @@ def broken(path, seed):
 
 def raising(path, seed):
     raise OSError(f"no measurements in {path}")
+
+def lacking(path, seed):
+    return {}['column']
+
+def empty(path, seed):
+    pass
+
+def unknown(path, seed):
+    train, test, classes = load(path, seed)
+    train[0][2, :3] = np.nan, np.inf, -np.inf
+    return train, test, classes
+
+def channels_last(path, seed):
+    part = np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6, np.int64)
+    return part, part, ("a", "b")
 '''
+LACKING = "    return {}['column']"
+LINES = {line: i for i, line in enumerate(MODULE.splitlines(), 1)}
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     (tmp_path / "my_research.py").write_text(MODULE)
+    (tmp_path / "my_broken.py").write_text("x = 1\ndef load()\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -79,6 +97,14 @@ def test_mistakes_that_show_before_a_run(mine, settings, words, runner, capsys):
         ("my_research:nothing", "has no attribute 'nothing'"),
         ("my_research:broken", "it must be uint8 images (n, C, H, W) or float32 features"),
         ("my_research:raising", "no measurements in"),
+        ("my_research:lacking", "data.source = my_research:lacking: KeyError: 'column' (/"),
+        ("my_research:lacking", f"my_research.py:{LINES[LACKING]})"),
+        ("my_research:empty", "returned NoneType"),
+        ("my_research:empty", "it must return ((x, y), (x, y), classes)"),
+        ("my_research:unknown", "3 of 1500 values of train x are NaN or infinite"),
+        ("my_research:channels_last", "give (n, C, H, W)"),
+        ("my_broken:load", "data.source = my_broken:load: SyntaxError: expected ':' (/"),
+        ("my_broken:load", "my_broken.py:2)"),
     ],
 )
 def test_data_that_are_not_as_they_must_be(mine, source, words, runner):
@@ -119,4 +145,7 @@ def test_frozen_and_unused_parameters(method, mine, runner):
 def test_a_model_that_cannot_be_made(mine, runner):
     result = runner("model.name=my_research:Raising", "data.source=my_research:load")
     assert result.code == 3
-    assert "model.name = my_research:Raising: 'no such layer'" in result.summary["error"]
+    line = LINES['        raise KeyError("no such layer")']
+    told = result.summary["error"]
+    assert told.startswith("model.name = my_research:Raising: KeyError: 'no such layer' (/")
+    assert told.endswith(f"my_research.py:{line})")

@@ -386,6 +386,12 @@ def test_more_clients_than_images_in_a_folder(refused, images: Path):
     refusal.names("clients.number", "13", "12", "lower|at most")
 
 
+def test_a_class_folder_without_images(refused, images: Path):
+    (images / "train" / "emu").mkdir()
+    refusal = refused("data.source=folder", f"data.path={images}", "model.name=cnn")
+    refusal.names("data.path", "train/emu has no images", "fill|remove")
+
+
 def test_config_file_nested_tables_and_dotted_keys(tmp_path: Path, capsys):
     file = tmp_path / "mine.toml"
     file.write_text('train.lr = 0.5\n\n[clients]\nper-round = 3\n\n[data]\npartition = "iid"\n')
@@ -463,6 +469,13 @@ def test_existing_results_folder(refused, tmp_path: Path):
 def test_output_dir_that_is_a_file(refused, tmp_path: Path):
     (tmp_path / "out").write_text("mine")
     refused("run.output-dir=out").names("run.output-dir", "out")
+
+
+@pytest.mark.parametrize("key", ["run.output-dir", "data.cache-dir"])
+@pytest.mark.parametrize("place", ["/proc/mine", "notes.txt", "notes.txt/deeper"])
+def test_a_folder_that_cannot_be_made(refused, tmp_path: Path, key: str, place: str):
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(f"{key}={place}").names(key, "cannot be written to", "choose")
 
 
 def test_a_name_stays_inside_the_output_dir(refused, tmp_path: Path):

@@ -296,11 +296,10 @@ def test_folder_with_train_and_test(tmp_path):
         picture(image).save(root / name, "PNG")
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     (root / "train" / "cat" / ".hidden.png").write_text("no image")
-    (root / "train" / "none-here").mkdir()
     data = read_checked("folder", root)
-    assert data.classes == ("cat", "none-here", "v1.5")
-    assert_split(data.train, x[:3], [0, 0, 2])
-    assert_split(data.test, x[3:], [2])
+    assert data.classes == ("cat", "v1.5")
+    assert_split(data.train, x[:3], [0, 0, 1])
+    assert_split(data.test, x[3:], [1])
     assert_batch(data, "folder", [2, 1], x)
 
 
@@ -562,7 +561,7 @@ def test_sixteen_bit_images_are_refused(tmp_path):
 def test_folders_without_images(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "f" / name).mkdir(parents=True)
-    assert "no images in the class folders of train" in failure("folder", tmp_path / "f")
+    assert "f/a has no images; fill this class folder" in failure("folder", tmp_path / "f")
 
 
 def test_a_class_that_only_test_has(tmp_path):
