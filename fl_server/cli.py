@@ -1,18 +1,20 @@
 """The `flatfed` command: one front door to every engine.
 
 Exit codes: 0 done, 2 a mistake in the call (nothing was started), 3 the run failed, 130 Ctrl-C,
+141 nobody reads on,
 143 SIGTERM to a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_server import node_commands, result_commands, run_commands
-from fl_server.console import INTERRUPTED
+from fl_server.console import INTERRUPTED, PIPE_CLOSED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,7 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args.values += rest
     try:
-        return args.function(args)
+        code = args.function(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

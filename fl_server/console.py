@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fl_common.config import Scalar
 
-OK, USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
+OK, USAGE, FAILED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 2, 3, 130, 141, 143
 
 
 def complain(lines: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]
 def show(table: RenderableType) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 120, emoji=False).print(table)
 
 
 def failed(why: str) -> int:

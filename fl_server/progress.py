@@ -172,7 +172,7 @@ class Bar:
             TextColumn("{task.fields[eta]}", markup=False),
             TextColumn("{task.fields[waiting]}", markup=False),
             Numbers(),
-            console=Console(),
+            console=Console(emoji=False),
         )
         self._task = self._progress.add_task("rounds", total=rounds, numbers="", eta="", waiting="")
         self._progress.start()

@@ -30,10 +30,10 @@ def report(args: argparse.Namespace) -> int:
     out = args.out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     try:
         page.write(folders, out, args.target, anyway=args.anyway)
-        print(terminal.text(page.summary_table(compare.read(folders), args.target)))
+        table = terminal.text(page.summary_table(compare.read(folders), args.target))
     except (OSError, ValueError) as error:
         return complain([str(error)])
-    print(f"report: {out}")
+    print(f"{table}\nreport: {out}")
     return OK
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fl_report.terminal import text
 from fl_server.cli import main
+from fl_server.console import show
 
 FLATFED = Path(sys.executable).with_name("flatfed")
 
@@ -487,6 +489,21 @@ def test_a_name_stays_inside_the_output_dir(refused, tmp_path: Path):
 def test_no_command_at_all(capsys):
     assert started() == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough(tmp_path: Path):
+    """As in `flatfed config | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([FLATFED, "config"], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_colons_are_no_pictures(capsys):
+    show("mypkg.nets:Ok: 3 groups")
+    print(text("mypkg.nets:Ok: 3 groups"))
+    assert capsys.readouterr().out == "mypkg.nets:Ok: 3 groups\n" * 2
 
 
 def test_refusal_is_fast(tmp_path: Path):
