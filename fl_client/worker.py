@@ -70,7 +70,6 @@ def run(path: str) -> None:
 
     code_sha256()  # now, of the code that is imported; a later version may lie there later
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    print(f"trainer ready at {path}", flush=True)
     try:
         serve(path, answer_afresh)
     except DeviceLost as error:
@@ -136,6 +135,7 @@ def serve(path: str, answer: Callable[[str, RecordDict, Context], RecordDict]) -
         _bind(server, path)
         try:
             server.listen(64)
+            print(f"trainer ready at {path}", flush=True)
             while True:
                 caller, _ = server.accept()
                 with caller, suppress(OSError, EOFError):  # it went away: nobody waits

@@ -62,7 +62,11 @@ def read(folders: Sequence[Path]) -> list[Run]:
             clients = _optional(folder / "clients.json")
             rows = _rows(folder / "history.jsonl")
         except OSError as error:
-            raise ValueError(f"{folder}: holds no run ({error})") from None
+            inside = sorted(path.parent for path in folder.glob("*/summary.json"))
+            remedy = f"those in it, as {inside[0]}" if inside else "a run's results folder"
+            raise ValueError(
+                f"{folder}: holds no run ({error.filename}: {error.strerror}); give {remedy}"
+            ) from None
         label = method_of(config) or folder.resolve().name
         runs.append(Run(label, summary, rows, config, clients, folder))
     for other_name in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):

@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings = argparse.ArgumentParser(add_help=False)
     settings.add_argument(
-        "values", nargs="*", metavar="key=value", help="a setting, e.g. train.lr=0.05"
+        "values",
+        nargs="*",
+        default=[],  # else argparse calls them required
+        metavar="key=value",
+        help="a setting, e.g. train.lr=0.05",
     )
     settings.add_argument(
         "--config",

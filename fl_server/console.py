@@ -32,7 +32,11 @@ def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]
         import tomllib
 
         try:
-            values |= flatten(tomllib.loads(file.read_text()))
+            read = tomllib.loads(file.read_text())
+            if "methods" in read:
+                errors.append(f"--config {file}: is a suite; run it with flatfed suite {file}")
+            else:
+                values |= flatten(read)
         except OSError as error:
             errors.append(f"--config {file}: {error.strerror}")
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -97,6 +97,12 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
         stored = stored_config(folder)
     except RunFailed as error:
         return str(error)
+    try:
+        _lock(folder).close()
+    except RunFailed as error:
+        return f"{error}; wait for its end"
+    except OSError:  # told when something is to be written
+        pass
     for key, value in values.items():
         if key not in RESUMABLE and key in stored and stored[key] != value:
             return (

@@ -85,6 +85,9 @@ def _show_runs(args: argparse.Namespace, report: ModuleType, *, anyway: bool) ->
     from fl_report.compare import read
     from fl_report.settings import different_data
 
+    if args.picture and args.picture.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):
+        return complain([f"--picture {args.picture}: give a name that ends in .png, .pdf, .svg "
+            "or .jpg"])  # fmt: skip
     try:
         runs = read(_folders(args))
         if not anyway and (problem := different_data(runs)):
@@ -227,6 +230,8 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
         errors.append(f"--classes {classes}: must be at least 1")
     if shape is not None or classes is not None:
         defaults = {"data.source": "folder"}  # one's own, of which nothing is known beforehand
+    elif ":" in str(given.get("data.source", "")):
+        errors.append("--shape: not known without the data; give that of a sample, and --classes")
     # Nodes elsewhere have the data: none is read here, and a missing data.path is no mistake.
     values = {"strategy.name": "fedpart"} | defaults | given | {"engine.name": "grpc"}
     config = resolve(values, absolute_paths=False, also=errors)

@@ -31,6 +31,10 @@ def config(args: argparse.Namespace) -> int:
         return complain(["--write-pyproject writes the defaults; give no settings with it"])
     try:
         write_pyproject(Path("pyproject.toml"))
+    except FileNotFoundError:
+        return complain(
+            ["--write-pyproject: no pyproject.toml is here; run it in FlatFed's checkout"]
+        )
     except (OSError, ValueError) as error:
         return complain([f"--write-pyproject: {error}"])
     return OK

@@ -146,7 +146,9 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path, what: str, capsys):
     path = tmp_path / "precious"
     path.mkdir() if what == "folder" else path.write_text("data")
     assert main(["worker", "--socket", str(path)]) == 2
-    assert "is there, and no socket; give another --socket" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "is there, and no socket; give another --socket" in said.err
     assert path.is_dir() if what == "folder" else path.read_text() == "data"
 
 

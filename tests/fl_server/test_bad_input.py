@@ -320,6 +320,41 @@ def test_a_run_that_is_not_there_is_not_resumed(refused):
     assert "/nowhere: there is no run to resume" in line
 
 
+def test_resume_needs_no_settings(refused):
+    (*_, line) = refused(command="resume", errors=None).lines
+    assert line.endswith("required: DIR")
+
+
+def test_a_suite_is_no_configuration(refused, tmp_path: Path):
+    (tmp_path / "suite.toml").write_text("seeds = [0]\n[base]\nrun.rounds = 1\n[methods.fedavg]\n")
+    refused("--config", "suite.toml").names("--config", "suite.toml", "flatfed suite suite.toml")
+
+
+def test_defaults_are_written_where_a_pyproject_is(refused):
+    (line,) = refused("--write-pyproject", command="config").lines
+    assert "Errno" not in line and "checkout" in line
+
+
+def test_a_folder_without_a_run(refused, tmp_path: Path):
+    (tmp_path / "all" / "mine").mkdir(parents=True)
+    (line,) = refused("all", command="report").lines
+    assert "all: holds no run" in line and "Errno" not in line and "give a run's" in line
+    (tmp_path / "all" / "mine" / "summary.json").write_text("{}")
+    (line,) = refused("all", command="report").lines
+    assert "give those in it, as all/mine" in line
+
+
+def test_a_picture_of_no_kind(refused):
+    (line,) = refused("--picture", "x.foo", "mine", command="compare").lines
+    assert line.startswith("error: --picture x.foo: ") and ".png" in line
+
+
+def test_costs_of_own_data_need_their_shape(refused, tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_data.py").write_text("")
+    refused("data.source=my_data:load", command="cost").names("--shape", "--classes")
+
+
 MISTAKES = {
     "run.rouds": "run.rouds=3",
     "clients.per_round": "clients.per_round=3",

@@ -622,8 +622,8 @@ def test_a_run_that_is_at_work_is_left_alone(runs: Runs, capsys: pytest.CaptureF
         assert os.WIFSTOPPED(status)
         before = contents(folder)
         capsys.readouterr()
-        assert runs.resume(folder) == 3
-        assert f"{folder}: another process is at work on this run" in failure(capsys)
+        assert runs.resume(folder) == 2
+        assert f"{folder}: another process is at work on this run" in capsys.readouterr().err
         assert contents(folder) == before
     finally:
         os.kill(child, signal.SIGKILL)
