@@ -61,6 +61,7 @@ ENVIRONMENT = {
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {2,}(.*)", re.DOTALL)
+_CLASS = re.compile(r"<class '[\w.]+'>:<'")
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = (  # true of Flower's shared SuperLink, misleading here
     "Using SuperLink: ",
@@ -152,8 +153,9 @@ def _toml(config: Mapping[str, str | int | float | bool]) -> str:
 
 
 def _plain(line: str) -> str | None:
-    """A line of `flwr run` without colours and Flower's INFO prefix; None if it says nothing."""
-    text = _COLOUR.sub("", line.rstrip("\n"))
+    """A line of `flwr run` without colours, Flower's INFO prefix and the class before a client's
+    reason; None if it says nothing."""
+    text = _CLASS.sub("", _COLOUR.sub("", line.rstrip("\n")))
     if match := _LEVEL.fullmatch(text):
         level, message = match.groups()
         if not message or message.startswith(_NOISE):

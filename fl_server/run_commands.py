@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,15 @@ from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig
     from fl_server.flower_run import FlowerStatus
+    from fl_server.progress import Screen
+
+FLOWER_LOG = "flower.log"
+"""In the results folder: what Flower wrote of errors, tracebacks above all."""
+
+_OURS = re.compile(
+    r"((round|run) +\d|(evaluation|flatness) of round |roll call: |resumed after |waiting|warning: "
+    r"|results: |continue it with: )"
+)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -154,6 +165,37 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     return OK
 
 
+class _Told:
+    """Hands the lines of a run on to the screen; what Flower reports of errors is kept instead, and
+    so is the reason of a failure, which is told at the end."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen, self.reason = screen, ""
+        self.kept: list[str] = []
+        self._error = False
+
+    def __call__(self, line: str) -> None:
+        if line.startswith("run failed: "):
+            self.reason, self._error = line.removeprefix("run failed: "), False
+            return
+        if line.startswith(("ERROR: ", "CRITICAL: ")):
+            self._error = True
+        elif _OURS.match(line):
+            self._error = False
+        if self._error:
+            self.kept.append(line)
+        else:
+            self.screen(line)
+
+    def put_down(self, folder: Path) -> None:
+        """Write what was kept to the results folder, unless that is on another machine."""
+        if self.kept and folder.is_dir():
+            with suppress(OSError), (folder / FLOWER_LOG).open("a") as log:
+                log.write("\n".join([*self.kept, ""]))
+                self.kept.clear()
+                print(f"what Flower says of errors: {folder / FLOWER_LOG}", flush=True)
+
+
 def _run_ray(config: CoreConfig, folder: Path) -> int:
     from fl_server.bundle import app_directory
     from fl_server.flower_run import run_simulation
@@ -161,12 +203,13 @@ def _run_ray(config: CoreConfig, folder: Path) -> int:
 
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
+            told = _Told(screen)
             status = run_simulation(
-                app_dir, config.flat(), clients=config.clients.number, on_line=screen
+                app_dir, config.flat(), clients=config.clients.number, on_line=told
             )
     except RuntimeError as error:
-        return failed(str(error))
-    return _outcome(status, folder)
+        return _broken_off(str(error), folder, told)
+    return _outcome(status, folder, told)
 
 
 def _run_grpc(config: CoreConfig, folder: Path) -> int:
@@ -181,27 +224,39 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
         return complain([str(error)])
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
+            told = _Told(screen)
             status = run_on_connection(
-                app_dir, config.flat(), link.name, flower_home=link.flower_home, on_line=screen
+                app_dir, config.flat(), link.name, flower_home=link.flower_home, on_line=told
             )
     except RuntimeError as error:
-        return failed(str(error))
-    return _outcome(status, folder, elsewhere=not link.on_this_machine)
+        return _broken_off(str(error), folder, told)
+    return _outcome(status, folder, told, elsewhere=not link.on_this_machine)
 
 
-def _outcome(status: FlowerStatus, folder: Path, *, elsewhere: bool = False) -> int:
-    """What Flower and the results folder, unless it is on another machine, say of a run."""
-    import json
+def _broken_off(why: str, folder: Path, told: _Told) -> int:
+    """Nobody on the server was left to tell how the run ended."""
+    told.put_down(folder)
+    if any((folder / "checkpoints").glob("*")):
+        why += f"\ncontinue it with: flatfed resume {folder}"
+    return failed(why)
 
-    from fl_server.recorder import SUMMARY
 
-    try:
-        reached = json.loads((folder / SUMMARY).read_text())["status"]
-    except OSError:
-        reached = "completed" if elsewhere and status.completed else "no summary"
+def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool = False) -> int:
+    """What the server, its results folder, unless it is on another machine, and Flower say of a
+    run."""
+    from fl_server.recorder import read_summary
+
+    summary = read_summary(folder)
+    reached = summary.get("status", "completed" if elsewhere and status.completed else "no summary")
+    told.put_down(folder)
     if status.completed and reached == "completed":
         return OK
-    why = f"{reached}; Flower says {status.status} {status.details}".strip()
-    if reached == "running":  # nobody was left to say more
-        why = f"its process ended; {why}\ncontinue it with: flatfed resume {folder}"
-    return failed(why)
+    if reached == "running":
+        why = f"its process ended; Flower says {status.status} {status.details}".rstrip()
+        return _broken_off(why, folder, told)
+    error = summary.get("error", "") if reached == "failed" else ""
+    if why := told.reason or error:
+        return failed(why)
+    for line in told.kept:  # nobody else knows more
+        print(line, file=sys.stderr)
+    return failed(f"{reached}; Flower says {status.status} {status.details}".strip())

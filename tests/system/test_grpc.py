@@ -198,7 +198,10 @@ def test_a_run_that_fails(two: Place):
     settings = ["clients.number=3", "clients.deadline-s=2", f"run.output-dir={two.folder}"]
     run = two.flatfed("run", "engine.name=grpc", "run.name=fails", *settings)
     assert run.returncode == 3, run.stdout + run.stderr
-    assert run.stderr.startswith("error: the run failed: ")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: the run failed: roll call: clients.number = 3, but ")
+    assert "Traceback" not in run.stdout
+    assert "Traceback" in (two.folder / "fails/flower.log").read_text()
     assert summary(two.folder / "fails")["status"] == "failed"
 
 

@@ -1,0 +1,92 @@
+"""What the terminal says of a run on Flower's engines, and what goes to the results folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fl_server.flower_run import FlowerStatus, _plain
+from fl_server.progress import Screen
+from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _Told
+
+FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
+REASON = "roll call: clients.number = 3, but 2 can take part; no reply within 8 s"
+TRACEBACK = (
+    "ERROR: ServerApp raised an exception",
+    "Traceback (most recent call last):",
+    '  File "run_serverapp.py", line 221, in run_serverapp',
+    f"fl_server.exchange.RunFailed: {REASON}",
+    "ERROR: Exit Code: 201",
+    "",
+    "An unhandled exception occurred in the ServerApp.",
+)
+
+
+def told(*lines: str) -> _Told:
+    with Screen(3) as screen:
+        told = _Told(screen)
+        for line in lines:
+            told(line)
+    return told
+
+
+def write_summary(folder: Path, **values: str) -> None:
+    (folder / "summary.json").write_text(json.dumps(values))
+
+
+def test_a_failure_is_one_line_and_its_traceback_a_file(tmp_path: Path, capsys):
+    write_summary(tmp_path, status="failed", error=REASON)
+    lines = ("results: /r", f"run failed: {REASON}", "continue it with: flatfed resume /r")
+    assert _outcome(FAILED, tmp_path, told(*lines, *TRACEBACK)) == 3
+    out, err = capsys.readouterr()
+    assert err == f"error: the run failed: {REASON}\n"
+    log = tmp_path / FLOWER_LOG
+    assert out.splitlines() == [lines[0], lines[2], f"what Flower says of errors: {log}"]
+    assert log.read_text().splitlines() == list(TRACEBACK)
+
+
+def test_a_run_goes_on_after_an_error_of_a_client(tmp_path: Path, capsys):
+    write_summary(tmp_path, status="completed")
+    shown = ("round 1, client 0: no memory", "round 1/1  1/2 clients", "a table")
+    completed = FlowerStatus(1, "finished:completed", "")
+    assert _outcome(completed, tmp_path, told(*TRACEBACK, *shown)) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == list(shown)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_server_is_asked_for_the_reason_first(tmp_path: Path, capsys, said: bool):
+    """By its line, where its folder is on another machine; then by its summary."""
+    if not said:
+        write_summary(tmp_path, status="failed", error=REASON)
+    lines = [f"run failed: {REASON}"] * said
+    folder = tmp_path / "elsewhere" if said else tmp_path
+    assert _outcome(FAILED, folder, told(*lines, *TRACEBACK), elsewhere=said) == 3
+    assert capsys.readouterr().err == f"error: the run failed: {REASON}\n"
+
+
+def test_a_server_that_said_nothing(tmp_path: Path, capsys):
+    """What Flower knows is all that there is."""
+    assert _outcome(FAILED, tmp_path / "none", told(*TRACEBACK)) == 3
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines == list(TRACEBACK)
+    assert last == f"error: the run failed: no summary; Flower says {FAILED.status} " + (
+        FAILED.details
+    )
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint: bool):
+    (tmp_path / "checkpoints").mkdir()
+    if checkpoint:
+        (tmp_path / "checkpoints" / "round-1.safetensors").touch()
+    assert _broken_off("the SuperLink does not answer", tmp_path, told()) == 3
+    hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
+    why = "error: the run failed: the SuperLink does not answer\n"
+    assert capsys.readouterr().err == why + hint
+
+
+def test_the_class_of_an_error_is_not_its_reason():
+    line = "roll call: refused node 9: <class 'fl_common.data.errors.DataError'>:<'/nope is not"
+    assert _plain(f"{line} there\n") == "roll call: refused node 9: /nope is not there"
