@@ -11,7 +11,8 @@ flatfed certs . --nodes 3 "$@"
 cp -p ca.crt server.pem server.key keys.json ../server/
 for i in 0 1 2; do
   cp -p ca.crt "../client-$i/"
-  cp -p "nodes/$i" "../client-$i/node.key"
+  # Once it is with its node, it may be deleted here.
+  if [ -e "nodes/$i" ]; then cp -p "nodes/$i" "../client-$i/node.key"; fi
 done
 mkdir -p "$FLWR_HOME"
 cat > "$FLWR_HOME/config.toml" <<END

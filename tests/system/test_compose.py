@@ -84,6 +84,25 @@ def test_the_gpu_file_names_known_services():
         assert len(device["device_ids"]) == 1
 
 
+def test_the_setup_goes_on_without_node_keys_that_were_brought_away(tmp_path: Path):
+    """The script as it is, in other folders and without the work of `flatfed certs`."""
+    script = tmp_path / "setup.sh"
+    script.write_text((DOCKER / "setup.sh").read_text().replace("/keys/", f"{tmp_path}/"))
+    for name in ("server", "admin/nodes", "client-0", "client-1", "client-2", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("ca.crt", "server.pem", "server.key", "keys.json", "nodes/0", "nodes/2"):
+        (tmp_path / "admin" / name).touch()
+    (tmp_path / "bin/flatfed").symlink_to("/bin/true")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    run("sh", script, PATH=path, FLWR_HOME=str(tmp_path / "flower"))
+    keys = sorted(str(key.relative_to(tmp_path)) for key in tmp_path.glob("client-*/*"))
+    assert keys == [
+        *("client-0/ca.crt", "client-0/node.key", "client-1/ca.crt"),
+        *("client-2/ca.crt", "client-2/node.key"),
+    ]
+    assert (tmp_path / "flower/config.toml").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="sh")
 def test_the_demo_without_an_engine_is_one_line():
     done = run(DOCKER / "demo.sh", check=False, DOCKER_HOST="unix:///nowhere/docker.sock")
