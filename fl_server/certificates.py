@@ -37,6 +37,8 @@ CA, CA_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.pem", "server.key"
 NODES, KEYS = "nodes", "keys.json"
 CA_DAYS = 3650
 """Every node has the CA's certificate: it outlives many of the server's."""
+SERVER_DAYS = 365
+"""Unless --days says otherwise."""
 CLOCK_SKEW = timedelta(minutes=5)
 LOOPBACK = ("localhost", "127.0.0.1")
 """The SuperLink's own processes call it so."""
@@ -62,6 +64,8 @@ class Issued:
 
     made: frozenset[str]
     """Names of what is new, or has grown."""
+    there: frozenset[str]
+    """Names of all that is in the folder."""
     nodes: tuple[int, ...]
     """All partitions with a key."""
     hosts: tuple[str, ...]
@@ -70,7 +74,9 @@ class Issued:
     """Until when the two certificates hold, by file."""
 
 
-def issue(folder: Path, hosts: Sequence[str] = (), nodes: int = 0, *, days: float = 365) -> Issued:
+def issue(
+    folder: Path, hosts: Sequence[str] = (), nodes: int = 0, *, days: float = SERVER_DAYS
+) -> Issued:
     """Fill `folder`: a CA, the server's certificate, a key for each of `nodes` partitions, and
     keys.json, the public keys by partition.
 
@@ -86,6 +92,8 @@ def issue(folder: Path, hosts: Sequence[str] = (), nodes: int = 0, *, days: floa
         raise KeysError(f"--nodes {nodes}: must be at least 0")
     if not 0 < days < math.inf:
         raise KeysError(f"--days {days:g}: must be greater than 0")
+    if days != SERVER_DAYS and not hosts:
+        raise KeysError(f"--days {days:g}: is for a new server certificate; give --host NAME too")
     own = {CA, CA_KEY, SERVER, SERVER_KEY, NODES, KEYS}
     try:
         there = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -122,9 +130,11 @@ def issue(folder: Path, hosts: Sequence[str] = (), nodes: int = 0, *, days: floa
     except OSError as error:
         raise KeysError(f"{error.filename or folder}: {error.strerror or error}") from None
     server = _read_certificate(folder / SERVER)
+    has = frozenset(path.name for path in folder.iterdir())
     made = {CA, CA_KEY} - there | ({SERVER, SERVER_KEY} if hosts else set()) | {KEYS}
     return Issued(
-        made=frozenset(made | ({NODES} if new else set())),
+        made=frozenset(made | ({NODES} if new else set())) & has,
+        there=has,
         nodes=tuple(sorted(keys)),
         hosts=_names(server),
         ends={CA: ca.not_valid_after_utc, SERVER: server.not_valid_after_utc},

@@ -102,7 +102,10 @@ def certs(args: argparse.Namespace) -> int:
         (NODES, f"{count}; I to the node of partition I alone (--auth-key); I.pub stays here"),
         (KEYS, "to the server: `flatfed register`, and the setting clients.keys"),
     ):
-        print(f"  {'new' if name in found.made else 'old'} {name:<10} {what}")
+        state = "new" if name in found.made else "old"
+        if name not in found.there:
+            state, what = "---", "not here"
+        print(f"  {state} {name:<10} {what}")
     return OK
 
 

@@ -136,7 +136,14 @@ def test_keys_made_elsewhere_and_keys_taken_away(folder: Path, tmp_path: Path):
 
 def test_the_ca_key_may_be_elsewhere_until_it_is_needed(folder: Path, capsys):
     (folder / CA_KEY).unlink()
+    (folder / SERVER_KEY).unlink()
+    capsys.readouterr()
     assert certs(folder, "--nodes", "4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "not here" in line] == [
+        ["---", CA_KEY],
+        ["---", SERVER_KEY],
+    ]
     refused(capsys, "is not there; --host needs it", folder, "--host", "h")
 
 
@@ -159,6 +166,7 @@ def test_wrong_calls_change_nothing(folder: Path, tmp_path: Path, capsys):
     for days in ("0", "nan", "inf"):
         refused(capsys, f"--days {days}: must be", new, "--host", "h", "--days", days)
     assert not new.exists()
+    refused(capsys, "--days 10: is for a new server certificate", folder, "--days", "10")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter.txt").write_text("")
     refused(capsys, "holds other files; give a folder of its own", tmp_path / "home", "--host", "h")
