@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -41,6 +42,10 @@ CURVES = ("secp256r1", "secp384r1", "secp521r1")
 SUPERNODE = "flwr.supernode.start_client_internal"
 RESTART_S = 0.5
 """Pause before a trainer that died is started anew [s]."""
+LOGGERS = ("flwr", "uvicorn.error")
+"""Into which a SuperNode logs."""
+REFUSED = "Exit Code: 305\n"
+"""Begins what a SuperNode logs when the server has not taken it."""
 IDLE_S, REPLY_S = 3, 0.5
 """Flower's literal pauses: between two questions for a message, and for the ClientApp's reply."""
 
@@ -356,6 +361,9 @@ def serve(node: Node) -> int:
     poll_every(node.poll_interval)
     processes.adopt_orphans()
     sys.argv = ["flower-supernode", *_arguments(node)]
+    opening = Opening()
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(opening)
     from flwr.supercore.exit import add_exit_handler
     from flwr.supernode.cli import flower_supernode
 
@@ -373,17 +381,42 @@ def serve(node: Node) -> int:
             raise NodeError(f"the SuperNode did not start: {error}; try again") from None
         except SystemExit as end:
             if end.code:
-                raise NodeError(_why_refused(node)) from None
+                raise NodeError(_why_refused(node, opening.refusal)) from None
         finally:
             processes.end_descendants()
     return 0
 
 
-def _why_refused(node: Node) -> str:
+class Opening(logging.Filter):
+    """Holds Flower's log back until the server has taken the node, or something else than its
+    refusal goes wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusal = ""
+        self._over = False
+        self._held: list[logging.LogRecord] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self._over:
+            return True
+        text = record.getMessage()
+        if text.startswith(REFUSED):
+            self.refusal = " ".join(text.removeprefix(REFUSED).partition("\n\n")[0].split())
+        elif record.levelno > logging.INFO or text.startswith("SuperNode ID:"):
+            self._over = True
+            for held in self._held:
+                logging.getLogger(held.name).handle(held)
+            return True
+        self._held.append(record)
+        return False
+
+
+def _why_refused(node: Node, reason: str) -> str:
     """A server to which this node could talk has not taken it; Flower does not say which is so."""
     if not node.auth_key:
         return (
-            f"SuperLink {node.superlink} did not take this node (its reason stands above); if it "
+            f"SuperLink {node.superlink} did not take this node ({reason or 'see above'}); if it "
             "asks for keys, give this node's as --auth-key"
         )
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import socket
 import subprocess
@@ -232,6 +233,45 @@ def test_trusted_entities(keys, tmp_path: Path, capsys):
 )
 def test_settings(capsys, arguments: list[str], reason: str):
     assert reason in refusal(capsys, *arguments)
+
+
+STARTING = (logging.INFO, "Starting Flower SuperNode")
+REFUSED = (logging.ERROR, "Exit Code: 305\nNo connection.\n[code: 2004] Failed.\n\nFor more: <h>")
+STOPPING = (logging.INFO, "FastAPI lifespan: shutdown")
+ONLINE = (logging.INFO, "SuperNode ID: 7")
+RETRY = (logging.WARNING, "Connection attempt failed, retrying")
+OTHER = (logging.ERROR, "Exit Code: 300\n...")
+
+
+@pytest.mark.parametrize(
+    ("logged", "shown"),
+    [
+        ([STARTING, REFUSED, STOPPING], []),
+        ([STARTING, ONLINE, STOPPING], [STARTING, ONLINE, STOPPING]),
+        ([STARTING, RETRY, REFUSED], [STARTING, RETRY, REFUSED]),
+        ([STARTING, OTHER, STOPPING], [STARTING, OTHER, STOPPING]),
+    ],
+)
+def test_a_refusal_is_one_line(caplog: pytest.LogCaptureFixture, logged: list, shown: list):
+    """Flower's log waits until the node is in, or until something else is wrong."""
+    opening, logger = node.Opening(), logging.getLogger("test_opening")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(opening)
+    for level, text in logged:
+        logger.log(level, text)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == shown
+    assert bool(opening.refusal) == (not shown)
+    assert opening.refusal in ("", "No connection. [code: 2004] Failed.")
+    logger.removeFilter(opening)
+
+
+def test_the_line_of_flower_that_tells_of_a_refusal():
+    """It is known by its exit code and its loggers' names."""
+    from flwr.supercore.exit import ExitCode
+    from flwr.supercore.logger import FLOWER_LOGGER
+
+    assert f"Exit Code: {ExitCode.SUPERNODE_CONNECTION_ERROR}\n" == node.REFUSED
+    assert logging.getLogger(node.LOGGERS[0]) is FLOWER_LOGGER
 
 
 def test_what_flower_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -164,7 +164,8 @@ def test_a_node_that_is_not_registered(two: Place):
     ):
         node = two.flatfed("node", "--superlink", state["fleet"], *options, *more)
         assert node.returncode == 2
-        assert reason in node.stderr.splitlines()[-1]
+        (line,) = node.stderr.splitlines()
+        assert reason in line
 
 
 @pytest.mark.parametrize(
