@@ -224,6 +224,9 @@ def _check_key(path: Path) -> None:
         raise NodeError(f"--auth-key {path}: not an OpenSSH private key; {make}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise NodeError(f"--auth-key {path}: not an EC key on a NIST curve; {make}")
+    if path.stat().st_mode & 0o077:
+        why = f"others than its owner have rights to it; chmod 600 {path}"
+        print(f"warning: --auth-key {path}: {why}", file=sys.stderr, flush=True)
 
 
 def _check_trusted(path: Path) -> None:

@@ -222,6 +222,12 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
         link = connection(config.engine.connection)
     except UsageError as error:
         return complain([str(error)])
+    if config.engine.connection and not config.clients.keys:  # "": what `flatfed up` started
+        print(
+            "warning: clients.keys is not set: every node that the SuperLink lets in can take any "
+            "client's place",
+            flush=True,
+        )
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
             told = _Told(screen)

@@ -172,6 +172,17 @@ def test_keys(keys, tmp_path: Path, capsys):
     assert "has a passphrase" in refused(tmp_path / "secret")
 
 
+def test_a_key_that_others_can_read_is_told(tmp_path: Path, capsys):
+    make_node_key(tmp_path / "key")
+    node._check_key(tmp_path / "key")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "key").chmod(0o640)
+    node._check_key(tmp_path / "key")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: --auth-key {tmp_path}/key: others")
+    assert line.endswith(f"chmod 600 {tmp_path}/key")
+
+
 def test_keys_of_ssh_keygen_are_taken(tmp_path: Path):
     command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", tmp_path / "key"]
     try:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fl_common.config import resolve
+from fl_server import federation, flower_run
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
-from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _Told
+from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _Told
 
 FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
 REASON = "roll call: clients.number = 3, but 2 can take part; no reply within 8 s"
@@ -90,3 +92,19 @@ def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint
 def test_the_class_of_an_error_is_not_its_reason():
     line = "roll call: refused node 9: <class 'fl_common.data.errors.DataError'>:<'/nope is not"
     assert _plain(f"{line} there\n") == "roll call: refused node 9: /nope is not there"
+
+
+@pytest.mark.parametrize(
+    ("connection", "keys", "warned"), [("lab", "", 1), ("lab", "/keys.json", 0), ("", "", 0)]
+)
+def test_nodes_that_may_take_any_place(
+    tmp_path: Path, monkeypatch, capsys, connection: str, keys: str, warned: int
+):
+    link = federation.Connection("lab", "127.0.0.1:1", tmp_path)
+    monkeypatch.setattr(federation, "connection", lambda name: link)
+    completed = FlowerStatus(1, "finished:completed", "")
+    monkeypatch.setattr(flower_run, "run_on_connection", lambda *_, **__: completed)
+    write_summary(tmp_path, status="completed")
+    settings = {"engine.name": "grpc", "engine.connection": connection, "clients.keys": keys}
+    assert _run_grpc(resolve(settings), tmp_path) == 0
+    assert capsys.readouterr().out.count("warning: clients.keys is not set: ") == warned
