@@ -277,7 +277,10 @@ class _Cohort:
             whole = losses = mean_losses(output, y)
             for methods, noted in zip(each, seen, strict=True):
                 methods[0].seen = noted
-                whole = whole + methods[0].stacked_term(methods, output, y)
+                added = methods[0].stacked_term(methods, output, y)
+                whole = whole + added
+                if methods[0].relabels:
+                    losses = losses + added
                 methods[0].seen = []
         if whole.requires_grad:
             whole.sum().backward()

@@ -65,7 +65,7 @@ class LocalResult:
     steps: int
     """K_i, optimizer steps taken."""
     loss: float
-    """Mean training loss over the samples of the round, without regularizers' data terms."""
+    """Mean training loss over the samples of the round, without what regularizers add."""
     norms: torch.Tensor | None = None
     """(K, P) on the CPU, float64: the norm of the loss's gradient on each parameter that was
     trained, at each step; without closed-form terms, before clipping."""
@@ -116,7 +116,10 @@ def local_round(
             output = net(x)
             whole = loss = criterion(output, y)
             for data_term in data_terms:
-                whole = whole + data_term(x, output, y)
+                added = data_term(x, output, y)
+                whole = whole + added
+                if data_term.__self__.relabels:
+                    loss = loss + added
         if whole.requires_grad:  # not where nothing that is trained took part
             whole.backward()
         return loss.detach(), taken_gradients(params)

@@ -179,6 +179,8 @@ class LocalMethod:
     """Whether a step's pass is the same for every instance and batch, so that it can be recorded:
     its data term depends on the batch, the output and the network alone, and its `transform`, if it
     has one, leaves the network alone."""
+    relabels: ClassVar[bool] = False
+    """Whether its data term makes the loss one of other labels, and so is part of what is told."""
 
     def __init__(self, params: Group, work: Work) -> None:
         self.params, self.work = params, work

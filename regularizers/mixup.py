@@ -42,6 +42,7 @@ class Mixup(Regularizer):
 
     name = "mixup"
     alone = ""
+    relabels = True
     Params = MixupParams
     params: MixupParams
     neutral = "mixup.gamma=0"

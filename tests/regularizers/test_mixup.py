@@ -135,7 +135,7 @@ def test_both_passes_of_sam_see_the_same_mixed_batch():
     (x, y), model = batch(), net()
     methods = [SAM(SAMParams(rho=0.3), WORK), begun(model, gamma=1.0)]
     data, settings = LocalData(x, y, lambda b: b), Train(batch_size=N, dtype="float64")
-    local_round(
+    result = local_round(
         model, data, methods, Affine(), SGD(), settings, seed=3, server_round=1, partition=0
     )
 
@@ -146,11 +146,15 @@ def test_both_passes_of_sam_see_the_same_mixed_batch():
     theirs = net()
     params = list(theirs.parameters())
 
-    def gradient():
+    def mixed_loss():
         output = theirs(mixed)
         parts = cross_entropy(output, y), cross_entropy(output, y[order])
-        return torch.autograd.grad(weight * parts[0] + (1 - weight) * parts[1], params)
+        return weight * parts[0] + (1 - weight) * parts[1]
 
+    def gradient():
+        return torch.autograd.grad(mixed_loss(), params)
+
+    assert result.loss == pytest.approx(float(mixed_loss()))
     start, first = [p.detach().clone() for p in params], gradient()
     norm = torch.cat([g.flatten() for g in first]).norm()
     for p, g in zip(params, first, strict=True):
