@@ -354,6 +354,23 @@ def _not_fleet(where: str) -> str:
     )
 
 
+def why_unavailable(address: str, root_certificates: str | None, insecure: bool) -> str:
+    """What is wrong with a connection to a SuperLink's control port; "" if nothing is found."""
+    where = f"SuperLink {address}"
+    root = Path(root_certificates) if root_certificates else None
+    try:
+        host, port = _address(address)
+        node = Node(address, root_certificates=root, insecure=insecure, wait=0)
+        _check_server(node, host, port)
+    except OSError:  # the certificates cannot be read
+        return ""
+    except NodeError as error:
+        why = "" if str(error) == _not_fleet(where) else str(error)
+        why = why.replace("--insecure", "insecure = true").replace("--superlink", "address")
+        return why.replace("--root-certificates", "root-certificates")
+    return f"{where}: that is its port for nodes; give the one of --port (Flower's default is 8000)"
+
+
 def serve(node: Node) -> int:
     """Be a SuperNode until a signal ends it; gives the exit code.  `node` has been checked."""
     os.environ.update(processes.FLOWER)

@@ -110,10 +110,13 @@ def register(
         UnregisterNodeRequest,
     )
 
+    from fl_client.node import why_unavailable
+
     names = {key: f"node {partition}" for partition, key in keys.items()}
     try:
         with flwr_cli_exc_handler():
-            client = init_http_client_from_connection(read_superlink_connection(link.name))
+            way = read_superlink_connection(link.name)
+            client = init_http_client_from_connection(way)
             try:
                 listed = client.ListNodes(ListNodesRequest()).nodes_info
                 there = {of_flower(n.public_key): n for n in listed if n.status != "unregistered"}
@@ -136,4 +139,8 @@ def register(
                 client.close()
     except (click.ClickException, httpx.HTTPError, OSError, ValueError) as error:
         why = getattr(error, "message", None) or str(error)
+        if "unavailable" in why:
+            address = link.address.removeprefix("https://").rstrip("/")
+            if found := why_unavailable(address, way.root_certificates, way.insecure):
+                raise KeysError(found) from None
         raise KeysError(f"SuperLink {link.address}: {' '.join(why.split())}") from None

@@ -126,6 +126,26 @@ def test_port_of_the_http_api(keys, capsys, tls: bool):
     assert "not its port for nodes; give the one of --fleet-api-address" in line
 
 
+@pytest.mark.parametrize(
+    ("server", "ca", "reason"),
+    [
+        ("good", "good", "that is its port for nodes; give the one of --port"),
+        ("plaintext", "", "that is its port for nodes; give the one of --port"),
+        ("good", "", "gRPC; leave insecure = true out if it has TLS, and give root-certificates"),
+        ("plaintext", "good", "speaks plaintext, not TLS"),
+        ("good", "other", "is not signed by"),
+        ("good", "none", ""),
+    ],
+)
+def test_connections_for_registering(keys, servers, server: str, ca: str, reason: str):
+    """With `ca` or, without, insecure = true."""
+    address, root = f"127.0.0.1:{servers[server]}", str(keys / ca / CA) if ca else None
+    why = node.why_unavailable(address, root, insecure=not ca)
+    assert reason in why
+    assert bool(why) == bool(reason)
+    assert "--insecure" not in why and "--root" not in why
+
+
 def test_nobody_listens(capsys):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -20,8 +22,9 @@ from fl_common.config import ConfigError, resolve
 from fl_server.app import _keys
 from fl_server.certificates import make_node_key
 from fl_server.exchange import Exchange, RunFailed
+from fl_server.federation import Connection
 from fl_server.inprocess import InProcessGrid
-from fl_server.keys import KeysError, of_flower, openssh, read_keys, read_public
+from fl_server.keys import KeysError, of_flower, openssh, read_keys, read_public, register
 from fl_server.roster import Roster
 
 
@@ -174,3 +177,19 @@ def test_damaged_files(tmp_path: Path, keys, text: str, reason: str):
     with pytest.raises(KeysError, match=reason) as error:
         read_keys(path)
     assert str(path) in str(error.value)
+
+
+def test_registering_at_the_port_for_nodes(tmp_path: Path, monkeypatch, keys):
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    text = f'[superlink.lab]\naddress = "{address}"\ninsecure = true\n'
+    (tmp_path / "config.toml").write_text(text)
+    link = Connection("lab", address, tmp_path)
+    try:
+        with pytest.raises(KeysError, match=f"SuperLink {address}: that is its port for nodes"):
+            register(dict(enumerate(keys)), link, remove=False)
+    finally:
+        server.stop(0)
