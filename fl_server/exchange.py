@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -323,7 +324,8 @@ def reason_of(reply: Message) -> str:
     """The last line of an error's text: the exception, without its traceback."""
     lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
     text = next((line for line in reversed(lines) if ": " in line), lines[-1] if lines else "")
-    text = text.removeprefix("Exception ClientAppException occurred. Message: ").removesuffix("'>")
+    text = text.removeprefix("Exception ClientAppException occurred. Message: ")
+    text = re.sub(r"^<class '[\w.]+'>:<'", "", text).removesuffix("'>")
     return text or f"error code {reply.error.code}"
 
 

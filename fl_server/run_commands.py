@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fl_common.config import CoreConfig
     from fl_server.flower_run import FlowerStatus
-    from fl_server.progress import Screen
 
 FLOWER_LOG = "flower.log"
 """In the results folder: what Flower wrote of errors, tracebacks above all."""
@@ -169,7 +170,7 @@ class _Told:
     """Hands the lines of a run on to the screen; what Flower reports of errors is kept instead, and
     so is the reason of a failure, which is told at the end."""
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Callable[[str], None] = print) -> None:
         self.screen, self.reason = screen, ""
         self.kept: list[str] = []
         self._error = False
@@ -201,9 +202,10 @@ def _run_ray(config: CoreConfig, folder: Path) -> int:
     from fl_server.flower_run import run_simulation
     from fl_server.progress import Screen
 
+    told = _Told()
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
-            told = _Told(screen)
+            told.screen = screen
             status = run_simulation(
                 app_dir, config.flat(), clients=config.clients.number, on_line=told
             )
@@ -228,9 +230,10 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
             "client's place",
             flush=True,
         )
+    told = _Told()
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
-            told = _Told(screen)
+            told.screen = screen
             status = run_on_connection(
                 app_dir, config.flat(), link.name, flower_home=link.flower_home, on_line=told
             )

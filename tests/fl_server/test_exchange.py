@@ -7,12 +7,20 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_common import wire
 from fl_common.guards import Expected, Spec
-from fl_server.exchange import AWAITED, Exchange, Outcome
+from fl_server.exchange import AWAITED, Exchange, Outcome, reason_of
 
 GOOD = MetricRecord({"server-round": 1, "num-examples": 3})
 
@@ -135,3 +143,24 @@ def test_a_node_that_left_before_it_was_asked(returns: bool):
     else:
         assert list(outcome.accepted) == [2]
         assert outcome.failed == {0: "its node is gone", 1: "its node is gone"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "Traceback (most recent call last):\n  File x\nValueError: no luck",
+            "ValueError: no luck",
+        ),
+        (
+            "Exception ClientAppException occurred. Message: "
+            "<class 'fl_common.data.errors.DataError'>:<'/nope does not exist'>",
+            "/nope does not exist",
+        ),
+        ("<class 'ValueError'>:<'no luck'>", "no luck"),
+        ("", "error code 2"),
+    ],
+)
+def test_the_reason_in_an_error_reply(text: str, reason: str):
+    asked = Message(RecordDict(), 1, "train", group_id="1")
+    assert reason_of(Message(Error(2, text), reply_to=asked)) == reason
