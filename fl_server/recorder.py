@@ -128,7 +128,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def _lock(folder: Path) -> IO[bytes]:
     """A lock that this process holds as long as the file is open, and that a crash lets go."""
-    file = (folder / ".lock").open("wb")
+    file = (folder / ".lock").open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
