@@ -213,14 +213,14 @@ def test_a_cell_measures_itself_whatever_became_of_the_suite(tmp_path):
     place = [f"run.output-dir={tmp_path}", "run.name=cell"]
     settings = ["clients.number=2", "run.rounds=1", "run.pictures=false"]
     child = [sys.executable, "-P", "-c", suites.CHILD, str(folder)]
-    command = [*child, "2", "run", *place, *settings]
+    command = [*child, "0", "2", "run", *place, *settings]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
     told = suites.measured(folder)
     assert 1e8 < told["max_rss_bytes"] < 1e10 and told["date"] == time.strftime("%Y-%m-%d")
     assert told["jobs"] == 2
     # Those of a cell that went on are the largest of all its processes.
     (folder / suites.MEASURED).write_text('{"max_rss_bytes": 12345678901, "jobs": 3}')
-    resume = [*child, "1", "resume", str(folder), "run.rounds=2"]
+    resume = [*child, "0", "1", "resume", str(folder), "run.rounds=2"]
     subprocess.run(resume, check=True, stdout=subprocess.DEVNULL, timeout=120)
     told = suites.measured(folder)
     assert (told["max_rss_bytes"], told["jobs"]) == (12345678901, 3)
