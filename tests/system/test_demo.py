@@ -235,10 +235,11 @@ def test_a_run_that_fails_fails_the_command(demos: list[Demo], tmp_path: Path):
     clone, home = demos[0].clone, demos[0].home
     cache = tmp_path / "cache"
     cache.write_text("a file, where a folder is needed")
+    before = set((clone / "results").iterdir())
     broken = make_demo(clone, home, FLATFED_CACHE=str(cache))
     assert broken.code == 2  # make's own
-    assert str(cache) in broken.output
-    assert summary(broken.results)["status"] == "failed"
+    assert f"error: FLATFED_CACHE: {cache} cannot be written to" in broken.output
+    assert set((clone / "results").iterdir()) == before  # nothing was started
 
     settings = ("engine.name=ray", "clients.deadline-s=0.001", "run.name=late")
     command = [clone / ".venv/bin/flatfed", "run", *settings, f"run.output-dir={tmp_path}"]
