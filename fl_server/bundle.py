@@ -24,6 +24,18 @@ PACKAGES = (
     "strategies",
     "regularizers",
 )
+COMMANDS = (
+    "fl_server/*_commands.py",
+    "fl_server/bundle.py",
+    "fl_server/certificates.py",
+    "fl_server/cli.py",
+    "fl_server/console.py",
+    "fl_server/federation.py",
+    "fl_server/flower_run.py",
+    "fl_server/suites.py",
+    "fl_report/suite*.py",
+)
+"""What only the `flatfed` command runs: no server or client needs to be sent it."""
 
 
 @contextmanager
@@ -53,6 +65,7 @@ def _pyproject() -> str:
     return (
         f'[project]\nname = "flatfed"\nversion = "{version("flatfed")}"\n'
         f'license = "Apache-2.0"\ndependencies = {needs}\n\n'
-        '[tool.flwr.app]\npublisher = "flatfed"\n\n[tool.flwr.app.components]\n'
+        f'[tool.flwr.app]\npublisher = "flatfed"\nfab-exclude = {list(COMMANDS)}\n\n'
+        "[tool.flwr.app.components]\n"
         'serverapp = "fl_server.app:app"\nclientapp = "fl_client.app:app"\n\n' + flower_section()
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fl_server.bundle import COMMANDS
 from fl_server.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +214,17 @@ def test_rooms_of_the_plan_exist():
 def test_the_bundle_holds_every_room():
     patterns = PYPROJECT["tool"]["flwr"]["app"]["fab-include"]
     bundled = {file for pattern in patterns for file in ROOT.glob(pattern)}
+    commands = {file for pattern in COMMANDS for file in ROOT.glob(pattern)}
+    assert PYPROJECT["tool"]["flwr"]["app"]["fab-exclude"] == list(COMMANDS)
     assert set(FILES) <= bundled
+    assert ROOT / "fl_server/suites.py" in commands
+    left_out = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in commands}
+    for file in bundled - commands:
+        path = file.relative_to(ROOT).as_posix()
+        typed = ("if TYPE_CHECKING:", "if typing.TYPE_CHECKING:")
+        run = [node for node in TREES[path].body if not ast.unparse(node).startswith(typed)]
+        used = set(imports(ast.Module(run, []), package_of(path)))
+        assert not used & left_out, f"{path} imports what is not in the bundle"
     assert {file.relative_to(ROOT).parts[0] for file in bundled} <= set(ROOMS)
 
 

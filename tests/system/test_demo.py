@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from fl_server.bundle import COMMANDS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -66,8 +68,9 @@ print(json.dumps([str(app), fab.namelist()]))
 
 
 def modules(root: Path) -> list[str]:
-    """The .py files of the rooms that run on servers and clients."""
-    files = (file for room in ROOMS for file in (root / room).rglob("*.py"))
+    """The .py files of the rooms that run on servers and clients, without the commands'."""
+    files = {file for room in ROOMS for file in (root / room).rglob("*.py")}
+    files -= {file for pattern in COMMANDS for file in root.glob(pattern)}
     return sorted(file.relative_to(root).as_posix() for file in files)
 
 

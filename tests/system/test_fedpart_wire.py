@@ -99,9 +99,9 @@ def play(watched: tuple[Place, CountingProxy], name: str, *settings: str) -> tup
 
 @pytest.mark.long
 def test_bytes_of_full_and_partial_updates(watched: tuple[Place, CountingProxy]):
-    # Flower sends its bundle of our code once a run, a megabyte: no part of any message.
+    # Flower sends its bundle of our code once a run: no part of any message.
     bundle = play(watched, "short", "run.rounds=1")[1] - MODEL
-    assert bundle < 1.5e6
+    assert bundle < 1e6
     full = play(watched, "full", f"run.rounds={CYCLE}", f"fedpart.warm-up={CYCLE}")
     one = play(watched, "one", f"run.rounds={CYCLE}")
     two = play(watched, "two", f"run.rounds={2 * CYCLE}")
