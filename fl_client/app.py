@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_common import determinism  # noqa: F401  (sets MKL's environment before torch loads)
+from fl_common.failures import Failed, reason
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -26,6 +27,15 @@ PARTITION_KEYS = ("partition-id", "num-partitions")
 
 _resident: list[tuple[tuple[object, ...], Clients | Exception]] = []
 """The clients of this process, or why there are none, with their settings; at most one."""
+
+
+def explained(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """The reply, or why there is none with the exception's class in the text, which is all that
+    Flower's simulation hands on."""
+    try:
+        return call_next(message, context)
+    except Exception as error:
+        raise Failed(reason(error)) from error
 
 
 def resident(context: Context) -> Clients:
@@ -129,20 +139,20 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
         flower.setLevel(level)
 
 
-@app.query()
+@app.query(mods=[explained])
 def query(message: Message, context: Context) -> Message:
     """The roll call: who is here, with how many samples of which labels; with a model, how its
     loss is curved on them."""
     return _reply("query", message, context)
 
 
-@app.train(mods=[private])
+@app.train(mods=[explained, private])
 def train(message: Message, context: Context) -> Message:
     """One local round."""
     return _reply("train", message, context)
 
 
-@app.evaluate()
+@app.evaluate(mods=[explained])
 def evaluate(message: Message, context: Context) -> Message:
     """The model on this client's held-out samples."""
     return _reply("evaluate", message, context)

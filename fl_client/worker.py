@@ -27,6 +27,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from fl_common.failures import Failed, reason
 from fl_common.fingerprint import code_sha256
 from fl_common.processes import read
 
@@ -44,7 +45,7 @@ WATCH_S = 1.0
 ANSWERS = ("query", "train", "evaluate")
 
 
-class WorkerError(RuntimeError):
+class WorkerError(Failed):
     """Why this message has no answer; one line, which becomes the client's failure."""
 
 
@@ -63,7 +64,7 @@ def run(path: str) -> None:
         try:
             return answer(kind, content, context)
         except torch.AcceleratorError as error:  # for the rest of its life this process has none
-            raise DeviceLost(f"{type(error).__name__}: {error}") from error
+            raise DeviceLost(reason(error)) from error
         except Exception:
             release()
             raise
@@ -182,7 +183,7 @@ def _serve(caller: socket.socket, answer: Callable[..., RecordDict]) -> None:
                 _send(caller, {"error": str(failure)}, RecordDict(), RecordDict())
             raise
         except Exception as failure:  # as Flower has it: a failed client is a reply
-            error = f"{type(failure).__name__}: {failure}"
+            error = reason(failure)
         else:
             return _send(caller, {}, reply, context.state)
     return _send(caller, {"error": error}, RecordDict(), RecordDict())

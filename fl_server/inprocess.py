@@ -18,6 +18,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_common.config import AUTO
+from fl_common.failures import reason
 from fl_server.workers import Job, Pool
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class InProcessGrid(Grid):
         try:
             reply = self._client_app(message, context)
         except Exception as error:  # as on the other engines: a failed client is a reply
-            reply = _failure(f"{type(error).__name__}: {error}", message)
+            reply = _failure(reason(error), message)
         return _named(reply)
 
     def _job(self, message: Message) -> Job:
@@ -216,7 +217,7 @@ class InProcessGrid(Grid):
         for message, answer in zip(messages, answers, strict=False):
             del self._queue[message.metadata.message_id]
             if isinstance(answer, Exception):
-                replies.append(_failure(f"{type(answer).__name__}: {answer}", message))
+                replies.append(_failure(reason(answer), message))
             else:
                 replies.append(Message(answer, reply_to=message))
         return [_named(reply) for reply in replies]

@@ -22,6 +22,7 @@ from flwr.app import RecordDict
 from fl_common import forks, processes, shared
 from fl_common.assembly import training_device
 from fl_common.config import AUTO
+from fl_common.failures import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -230,6 +231,6 @@ def _serve(connection: socket.socket, answer: Answer) -> None:
             try:
                 reply, state, error = *answer(header["job"], content, state), {}
             except Exception as failure:
-                reply, error = RecordDict(), {"error": f"{type(failure).__name__}: {failure}"}
+                reply, error = RecordDict(), {"error": reason(failure)}
             shared.send(connection, error, [reply, state], known=tensors, slots=slots)
             del content, state, reply, tensors  # their memory goes back before more comes

@@ -157,6 +157,8 @@ def test_a_node_that_left_before_it_was_asked(returns: bool):
             "<class 'fl_common.data.errors.DataError'>:<'/nope does not exist'>",
             "/nope does not exist",
         ),
+        ("Exception ClientAppException occurred. Message: KeyError: 'odd'", "KeyError: 'odd'"),
+        ("<class 'fl_common.failures.Failed'>:<'KeyError: 'odd''>", "KeyError: 'odd'"),
         ("<class 'ValueError'>:<'no luck'>", "no luck"),
         ("", "error code 2"),
     ],

@@ -101,7 +101,7 @@ from fl_common.data.sources import load as load_digits
 honest = fl_client.client.Clients.train
 
 def train(self, partition, content, state):
-    """Client 1 sends NaN, then a wrong shape, then 50 MB, then an honest reply."""
+    """Client 1 sends NaN, then a wrong shape, then 50 MB, then nothing, then an honest reply."""
     reply = honest(self, partition, content, state)
     server_round = int(content["config"]["server-round"])
     if partition == 1:
@@ -114,6 +114,8 @@ def train(self, partition, content, state):
         elif server_round == 3:
             shape = tuple(params.shape)
             record["params"] = Array("float32", shape, "numpy.ndarray", bytes(50_000_000))
+        elif server_round == 4:
+            raise KeyError("no disk")
     return reply
 
 fl_client.client.Clients.train = train
@@ -126,15 +128,16 @@ def load(path, seed):
 
 def test_a_hostile_client_touches_nothing(two: Place):
     (two.modules / "hostile.py").write_text(HOSTILE)
-    settings = ["data.source=hostile:load", "clients.number=2", "run.rounds=4", "train.device=cpu"]
+    settings = ["data.source=hostile:load", "clients.number=2", "run.rounds=5", "train.device=cpu"]
     alone = two.run("hostile-alone", "inprocess", *settings)
     apart = two.run("hostile-apart", "grpc", *settings)
     rows = less_times(apart)
-    assert [row["replies"] for row in rows] == [[0], [0], [0], [0, 1]]
+    assert [row["replies"] for row in rows] == [[0], [0], [0], [0], [0, 1]]
     assert "1 of 10026 elements are NaN or infinite" in rows[0]["rejected"]["1"]
     assert "float32 [10025] instead of float32 [10026]" in rows[1]["rejected"]["1"]
     assert "50000000 bytes, at most 41128 were expected" in rows[2]["rejected"]["1"]
-    assert rows[3]["rejected"] == {}
+    assert rows[3]["failed"] == {"1": "KeyError: 'no disk'"}
+    assert rows[4]["rejected"] == rows[4]["failed"] == {}
     assert summary(alone)["model_sha256"] == summary(apart)["model_sha256"]
     assert rows == less_times(alone)
 
