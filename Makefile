@@ -35,11 +35,11 @@ demo: install
 compose-demo:
 	@docker/demo.sh
 
-# Tests of many processes one by one, the others beside each other.
+# Tests of many processes by themselves, two files at a time.
 FAST := -m "not long and not crash and not matrix"
 test: dev
 	$(BIN)/python -m pytest $(FAST) --ignore tests/system -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest $(FAST) tests/system
+	$(BIN)/python -m pytest $(FAST) tests/system -n 2 --dist loadfile
 
 test-system: dev
 	$(BIN)/python -m pytest -m long

@@ -16,12 +16,12 @@ SETTINGS = [
     "clients.number=10",
     "data.partition=iid",
     "model.name=mlp",
-    "run.rounds=30",
+    "run.rounds=15",
     "train.epochs=8",
     "train.batch-size=200",  # all samples of a client: honest clients differ by their data alone
     "train.lr=0.3",
     "train.clip-norm=1",  # the ascent stays finite
-    "eval.every=30",
+    "eval.every=15",
     "train.device=cpu",
 ]
 

@@ -24,11 +24,12 @@ NEEDS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_each_runs_with_batchnorm_and_counters(name, runner):
     result = runner(
-        *BASE, "model.name=resnet8", f"strategy.name=flwr:{name}",
+        *BASE, "model.norm=batch", f"strategy.name=flwr:{name}",
         f"strategy.params={NEEDS.get(name, '')}",
     )  # fmt: skip
     assert result.code == 0
     assert result.history[-1]["replies"] == [0, 1, 2, 3]
+    assert any(key.endswith("num_batches_tracked") for key in result.model)
     for key, tensor in result.model.items():
         assert torch.isfinite(tensor).all(), key
         counter = key.endswith("num_batches_tracked")

@@ -55,11 +55,11 @@ def test_fedprox_ten_steps(w):
 
 def test_fedprox_exact_local_solve(w):
     # argmin f_i + |x - w|^2 / 2 is (a_i b_i + w) / (a_i + 1): w1 = 0.4, w2 = 0.54, 0.589, ... 8/13
-    exact = ("train.epochs=300", "strategy.name=fedprox", "fedprox.mu=1")
+    exact = ("train.epochs=150", "strategy.name=fedprox", "fedprox.mu=1")
     assert w(1, *exact) == pytest.approx(0.4, abs=1e-12)
     assert w(2, *exact) == pytest.approx(0.54, abs=1e-12)
     assert w(3, *exact) == pytest.approx(0.589, abs=1e-12)
-    assert w(40, *exact) == pytest.approx(8 / 13, abs=1e-12)
+    assert w(28, *exact) == pytest.approx(8 / 13, abs=1e-12)
 
 
 def test_first_local_step_of_fedprox_has_no_proximal_gradient(w):
