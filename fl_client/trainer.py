@@ -11,9 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
 
+from fl_client.halves import copies, halved
 from fl_common.determinism import (
     generator_state,
     seed_device,
@@ -102,6 +104,7 @@ def local_round(
     precision = precision_of(settings, device)
     transforms = overriding("transform", methods)
     data_terms = overriding("data_term", methods)
+    named, halves = dict(net.named_parameters()), halved(net, settings, methods, device)
     step = Step(
         perturbation=perturbation_of(methods),
         correct=Correction(correction, net, clips=bool(settings.clip_norm)),
@@ -113,7 +116,7 @@ def local_round(
 
     def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         with precision():
-            output = net(x)
+            output = functional_call(net, copies(named, halves), (x,)) if halves else net(x)
             whole = loss = criterion(output, y)
             for data_term in data_terms:
                 added = data_term(x, output, y)

@@ -59,7 +59,12 @@ def test_a_long_evaluation_is_shared_out(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """From the second one on; in runs of several threads too, which do not live in a fork."""
-    runner.always = ["run.pictures=false", f"train.threads={threads}", "run.rounds=3", "clients.number=2"]
+    runner.always = [
+        "run.pictures=false",
+        f"train.threads={threads}",
+        "run.rounds=3",
+        "clients.number=2",
+    ]
     one = runner("engine.workers=1")
     counts, original = [], network.evaluate
 
