@@ -117,6 +117,7 @@ class FlowerStrategy:
     name: ClassVar[str]
     Params = NoParams
     refuses = FederatedStrategy.refuses
+    redundant = FederatedStrategy.redundant
     partial, tracked, on_card = False, False, False
 
     regularizers = FederatedStrategy.regularizers

@@ -63,6 +63,15 @@ def test_flowers_fedprox_is_ours_to_rounding(runner):
     assert any(not torch.allclose(plain.model[k], t, atol=1e-4) for k, t in ours.model.items())
 
 
+def test_regularizers_work_beside_flowers(runner):
+    settings = ["regularizers=man,proximal", "man.zeta=0.5", "proximal.mu=0.7"]
+    ours = runner(*BASE, *settings)
+    flowers = runner(*BASE, *settings, "strategy.name=flwr:FedAvg")
+    assert flowers.code == 0
+    for key, tensor in ours.model.items():
+        torch.testing.assert_close(flowers.model[key], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_fedadam_on_the_toy(runner, monkeypatch):
     """m = (1 - b1) delta, v = (1 - b2) delta^2, w += eta' m / (sqrt(v) + tau), by hand."""
     toy.install(monkeypatch)
