@@ -21,6 +21,7 @@ from strategies.fedavg import FedAvg
 if TYPE_CHECKING:
     import torch
 
+    from fl_common.config import CoreConfig
     from fl_common.layout import Flat
     from strategies.base import Reply
 
@@ -66,6 +67,10 @@ class MoFedSAM(FederatedStrategy):
     regularizers: ClassVar = ("sam",)
     keeps: ClassVar = ("m",)
     sends: ClassVar = ("m",)
+
+    @classmethod
+    def plain_sgd(cls, config: CoreConfig) -> str:
+        return "m is measured as -Delta_i / (K_i eta), the mean gradient of plain SGD"
 
     def begin(self, w: torch.Tensor) -> None:
         self.deltas, self.directions = WeightedMean(), WeightedMean()

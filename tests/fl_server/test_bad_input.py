@@ -254,6 +254,9 @@ def test_one_mistake(refused, setting: str, key: str, remedies: list[str]):
         ),
         (["strategy.name=feddc", "train.momentum=0.9"], "train.momentum", ["feddc", "at 0"]),
         (["strategy.name=feddc", "train.optimizer=adam"], "train.optimizer", ["feddc", "at sgd"]),
+        # and so is MoFedSAM's momentum, which a client's own would make grow from round to round
+        (["strategy.name=mofedsam", "train.momentum=0.9"], "train.momentum", ["SGD", "at 0"]),
+        (["strategy.name=mofedsam", "train.optimizer=adam"], "train.optimizer", ["SGD", "at sgd"]),
         # FedNova's a_i is known for SGD that starts anew
         (["strategy.name=fednova", "train.optimizer=adam"], "train.optimizer", ["fednova", "sgd"]),
         (
