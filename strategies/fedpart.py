@@ -139,7 +139,8 @@ class FedPartRule(ClientRule):
         return sent | memory
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
-        return {name: model[name] for name in memory}
+        # Copies, for MOON may remember the same vector.
+        return {name: model[name].clone() for name in memory}
 
 
 class FirstBuffers(BufferMean):

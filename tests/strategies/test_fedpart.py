@@ -30,6 +30,7 @@ from tests.trace import Trace
 FEDPART = "strategy.name=fedpart"
 DIGITS = ["train.device=cpu", "train.lr=0.05", "data.alpha=5", "eval.every=100", FEDPART]
 SHORT = ["fedpart.warm-up=1", "fedpart.rounds-per-group=1"]
+LOCAL = "fedpart.bn-stats=local"
 CNN = ("conv1", "conv2", "fc")
 SIZES = {"conv1": 192, "conv2": 4704, "fc": 5130}
 """digits-cnn: two convolutions, each with BatchNorm, and a classifier."""
@@ -438,10 +439,7 @@ def test_one_group_that_covers_the_model_is_fedavg(runner, more):
 
 def test_local_statistics_stay_with_their_client(watched):
     """The parameters are the server's; the server has the first client's statistics."""
-    run = watched(
-        CLIENTS, *TINY, SMALL, *SHORT, "fedpart.bn-stats=local", "clients.per-round=2",
-        "run.rounds=9",
-    )  # fmt: skip
+    run = watched(CLIENTS, *TINY, SMALL, *SHORT, LOCAL, "clients.per-round=2", "run.rounds=9")
     own: dict[int, torch.Tensor] = {}
     kept = 0
     for t in range(1, 10):
@@ -454,6 +452,12 @@ def test_local_statistics_stay_with_their_client(watched):
             own[i] = local.after[STATS]
         assert torch.equal(end[STATS], cohort[0][1].after[STATS])
     assert kept > 5
+
+
+def test_moon_remembers_the_same_statistics(traced):
+    trace = traced(2, *TINY, HEAD, *SHORT, "regularizers=moon", LOCAL, "run.rounds=2")
+    for memory in trace.moments[-1].clients.values():
+        assert np.array_equal(memory["moon.stats"], memory["strategy.stats"])
 
 
 NORMS = {
