@@ -217,7 +217,7 @@ class Clients:
             try:
                 for regularizer in regularizers:
                     remembered = owned(job.remembered, regularizer.name)
-                    regularizer.begin(self.net, job.sent, remembered)
+                    regularizer.begin(self.net, job.start, remembered)
                 return local_round(
                     self.net,
                     job.data,

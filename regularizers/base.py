@@ -63,8 +63,9 @@ class Regularizer(LocalMethod):
         return []
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
-        """Before the first step; `net` holds the model of `sent`, all that came down; `memory`:
-        what this method remembered of the client's last round, or `blank`."""
+        """Before the first step; `net` holds the model of `sent`, all that came down, or what the
+        strategy's `start` made of it; `memory`: what this method remembered of the client's last
+        round, or `blank`."""
 
     def transform(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch that the step sees; x (B, ...) float, y (B,) int64 or (B, C) float."""

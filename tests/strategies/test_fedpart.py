@@ -24,6 +24,7 @@ from fl_common.models.layers import Chain, with_head
 from fl_common.models.resnet import BasicBlock, conv2d
 from fl_server.cli import main
 from fl_server.network import ServerNetwork
+from regularizers.moon import MOON
 from strategies.fedpart import FedPart, FedPartParams, Schedule
 from tests.trace import Trace
 
@@ -458,6 +459,25 @@ def test_moon_remembers_the_same_statistics(traced):
     trace = traced(2, *TINY, HEAD, *SHORT, "regularizers=moon", LOCAL, "run.rounds=2")
     for memory in trace.moments[-1].clients.values():
         assert np.array_equal(memory["moon.stats"], memory["strategy.stats"])
+
+
+def test_moons_global_model_has_the_clients_own_statistics(traced, monkeypatch):
+    """As in the authors' code: it is a copy of the model that the client starts from."""
+    seen: list[tuple[Arrays, Arrays]] = []
+    begin = MOON.begin
+
+    def begun(self, net, sent, memory):
+        begin(self, net, sent, memory)
+        if self.references:
+            reference = {k.removeprefix("net."): v for k, v in self.references[0].items()}
+            seen.append((reference, {k: v.clone() for k, v in net.state_dict().items()}))
+
+    monkeypatch.setattr(MOON, "begin", begun)
+    local = [*TINY, HEAD, *SHORT, "regularizers=moon", LOCAL]
+    traced(2, *local, "run.rounds=3")
+    assert len(seen) == 4
+    for reference, start in seen:
+        assert all(torch.equal(reference[name], tensor) for name, tensor in start.items())
 
 
 NORMS = {
