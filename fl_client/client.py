@@ -409,13 +409,17 @@ class Clients:
         return self.uploaded[kind][1]
 
     def kept(self, remembered: Flat) -> dict[str, Tensors] | None:
-        """The optimizer's state that the client kept from its last round; None: it begins anew."""
+        """The optimizer's state that the client kept from its last round, each tensor in the order
+        in memory of its parameter, as fused kernels take them; None: it begins anew."""
+        trained = [p for p in self.net.parameters() if p.requires_grad]
         kept: dict[str, list[torch.Tensor]] = {}
         for key in sorted(remembered):
             tensor = remembered[key]
-            owner, name = key.split(".")[:2]
+            owner, name, *place = key.split(".")
             if owner == OPTIMIZER:
-                kept.setdefault(name, []).append(tensor.to(self.device, copy=True))
+                like = trained[int(*place)] if tensor.dim() else tensor
+                own = torch.empty_like(like, device=self.device).copy_(tensor)
+                kept.setdefault(name, []).append(own)
         return kept or None
 
     @staticmethod

@@ -503,6 +503,16 @@ def test_a_kept_optimizer_differs_from_a_fresh_one(runner, optimizer: str):
     assert kept.summary["model_sha256"] == again.summary["model_sha256"]
 
 
+@pytest.mark.parametrize("optimizer", ["train.momentum=0.9", "train.optimizer=adam"])
+def test_a_kept_optimizer_is_the_same_from_the_disk_in_any_order_in_memory(
+    runner, tmp_path: Path, optimizer: str
+):
+    settings = ["clients.number=3", "run.rounds=2", "train.batch-size=200", "train.device=cpu"]
+    settings += [optimizer, "train.keep-optimizer=true", "train.channels-last=true"]
+    on_disk, in_memory = runner(*settings, f"client.state-dir={tmp_path}"), runner(*settings)
+    assert on_disk.summary["model_sha256"] == in_memory.summary["model_sha256"]
+
+
 def clients(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Sizes (N,) and label counts (N, classes) of the partitions."""
     record = json.loads((folder / "clients.json").read_text())
