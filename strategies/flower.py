@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from flwr import serverapp
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fl_common import wire
 from fl_common.deferred import torch
@@ -27,7 +27,7 @@ from strategies.fedprox import FedProxParams, FedProxRule
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from flwr.app import ConfigRecord, MetricRecord
+    from flwr.app import ConfigRecord
     from flwr.serverapp import Grid
 
     from fl_common.config import CoreConfig
@@ -206,7 +206,12 @@ class FlowerStrategy:
         for message in replies:
             reply = Reply.of(message)
             buffers.add(reply)
-            content = {name: message.content[name] for name in (wire.ARRAYS, wire.METRICS)}
+            metrics = message.content[wire.METRICS].items()
+            content = {
+                wire.ARRAYS: message.content[wire.ARRAYS],
+                # Lists, which Flower averages too, have as many numbers as the client took steps.
+                wire.METRICS: MetricRecord({k: v for k, v in metrics if not isinstance(v, list)}),
+            }
             stripped.append(Message(RecordDict(content), reply_to=message))
         arrays, metrics = self.inner.aggregate_train(server_round, stripped)
         if arrays is None:

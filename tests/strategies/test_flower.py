@@ -72,6 +72,15 @@ def test_regularizers_work_beside_flowers(runner):
         torch.testing.assert_close(flowers.model[key], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_gradient_norms_of_unequal_clients_are_told(runner):
+    """As many numbers as steps, which differ from client to client."""
+    settings = [*BASE, "eval.grad-norm=true", "train.batch-size=64"]
+    ours, flowers = runner(*settings), runner(*settings, "strategy.name=flwr:FedAvg")
+    assert flowers.code == 0
+    for mine, theirs in zip(ours.history, flowers.history, strict=True):
+        assert theirs["grad_norm"]["all"] == pytest.approx(mine["grad_norm"]["all"], rel=1e-3)
+
+
 def test_fedadam_on_the_toy(runner, monkeypatch):
     """m = (1 - b1) delta, v = (1 - b2) delta^2, w += eta' m / (sqrt(v) + tau), by hand."""
     toy.install(monkeypatch)
