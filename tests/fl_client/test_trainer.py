@@ -11,9 +11,11 @@ from fl_client.optimizers import SGD
 from fl_client.trainer import LocalData, batches, local_round
 from fl_common.config import Train
 from fl_common.data.transforms import pipeline
-from fl_common.local import Affine, Perturbation, Work
+from fl_common.local import Affine, Perturbation, Work, correction_of
 from regularizers.base import METHODS, Regularizer
+from regularizers.proximal import Proximal, ProximalParams
 from strategies.base import NoParams
+from strategies.fedsam import MoFedSAMParams, MoFedSAMRule
 
 N, FEATURES, CLASSES = 13, 6, 3
 WORK = Work(omega=1.0, steps=1, lr=0.1, nominal_steps=1, base_lr=0.1)
@@ -202,6 +204,15 @@ def test_terms_add_up_in_their_order():
     assert (both.constant, both.slope, both.scale) == (torch.tensor([10.5]), 21.0, 1.5)
     assert both.decay == 44.0
     assert Affine.pull(0.0, torch.ones(3)) is None
+
+
+def test_the_strategy_scales_what_regularizers_add():
+    """MoFedSAM beside a proximal term: beta (grad + mu (theta - w)) + (1 - beta) m."""
+    rule = MoFedSAMRule(MoFedSAMParams(beta=0.25), WORK)
+    proximal = Proximal(ProximalParams(mu=2.0), WORK)
+    sent = {"params": torch.tensor([3.0]), "m": torch.tensor([8.0])}
+    both = correction_of([rule, proximal], sent, {})
+    assert (both.scale, both.slope, both.constant) == (0.25, 0.5, torch.tensor([-1.5 + 6.0]))
 
 
 def test_a_second_pass_repeats_the_draws_and_leaves_statistics_alone():

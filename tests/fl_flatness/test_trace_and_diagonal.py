@@ -95,6 +95,13 @@ def test_diagonals_are_within_three_standard_errors(factory):
     assert 0.8 < ((found.mean - h.diagonal()) / found.error)[found.error > 0].std() < 1.2
 
 
+def test_the_error_of_two_probes_is_half_their_distance():
+    """Their standard deviation, by n - 1, is the distance over the root of 2."""
+    found = diagonal(rotated(*[4.0, -2.0, 1.0] * 5)[0], probes=2)
+    assert found.error.min() > 0
+    torch.testing.assert_close(found.error, (found.halves[0] - found.halves[1]).abs() / 2)
+
+
 def test_the_halves_give_the_squared_norm_without_bias():
     """E ||D||^2 of 10 probes = ||diag H||^2 + sum_{i != j} H_ij^2 / 10; the halves' product has no
     such term.  Means of 200 estimates."""
