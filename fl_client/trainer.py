@@ -67,7 +67,8 @@ class LocalResult:
     steps: int
     """K_i, optimizer steps taken."""
     loss: float
-    """Mean training loss over the samples of the round, without what regularizers add."""
+    """Mean training loss over the samples of the round, without what regularizers add, unless that
+    makes it one of other labels."""
     norms: torch.Tensor | None = None
     """(K, P) on the CPU, float64: the norm of the loss's gradient on each parameter that was
     trained, at each step; without closed-form terms, before clipping."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def effective_steps(steps: int, momentum: float) -> float:
     """a_i, the sum of the weights that the steps' gradients have in Delta_i, over eta.
 
-    K_i for plain SGD; with momentum rho, gradient k counts (1 - rho^(K - k)) / (1 - rho).
+    K_i for plain SGD; with momentum rho, gradient k = 1 ... K counts (1 - rho^(K - k + 1)) /
+    (1 - rho).
     """
     rho = momentum
     return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
