@@ -176,7 +176,7 @@ class Roster:
         self.refused: dict[int, str] = {}
         """Reasons by node id."""
         self.known: dict[int, Member] = {}
-        """Everyone who ever was a member, as it was first."""
+        """Everyone who has been a member since the roll call ended, as it was first."""
         self._told: set[str] = set()
         """Reasons that the log has."""
         self._again: dict[int, float] = {}
@@ -208,6 +208,7 @@ class Roster:
         told = -1
         while True:
             self.ask()
+            self.known = dict(self.members)  # until all are here, whoever left may change
             late = time.monotonic() > end
             if late or not self._asked:
                 self.judge()

@@ -282,6 +282,19 @@ def test_who_comes_back_with_other_data_is_refused_and_the_others_stay(grid, mon
     assert any("client 0 came back with other data" in line for line in said)
 
 
+def test_a_node_that_is_corrected_before_the_run_begins_takes_part(grid, monkeypatch):
+    """Its operator stops it while others have not come yet, and starts it with other data."""
+    of, second = Member.of, grid.all[1]
+    seen = iter([[], [second], [], [second], grid.all])
+    answers = iter([{"samples": 1, "data": "other"}])
+    monkeypatch.setattr(grid, "get_node_ids", lambda: next(seen, grid.all))
+    monkeypatch.setattr(Member, "of", lambda reply: replace(of(reply), **next(answers, {})))
+    roster = Roster(Exchange(grid, 10.0, lambda text: None), 3)
+    roster.assemble(nodes_may_come=True)
+    assert {p: m.node_id for p, m in roster.members.items()} == dict(enumerate(grid.all))
+    assert "other" not in {member.data for member in roster.known.values()}
+
+
 def test_a_client_whose_node_went_away_is_waited_for(grid):
     said: list[str] = []
     roster = Roster(Exchange(grid, 10.0, said.append), 3, return_s=0.5)
