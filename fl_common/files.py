@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)  # the new name too
     finally:
         os.close(folder)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.  Raises OSError, ValueError."""
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
 
 
 def remove_unfinished(folder: Path) -> None:

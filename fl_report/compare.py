@@ -57,7 +57,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder in folders:
         try:
-            summary = _json((folder / "summary.json").read_bytes(), folder / "summary.json")
+            summary = parsed((folder / "summary.json").read_bytes(), folder / "summary.json")
             config = _optional(folder / "config.json")
             clients = _optional(folder / "clients.json")
             rows = _rows(folder / "history.jsonl")
@@ -83,23 +83,27 @@ def method_of(config: Mapping[str, Any]) -> str:
     return "+".join(filter(None, (config.get("strategy.name"), config.get("regularizers"))))
 
 
-def _json(text: bytes, where: object) -> Any:
+def parsed(text: bytes, where: object) -> dict[str, Any]:
+    """The JSON object in a file, or in a line of it.  Raises ValueError with one line."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+        why: object = "no object"
     except ValueError as error:
         why = getattr(error, "msg", error)
-        raise ValueError(f"{where}: is no JSON ({why}); mend it, or leave this run out") from None
+    raise ValueError(f"{where}: is no JSON ({why}); mend it, or leave this run out")
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return _json(path.read_bytes(), path) if path.exists() else {}
+    return parsed(path.read_bytes(), path) if path.exists() else {}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """None before the first round; a last line that a crash cut short is left out."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = (line for line in lines if line.endswith(b"\n"))
-    return [_json(line, f"{path}, line {i}") for i, line in enumerate(whole, 1)]
+    return [parsed(line, f"{path}, line {i}") for i, line in enumerate(whole, 1)]
 
 
 def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> Table:

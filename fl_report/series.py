@@ -3,12 +3,13 @@ reached, who took part, what was refused."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from fl_report.compare import parsed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -182,7 +183,7 @@ def measurements(run: Run) -> list[tuple[int | str, dict[str, Any]]]:
     ]
     path = run.folder / "flatness.json" if run.folder else None
     if path and path.exists():
-        afterwards = json.loads(path.read_text())
+        afterwards = parsed(path.read_bytes(), path)
         match = afterwards.get("match", {}).get("paper", {})
         final = f"final model, {afterwards.get('samples', '?')} samples"
         found.append((final, {**match, **afterwards}))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
+from fl_common.files import read_object
 from fl_server.flower_run import BIN, ENVIRONMENT, direct
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ def _alone() -> Iterator[None]:
 
 def _state() -> dict[str, Any]:
     """What `up` wrote; empty if there is nothing, or nothing that can be read."""
-    with suppress(OSError, ValueError, AttributeError):
-        state = json.loads((home() / "state.json").read_text())
+    with suppress(OSError, ValueError):
+        state = read_object(home() / "state.json")
         return state if {"boot", "mark", "clients", "address", "processes"} <= state.keys() else {}
     return {}
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fl_common.files import remove_unfinished, unwritable, write_atomically
+from fl_common.files import read_object, remove_unfinished, unwritable, write_atomically
 from fl_common.wire import model_sha256
 from fl_server.checkpoint import Checkpoints
 from fl_server.exchange import RunFailed
@@ -79,7 +79,7 @@ RESUMABLE = (
 def stored_config(folder: Path) -> dict[str, Scalar]:
     """The settings of the run in this folder.  Raises RunFailed."""
     try:
-        return json.loads((folder / CONFIG).read_text())
+        return read_object(folder / CONFIG)
     except (FileNotFoundError, NotADirectoryError):
         raise RunFailed(f"{folder}: there is no run to resume (no {CONFIG})") from None
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
 def read_summary(folder: Path) -> dict[str, Any]:
     """What the run in this folder came to; empty if nothing can be read."""
     try:
-        return json.loads((folder / SUMMARY).read_text())
+        return read_object(folder / SUMMARY)
     except (OSError, ValueError):
         return {}
 

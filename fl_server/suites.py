@@ -23,12 +23,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fl_common import processes
 from fl_common.config import resolve
-from fl_common.files import write_atomically
+from fl_common.files import read_object, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
 from fl_report.suite import SuiteError, load
-from fl_server.recorder import CONFIG, HISTORY, REPORT, RESUMABLE, SUMMARY, read_summary
+from fl_server.recorder import CONFIG, HISTORY, REPORT, RESUMABLE, read_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -75,7 +75,7 @@ class State:
 def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
     """The first setting in which the run in `folder` is not of this configuration, as words."""
     try:
-        stored = json.loads((folder / CONFIG).read_text())
+        stored = read_object(folder / CONFIG)
     except (OSError, ValueError) as error:
         return f"its {CONFIG} cannot be read ({getattr(error, 'strerror', None) or error})"
     defaults = resolve({}).flat()
@@ -359,7 +359,7 @@ def code_of(folder: Path) -> str:
 
 
 def _outcome(folder: Path) -> str:
-    accuracy = json.loads((folder / SUMMARY).read_text()).get("accuracy")
+    accuracy = read_summary(folder).get("accuracy")
     return "done" if accuracy is None else f"accuracy {accuracy:.4f}"
 
 
@@ -482,6 +482,6 @@ def open_suite(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return read_object(path)
     except (OSError, ValueError):
         return {}

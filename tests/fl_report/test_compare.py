@@ -57,6 +57,9 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys):
         ("history.jsonl", b'{"round": 1}\n\xff\n', ", line 2: is no JSON ('utf-8' codec"),
         ("config.json", b"{", ": is no JSON (Exp"),
         ("summary.json", b"", ": is no JSON (Exp"),
+        ("history.jsonl", b'{"round": 1}\n[]\n', ", line 2: is no JSON (no object"),
+        ("config.json", b"null", ": is no JSON (no object"),
+        ("summary.json", b"[]", ": is no JSON (no object"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path, capsys):
@@ -67,6 +70,13 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {tmp_path / name}{told}")
         assert line.endswith("); mend it, or leave this run out")
+
+
+def test_a_broken_measurement_is_named(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "flatness.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'flatness.json'}: is no JSON" in capsys.readouterr().err
 
 
 def test_runs_of_different_data(runner, tmp_path, capsys):

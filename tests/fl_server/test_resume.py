@@ -479,9 +479,17 @@ def test_a_folder_that_holds_no_run(runs: Runs, capsys: pytest.CaptureFixture[st
 
 def test_a_damaged_config_is_an_error(runs: Runs, capsys: pytest.CaptureFixture[str]):
     folder = runs.crashed("killed", after=2)
-    (folder / "config.json").write_text('{"run.rounds": 5, ')
-    assert main(["resume", str(folder)]) == 2
-    assert f"{folder / 'config.json'}: cannot be read" in refusal(capsys)
+    for text in ('{"run.rounds": 5, ', "[]"):
+        (folder / "config.json").write_text(text)
+        assert main(["resume", str(folder)]) == 2
+        assert f"{folder / 'config.json'}: cannot be read" in refusal(capsys)
+
+
+def test_a_damaged_summary_does_not_keep_a_run_from_going_on(runs: Runs):
+    folder = runs.crashed("summary", after=2)
+    (folder / "summary.json").write_text("[]")
+    assert main(["resume", str(folder)]) == 0
+    assert read_summary(folder)["status"] == "completed"
 
 
 def test_a_completed_run_is_left_as_it_is(runs: Runs, capsys: pytest.CaptureFixture[str]):
