@@ -30,6 +30,7 @@ from fl_common import (
     determinism,  # noqa: F401  (sets MKL's environment for the ClientApps)
     processes,
 )
+from fl_common.files import home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -154,7 +155,7 @@ def _check_config(config: Mapping[str, Scalar]) -> None:
 
 def default_state_dir() -> Path:
     """Where a node keeps what it must remember, unless it is told."""
-    return Path(os.environ.get("FLATFED_HOME") or Path.home() / ".flatfed").absolute() / "state"
+    return home() / "state"
 
 
 def check_state_dir(folder: Path) -> None:
@@ -170,15 +171,16 @@ def check_state_dir(folder: Path) -> None:
 
 
 def _check_device(device: str) -> None:
-    kind, _, index = device.partition(":")
+    from fl_common.config import is_device
+
+    if not is_device(device):
+        raise NodeError(f"device {device}: must be auto, cpu, cuda or cuda:K")
     if device in ("auto", "cpu"):
         return
-    if kind != "cuda" or (index and not index.isdecimal()):
-        raise NodeError(f"device {device}: must be auto, cpu, cuda or cuda:K")
     import torch
 
     found = torch.cuda.device_count()
-    if int(index or 0) >= found:
+    if int(device.partition(":")[2] or 0) >= found:
         have = f"{found} CUDA device(s)" if found else "no CUDA device"
         raise NodeError(f"device {device}: this machine has {have}; give another, or auto")
 
@@ -273,7 +275,7 @@ def _check_server(node: Node, host: str, port: int) -> None:
                 if context is None:
                     return _check_plaintext(connection, where)
                 return _check_tls(connection, context, host, where, node.root_certificates)
-        except socket.gaierror:
+        except (socket.gaierror, UnicodeError):  # a name that no host can have
             raise NodeError(f"{where}: no such host; correct --superlink") from None
         except TimeoutError:
             problem = f"{where}: no answer; correct --superlink, or open the port in the firewall"

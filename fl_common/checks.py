@@ -7,7 +7,16 @@ import importlib.util
 import itertools
 from typing import TYPE_CHECKING
 
-from fl_common.config import AUTO, TRACKERS, Client, dashed, methods, shown, unknown_name
+from fl_common.config import (
+    AUTO,
+    TRACKERS,
+    Client,
+    dashed,
+    is_device,
+    methods,
+    shown,
+    unknown_name,
+)
 from fl_common.data import catalogue as data_catalogue
 from fl_common.layout import PARAMS, tensors_of
 from fl_common.models import catalogue as model_catalogue
@@ -45,7 +54,7 @@ def checks(config: CoreConfig) -> list[str]:
         errors.append("train.nesterov = true: needs train.momentum > 0")
     if config.train.optimizer == "adam" and (config.train.momentum or config.train.nesterov):
         errors.append("train.momentum: belongs to train.optimizer=sgd; leave it at 0 with adam")
-    if not _is_device(config.train.device):
+    if not is_device(config.train.device):
         errors.append(
             f"train.device = {shown(config.train.device)}: must be auto, cpu, cuda or cuda:K"
         )
@@ -193,11 +202,6 @@ def _check_own_source(source: str, augment: str) -> list[str]:
         f"data.source = {shown(source)}: no module {module} can be imported here; write "
         "package.module:function and put its folder on PYTHONPATH"
     ]
-
-
-def _is_device(name: str) -> bool:
-    kind, _, index = name.partition(":")
-    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())
 
 
 def _check_methods(config: CoreConfig) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from fl_common.data import catalogue as data_catalogue
+from fl_common.files import absolute_path
 from fl_common.models import catalogue as model_catalogue
 
 if TYPE_CHECKING:
@@ -530,8 +531,13 @@ def absolute_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
             continue
         source = values.get("data.source", Data().source)
         if key != "data.path" or data_catalogue.is_local_path(source, path):
-            absolute[key] = str(Path(path).expanduser().absolute())
+            absolute[key] = str(absolute_path(path))
     return absolute
+
+
+def is_device(name: str) -> bool:
+    """Whether it is one of auto, cpu, cuda and cuda:K, of which torch counts K from 0 to 127."""
+    return name in ("auto", "cpu", "cuda", *(f"cuda:{k}" for k in range(128)))
 
 
 def unknown_key(key: str, known: set[str]) -> str:
@@ -540,12 +546,12 @@ def unknown_key(key: str, known: set[str]) -> str:
     return f"{key}: unknown key; {hint}"
 
 
-def unknown_name(key: str, name: str, known: list[str]) -> str:
+def unknown_name(key: str, name: object, known: list[str]) -> str:
     return f"{key} = {shown(name)}: unknown; {_nearest(name, known)}known: {', '.join(known)}"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.5)
+def _nearest(name: object, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name).replace("_", "-"), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}? " if near else ""
 
 

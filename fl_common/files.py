@@ -6,13 +6,22 @@ import hashlib
 import json
 import os
 import tempfile
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 DIGITS = 32
 """Hex digits of SHA-256 in a file's name."""
+
+
+def absolute_path(path: str | Path) -> Path:
+    """A path from the current folder; `~` is the home folder, and of a user who is not known here a
+    name like any other, as it is to a shell."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
+def home() -> Path:
+    """Where FlatFed keeps what belongs to no run: `$FLATFED_HOME`, or `~/.flatfed`."""
+    return absolute_path(os.environ.get("FLATFED_HOME") or "~/.flatfed")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

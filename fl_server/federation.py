@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl_common import processes
-from fl_common.files import read_object
+from fl_common import files, processes
 from fl_server.flower_run import BIN, ENVIRONMENT, direct
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class FederationError(RuntimeError):
 
 def home() -> Path:
     """The folder of the federation that `flatfed up` starts."""
-    return Path(os.environ.get("FLATFED_HOME") or Path.home() / ".flatfed").absolute() / "up"
+    return files.home() / "up"
 
 
 def flower_home() -> Path:
@@ -182,6 +181,8 @@ def _nodes(count: int) -> str:
 def _alone() -> Iterator[None]:
     from filelock import FileLock, Timeout
 
+    if problem := files.unwritable(home().parent):
+        raise UsageError(f"FLATFED_HOME: {problem}; choose another folder")
     home().parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(home().with_name("up.lock"))
     try:
@@ -197,7 +198,7 @@ def _alone() -> Iterator[None]:
 def _state() -> dict[str, Any]:
     """What `up` wrote; empty if there is nothing, or nothing that can be read."""
     with suppress(OSError, ValueError):
-        state = read_object(home() / "state.json")
+        state = files.read_object(home() / "state.json")
         return state if {"boot", "mark", "clients", "address", "processes"} <= state.keys() else {}
     return {}
 
@@ -337,7 +338,7 @@ class Federation:
             key = self.keys / f"node-{partition}"
             command += ["--root-certificates", f"{self.keys}/ca.crt", "--auth-key", str(key)]
         if data_path:
-            command += ["--data-path", str(Path(data_path).expanduser().absolute())]
+            command += ["--data-path", str(files.absolute_path(data_path))]
         return [*command, f"num-partitions={self.clients}"]
 
     def _online(self) -> int:

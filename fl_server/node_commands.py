@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_common.files import absolute_path
 from fl_server.console import FAILED, OK, complain
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
     config.setdefault("state-dir", str(default_state_dir()))
     for key in ("data-path", "state-dir", "worker-socket"):
         if key in config:
-            config[key] = str(Path(str(config[key])).expanduser().absolute())
+            config[key] = str(absolute_path(str(config[key])))
     return config
 
 
@@ -76,7 +76,7 @@ def worker(args: argparse.Namespace) -> int:
     from fl_client.worker import run
 
     try:
-        run(str(args.socket.expanduser().absolute()))
+        run(str(absolute_path(args.socket)))
     except OSError as error:
         return complain([f"--socket {args.socket}: {error.strerror or error}"])
     return OK
@@ -86,7 +86,7 @@ def certs(args: argparse.Namespace) -> int:
     from fl_server.certificates import CA, CA_KEY, KEYS, NODES, SERVER, SERVER_KEY, issue
     from fl_server.keys import KeysError
 
-    folder = args.folder.expanduser().absolute()
+    folder = absolute_path(args.folder)
     try:
         found = issue(folder, args.host, args.nodes, days=args.days)
     except KeysError as error:

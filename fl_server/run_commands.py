@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_common.files import absolute_path
 from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings_of
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resume(args: argparse.Namespace) -> int:
-    folder = args.folder.expanduser().absolute()
+    folder = absolute_path(args.folder)
     place = [f"run.output-dir={folder.parent}", f"run.name={folder.name}", "run.resume=true"]
     args.values = [*place, *args.values]
     return run(args)

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fl_common import processes
 from fl_common.config import resolve
-from fl_common.files import read_object, write_atomically
+from fl_common.files import absolute_path, read_object, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
@@ -473,7 +473,7 @@ def open_suite(
     """Every cell's configuration checked.  Settings of earlier calls in this folder hold until they
     are given anew.  Raises SuiteError with every mistake."""
     name = f"{file.stem}-reduced" if reduced else file.stem
-    base = (out or Path("results", "suites")).expanduser().absolute() / name
+    base = absolute_path(out or Path("results", "suites")) / name
     remembered = _read(base / REMEMBERED).get("settings", {})
     taken = {key: value for key, value in remembered.items() if key not in overrides}
     plan = load(file, reduced=reduced, overrides=remembered | overrides)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fl_common.data.errors import DataError
+from fl_common.files import absolute_path
 
 _log = logging.getLogger(__name__)
 _META = "meta.json"
@@ -27,7 +28,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError)
 
 def default_cache_dir() -> Path:
     """`$FLATFED_CACHE`, or `~/.cache/flatfed`."""
-    return Path(os.environ.get("FLATFED_CACHE") or "~/.cache/flatfed").expanduser()
+    return absolute_path(os.environ.get("FLATFED_CACHE") or "~/.cache/flatfed")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from fl_common.data.errors import DataError
+from fl_common.files import absolute_path
 
 IMAGE_SUFFIXES = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
@@ -63,7 +64,7 @@ def find(source: str, path: str, hub: str = "") -> Layout:
         return Layout("hub", hub)
     if source == "huggingface" and is_hub_name(path):
         return Layout("hub", path)
-    root = Path(path).expanduser().resolve()
+    root = absolute_path(path).resolve()
     with _readable():
         root.stat()
         return _FINDERS[source](root)

@@ -146,6 +146,9 @@ def images(tmp_path: Path) -> Path:
         ("train.optimizer=adm", "train.optimizer", ["did you mean adam", r"\bsgd\b"]),
         ("train.dtype=float16", "train.dtype", ["bfloat16", "float32", "float64"]),
         ("train.device=tpu", "train.device", ["cpu", "cuda"]),
+        ("train.device=cuda:01", "train.device", ["auto, cpu, cuda or cuda:K"]),
+        ("train.device=cuda:128", "train.device", ["auto, cpu, cuda or cuda:K"]),
+        ("data.path=~nobody/x", "data.path", ["digits"]),
         ("model.norm=bach", "model.norm", ["did you mean batch", "group"]),
         ("clients.sampling=bernouli", "clients.sampling", ["did you mean bernoulli", "fixed"]),
         ("data.partition=dirichlt", "data.partition", ["did you mean dirichlet", "pathological"]),
@@ -487,6 +490,12 @@ def test_mistakes_in_file_and_on_the_line_come_together(refused, tmp_path: Path)
     refusal.names("train.lr", "number")
     refusal.names("train.epochs", "whole number")
     refusal.names("data.alpha", "greater than 0")
+
+
+@pytest.mark.parametrize("value", ["5", "true", "[1, 2]", "1979-05-27"])
+def test_a_choice_that_is_no_word(refused, tmp_path: Path, value: str):
+    (tmp_path / "mine.toml").write_text(f"[train]\noptimizer = {value}\n")
+    refused("--config", "mine.toml").names("train.optimizer", "known: sgd, adam")
 
 
 def test_a_value_where_a_group_belongs(refused, tmp_path: Path):

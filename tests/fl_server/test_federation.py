@@ -101,6 +101,15 @@ def test_a_superlink_that_does_not_answer(
     ]
 
 
+def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    for home in ("/proc/flatfed", str(tmp_path / "file")):
+        monkeypatch.setenv("FLATFED_HOME", home)
+        for call in (lambda: federation.up(1), federation.down):
+            with pytest.raises(federation.UsageError, match=r"FLATFED_HOME: .* cannot be written"):
+                call()
+
+
 def test_wrong_calls(up: Path):
     with pytest.raises(federation.UsageError, match="--clients 0"):
         federation.up(0)
