@@ -118,19 +118,26 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
     try:
         train, test, classes = given
         splits = {"train": Split(*map(np.asarray, train)), "test": Split(*map(np.asarray, test))}
+        names = tuple(map(str, classes))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"data.source = {source}: it returned {type(given).__name__} ({error}); it must return "
             "((x, y), (x, y), classes): training samples, test samples, class names"
         ) from error
     for name, split in splits.items():
-        _check_own(source, name, split, len(classes))
+        _check_own(source, name, split, len(names))
+    x, other = splits["train"].x, splits["test"].x
+    if (x.dtype, x.shape[1:]) != (other.dtype, other.shape[1:]):
+        raise DataError(
+            f"data.source = {source}: train x is {x.dtype} {x.shape}, test x {other.dtype} "
+            f"{other.shape}; give samples of one dtype and shape"
+        )
     content = [[name, _array_digest(s.x), _array_digest(s.y)] for name, s in splits.items()]
     return Dataset(
         **splits,
-        classes=tuple(map(str, classes)),
+        classes=names,
         shape=_sample_shape(**splits),
-        fingerprint=_digest([content, list(map(str, classes))]),
+        fingerprint=_digest([content, names]),
     )
 
 

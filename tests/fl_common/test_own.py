@@ -55,6 +55,17 @@ def unknown(path, seed):
 def channels_last(path, seed):
     part = np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6, np.int64)
     return part, part, ("a", "b")
+
+def number_of_classes(path, seed):
+    return *load(path, seed)[:2], 2
+
+def wider_test(path, seed):
+    train, (x, y), classes = load(path, seed)
+    return train, (np.concatenate([x, x], 1), y), classes
+
+def larger_tokens(path, seed):
+    y = np.zeros(6, np.int64)
+    return (np.zeros((6, 8), np.uint8), y), (np.full((6, 8), 300), y), ("a", "b")
 '''
 LACKING = "    return {}['column']"
 LINES = {line: i for i, line in enumerate(MODULE.splitlines(), 1)}
@@ -103,6 +114,9 @@ def test_mistakes_that_show_before_a_run(mine, settings, words, runner, capsys):
         ("my_research:empty", "it must return ((x, y), (x, y), classes)"),
         ("my_research:unknown", "3 of 1500 values of train x are NaN or infinite"),
         ("my_research:channels_last", "give (n, C, H, W)"),
+        ("my_research:number_of_classes", "returned tuple ('int' object is not iterable); it must"),
+        ("my_research:wider_test", "train x is float32 (300, 5), test x float32 (100, 10); give"),
+        ("my_research:larger_tokens", "train x is uint8 (6, 8), test x int64 (6, 8); give samples"),
         ("my_broken:load", "data.source = my_broken:load: SyntaxError: expected ':' (/"),
         ("my_broken:load", "my_broken.py:2)"),
     ],
