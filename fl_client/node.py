@@ -43,6 +43,8 @@ CURVES = ("secp256r1", "secp384r1", "secp521r1")
 SUPERNODE = "flwr.supernode.start_client_internal"
 RESTART_S = 0.5
 """Pause before a trainer that died is started anew [s]."""
+LONGEST_ROOT = 70
+"""Bytes; the names of sockets below it are of 30, and macOS allows 103."""
 LOGGERS = ("flwr", "uvicorn.error")
 """Into which a SuperNode logs."""
 REFUSED = "Exit Code: 305\n"
@@ -389,7 +391,8 @@ def serve(node: Node) -> int:
     from flwr.supercore.exit import add_exit_handler
     from flwr.supernode.cli import flower_supernode
 
-    with tempfile.TemporaryDirectory(prefix="flatfed-node-") as folder:
+    root = processes.root_for_sockets(LONGEST_ROOT)
+    with tempfile.TemporaryDirectory(prefix="flatfed-node-", dir=root) as folder:
         if node.worker:
             node = replace(node, config=_with_worker(node.config, Path(folder) / "trainer"))
             sys.argv = ["flower-supernode", *_arguments(node)]

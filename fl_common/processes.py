@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,6 +44,13 @@ def read(connection: socket.socket, length: int) -> bytearray:
             raise EOFError
         start += count
     return data
+
+
+def root_for_sockets(longest: int) -> str:
+    """The folder of temporary files, if its path has at most so many bytes, else /tmp: the system
+    takes a socket's path of about 100 bytes."""
+    root = tempfile.gettempdir()
+    return root if len(os.fsencode(root)) <= longest else "/tmp"
 
 
 def free_port() -> int:

@@ -333,8 +333,7 @@ def _keep() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which children would inherit
     processes.adopt_orphans()
     job = json.loads(sys.stdin.readline())
-    root = tempfile.gettempdir()
-    folder = tempfile.mkdtemp("", "flatfed-", root if len(root) <= LONGEST_ROOT else "/tmp")
+    folder = tempfile.mkdtemp("", "flatfed-", processes.root_for_sockets(LONGEST_ROOT))
     try:
         result = _run(Path(folder), **job)
     except _CallerGone:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +318,29 @@ def test_what_flower_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert parse_config_args([given[given.index("--node-config") + 1]]) == config
     with pytest.raises(node.NodeError, match="both kinds of quotes"):
         list(node._arguments(node.Node("h:1", {"partition-id": 0, "x": "\"'"})))
+
+
+SERVED = """
+import os, sys, time
+import flwr.supernode.cli
+from fl_client import node
+def supernode():
+    given = sys.argv[sys.argv.index("--node-config") + 1]
+    path = given.partition('worker-socket="')[2].partition('"')[0]
+    end = time.monotonic() + 60
+    while not os.path.exists(path):
+        assert time.monotonic() < end, path
+        time.sleep(0.1)
+flwr.supernode.cli.flower_supernode = supernode
+node.serve(node.Node("127.0.0.1:1", {"partition-id": 0}, insecure=True, worker=True))
+"""
+
+
+def test_sockets_have_room_whatever_the_folder_of_temporary_files(tmp_path: Path):
+    root = tmp_path / ("x" * 100)
+    root.mkdir()
+    env = {**os.environ, "TMPDIR": str(root)}
+    subprocess.run([sys.executable, "-c", SERVED], env=env, check=True, timeout=100)
 
 
 def test_the_lines_of_flower_that_polling_replaces():
