@@ -79,6 +79,13 @@ def sized(count: float) -> str:
     return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
 
 
+def loss_told(value: float | None) -> str:
+    """A loss that was taken, in words where the history has none: JSON has no infinity."""
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
 def sent(run: Run) -> tuple[int, int]:
     """Bytes up and down, of all rounds."""
     up, down = (sum(row.get(f"bytes_{way}", 0) for row in run.rows) for way in ("up", "down"))

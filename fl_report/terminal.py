@@ -56,7 +56,7 @@ def _lines(run: Run, target: float | None) -> list[tuple[str, str]]:
         best = max(evaluated, key=lambda row: row["accuracy"])
         last = evaluated[-1]["accuracy"]
         found["accuracy"] = f"{last:.4f}, best {best['accuracy']:.4f} in round {best['round']}"
-        found["loss"] = _loss(evaluated[-1].get("loss"))
+        found["loss"] = series.loss_told(evaluated[-1].get("loss"))
     found["rounds"] = f"{len(run.rows)} of {run.config.get('run.rounds', '?')}"
     found["sent"] = f"{series.sized(up)} up, {series.sized(down)} down"
     if "wall_s" in summary:
@@ -77,16 +77,12 @@ def _lines(run: Run, target: float | None) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _loss(value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
-
-
 def several_runs(runs: Sequence[Run], target: float | None = None) -> Table:
     """What `compare.table` tells, and loss, time, when the target was reached, what was refused,
     the model, and the folder where it is not what one would think."""
-    more = {"loss": [_loss(series.last(run, "loss")) if run.rows else "" for run in runs]}
+    more = {
+        "loss": [series.loss_told(series.last(run, "loss")) if run.rows else "" for run in runs]
+    }
     more["s"] = [f"{run.summary['wall_s']:.0f}" if "wall_s" in run.summary else "" for run in runs]
     if target is not None:
         found = [series.reached(run, target) for run in runs]

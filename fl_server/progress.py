@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Any
 
+from fl_report.series import loss_told, sized
+
 BEAT_S = 30.0
 """The longest silence where there is no bar [s]: a reader knows that the run goes on."""
 
@@ -116,26 +118,12 @@ def duration(seconds: float) -> str:
 def _numbers(row: dict[str, Any]) -> str:
     parts = []
     if "loss" in row:
-        parts.append(f"accuracy {row['accuracy']:.4f}  loss {_loss(row['loss'])}")
+        parts.append(f"accuracy {row['accuracy']:.4f}  loss {loss_told(row['loss'])}")
     if row["client_loss"] is not None:
-        parts.append(f"client loss {_loss(row['client_loss'])}")
+        parts.append(f"client loss {loss_told(row['client_loss'])}")
     parts.append(f"{len(row['replies'])}/{len(row['cohort'])} clients  {row['seconds']:.2f} s")
-    parts.append(f"up {_size(row['bytes_up'])}  down {_size(row['bytes_down'])}")
+    parts.append(f"up {sized(row['bytes_up'])}  down {sized(row['bytes_down'])}")
     return "  ".join(parts)
-
-
-def _loss(value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 class Bar:

@@ -28,6 +28,7 @@ from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
 from fl_report.suite import SuiteError, load
+from fl_server.progress import duration
 from fl_server.recorder import CONFIG, HISTORY, REPORT, RESUMABLE, read_summary
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class Runner:
         if not left or not self.seconds:
             return f"{left} left"
         mean = sum(self.seconds) / len(self.seconds)
-        return f"{left} left, ETA {_duration(mean * left / jobs)}"
+        return f"{left} left, ETA {duration(mean * left / jobs)}"
 
     def _end(self) -> None:
         """Ctrl-C for the children that are left, and the end of those that do not heed it."""
@@ -361,13 +362,6 @@ def code_of(folder: Path) -> str:
 def _outcome(folder: Path) -> str:
     accuracy = read_summary(folder).get("accuracy")
     return "done" if accuracy is None else f"accuracy {accuracy:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _interrupt(*_: object) -> None:

@@ -51,6 +51,13 @@ def test_lines_with_the_time_that_is_left(capsys: pytest.CaptureFixture[str]):
     ]
 
 
+def test_sizes_at_the_ends_of_units(capsys: pytest.CaptureFixture[str]):
+    shown = Progress(10, bar=False)
+    shown.row(row(1, 5.0, bytes_up=999_600, bytes_down=1234 * 10**9))
+    shown.stop()
+    assert "up 1 MB  down 1234 GB" in capsys.readouterr().out
+
+
 def test_after_a_resume_only_rounds_since_then_count(capsys: pytest.CaptureFixture[str]):
     shown = Progress(10, bar=False)
     shown.resumed(6)
