@@ -80,9 +80,8 @@ def _lines(run: Run, target: float | None) -> list[tuple[str, str]]:
 def several_runs(runs: Sequence[Run], target: float | None = None) -> Table:
     """What `compare.table` tells, and loss, time, when the target was reached, what was refused,
     the model, and the folder where it is not what one would think."""
-    more = {
-        "loss": [series.loss_told(series.last(run, "loss")) if run.rows else "" for run in runs]
-    }
+    losses = [series.loss_told(series.last(run, "loss")) if run.rows else "" for run in runs]
+    more = {"loss": losses}
     more["s"] = [f"{run.summary['wall_s']:.0f}" if "wall_s" in run.summary else "" for run in runs]
     if target is not None:
         found = [series.reached(run, target) for run in runs]

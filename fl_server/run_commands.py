@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fl_common.files import absolute_path
+from fl_common.files import absolute_path, unwritable
 from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings_of
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ def config(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from fl_common.config import ConfigError, absolute_paths, resolve
-    from fl_common.data.cache import default_cache_dir
-    from fl_common.files import unwritable
     from fl_server.recorder import (
         folder_error,
         read_summary,
@@ -91,32 +89,39 @@ def run(args: argparse.Namespace) -> int:
             return OK
     elif problem := folder_error(folder):
         return complain([problem])
-    local = config.data.partition == "local" and config.clients.number > 1
-    if local and config.engine.name != "grpc":
-        return complain([f"data.partition = local: with engine.name={config.engine.name} all "
-            "clients would hold the same data; set engine.name=grpc, whose nodes have their own, "
-            "or choose another data.partition"])  # fmt: skip
-    if config.client.state_dir and config.engine.name != "grpc":
+    if problems := _unready(config):
+        return complain(problems)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
+    return engines[config.engine.name](config, folder)
+
+
+def _unready(config: CoreConfig) -> list[str]:
+    """What this machine lacks for the run; of nodes and their server elsewhere nothing is known."""
+    from fl_common.data.cache import default_cache_dir
+    from fl_server.tracking import missing
+
+    if config.engine.name == "grpc":
+        return []
+    if config.data.partition == "local" and config.clients.number > 1:
+        return [
+            f"data.partition = local: with engine.name={config.engine.name} all clients would hold "
+            "the same data; set engine.name=grpc, whose nodes have their own, or choose another "
+            "data.partition"
+        ]
+    if config.client.state_dir:
         from fl_client.node import NodeError, check_state_dir
 
         try:
             check_state_dir(Path(config.client.state_dir))
         except NodeError as error:
-            return complain([f"client.{error}"])
+            return [f"client.{error}"]
     cache = Path(config.data.cache_dir or default_cache_dir())
     # One that has data may be there for reading alone.
-    new = config.engine.name != "grpc" and not (cache / "datasets").is_dir()
-    if new and (problem := unwritable(cache)):
+    if not (cache / "datasets").is_dir() and (problem := unwritable(cache)):
         key = "data.cache-dir" if config.data.cache_dir else "FLATFED_CACHE"
-        return complain([f"{key}: {problem}; choose another folder with data.cache-dir"])
-    if config.engine.name != "grpc":  # there, it is the server that needs them
-        from fl_server.tracking import missing
-
-        if problems := missing(config.tracking.names):
-            return complain(problems)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
-    return engines[config.engine.name](config, folder)
+        return [f"{key}: {problem}; choose another folder with data.cache-dir"]
+    return missing(config.tracking.names)
 
 
 def resume(args: argparse.Namespace) -> int:
