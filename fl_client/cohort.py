@@ -234,7 +234,7 @@ class _Cohort:
                 count = batches.count(number)
                 state = state or self.optimizer.state()  # made by the first step, of all
                 self.optimizer.load(first_of(state, count))
-                self._takefirst_of(count)
+                self._take_first(count)
             x, y, masks = self._batch(number)
             samples = [(y != PADDING).to(torch.float32)] if batches.padded else []
             if batches.padded not in self.known.checked:
@@ -249,7 +249,7 @@ class _Cohort:
         stacked = stack(vectors, self.layout.slots[PARAMS], self.device)
         return [tensor for tensor, trained in zip(stacked, self.trained, strict=True) if trained]
 
-    def _takefirst_of(self, count: int) -> None:
+    def _take_first(self, count: int) -> None:
         """Views of the first clients' tensors; what is trained, as leaves of the graph."""
         named: dict[str, dict[str, torch.Tensor]] = {}
         for kind, tensors in self.stacks.items():

@@ -377,11 +377,9 @@ def why_unavailable(address: str, root_certificates: str | None, insecure: bool)
 
 def serve(node: Node) -> int:
     """Be a SuperNode until a signal ends it; gives the exit code.  `node` has been checked."""
-    os.environ.update(processes.FLOWER)
     # Flower looks its own commands up, and reaches the ClientApps by loopback.
+    os.environ |= {**processes.FLOWER, **processes.direct()}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},127.0.0.1"
     poll_every(node.poll_interval)
     processes.adopt_orphans()
     sys.argv = ["flower-supernode", *_arguments(node)]

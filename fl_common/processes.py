@@ -46,6 +46,12 @@ def read(connection: socket.socket, length: int) -> bytearray:
     return data
 
 
+def direct() -> dict[str, str]:
+    """The environment in which this machine is reached without a proxy."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{hosts},127.0.0.1")
+
+
 def root_for_sockets(longest: int) -> str:
     """The folder of temporary files, if its path has at most so many bytes, else /tmp: the system
     takes a socket's path of about 100 bytes."""

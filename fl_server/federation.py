@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_common import files, processes
-from fl_server.flower_run import BIN, ENVIRONMENT, direct
+from fl_server.flower_run import BIN, ENVIRONMENT, without_colours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,6 @@ ONLINE_TIMEOUT = 60.0  # s, and NODE_S more for each node, for all nodes to be t
 NODE_S = 5.0
 STOP_GRACE = 8.0  # s, between SIGTERM and SIGKILL
 POLL = 0.1  # s
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class UsageError(ValueError):
@@ -225,7 +224,7 @@ class Federation:
         self.env = {
             **os.environ,
             **ENVIRONMENT,
-            **direct(),
+            **processes.direct(),
             "FLWR_HOME": str(folder / "flower"),
             "FLWR_LOG_LEVEL": "INFO",  # the level at which the SuperLink says that it listens
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -351,7 +350,7 @@ class Federation:
     def _answer(call: subprocess.Popen[str]) -> str:
         """What a call of `flwr` prints.  Raises FederationError if it takes too long."""
         try:
-            return _COLOUR.sub("", call.communicate(timeout=START_TIMEOUT)[0])
+            return without_colours(call.communicate(timeout=START_TIMEOUT)[0])
         except subprocess.TimeoutExpired:
             command = " ".join(["flwr", *call.args[1:3]])
             raise FederationError(
@@ -389,7 +388,7 @@ class Federation:
         return process
 
     def _broken(self, what: str, log: Path) -> FederationError:
-        lines = _COLOUR.sub("", log.read_text(errors="replace")).splitlines()
+        lines = without_colours(log.read_text(errors="replace")).splitlines()
         reason = [line for line in lines if line.startswith("error: ")]
         tail = reason or [f"the end of its log {log}:", *lines[-8:]]
         return FederationError("\n".join([f"the federation did not start: {what}", *tail]))

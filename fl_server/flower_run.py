@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +58,9 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ADDRESS": "",  # never join a Ray cluster that is there already
 }
+
+LINES = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+"""Environment in which `flwr` holds back no line and writes UTF-8."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {2,}(.*)", re.DOTALL)
@@ -135,8 +138,7 @@ def run_simulation(
             keeper.stdin.close()
         keeper.wait()
     if "error" in result:
-        words = [text.strip("│ ") for text in tail if not text.startswith(("╭", "╰"))]
-        raise RuntimeError("\n".join([result["error"], *words]))
+        raise RuntimeError("\n".join([result["error"], *_unframed(tail)]))
     return FlowerStatus(**result)
 
 
@@ -155,13 +157,23 @@ def _toml(config: Mapping[str, str | int | float | bool]) -> str:
 def _plain(line: str) -> str | None:
     """A line of `flwr run` without colours, Flower's INFO prefix and the class before a client's
     reason; None if it says nothing."""
-    text = _CLASS.sub("", _COLOUR.sub("", line.rstrip("\n")))
+    text = _CLASS.sub("", without_colours(line.rstrip("\n")))
     if match := _LEVEL.fullmatch(text):
         level, message = match.groups()
         if not message or message.startswith(_NOISE):
             return None
         return message if level == "INFO" else f"{level}: {message}"
     return None if text.startswith(_NOISE) else text
+
+
+def _unframed(lines: Iterable[str]) -> list[str]:
+    """What stands in the frame that Flower puts around an error."""
+    words = (line.strip("│ ") for line in lines if not line.startswith(("╭", "╰")))
+    return list(filter(None, words))
+
+
+def without_colours(text: str) -> str:
+    return _COLOUR.sub("", text)
 
 
 def run_on_connection(
@@ -181,7 +193,7 @@ def run_on_connection(
         ValueError: a value of `run_config` is not what Flower can take.
         RuntimeError: the SuperLink did not answer, or refused the run.
     """
-    env = {**os.environ, **ENVIRONMENT, **direct(), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    env = {**os.environ, **ENVIRONMENT, **processes.direct(), **LINES}
     if flower_home:
         env["FLWR_HOME"] = str(flower_home)
     link = _Link(connection, env)
@@ -203,14 +215,13 @@ def _follow(link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[s
                     raise RuntimeError(f"Flower took no run within {SUBMIT_TIMEOUT:g} s")
                 if (status := link.status(run_id)) is not None:
                     return status
-            elif match := _STARTED.match(_COLOUR.sub("", line)):
+            elif match := _STARTED.match(without_colours(line)):
                 run_id = int(match[1])
             elif (text := _plain(line)) is not None:
                 tail.append(text)
                 on_line(text)
         if not run_id:
-            words = [text.strip("│ ") for text in tail if not text.startswith(("╭", "╰"))]
-            raise RuntimeError("\n".join(["Flower refused the run", *filter(None, words)]))
+            raise RuntimeError("\n".join(["Flower refused the run", *_unframed(tail)]))
         while (status := link.status(run_id)) is None:
             time.sleep(2.0)  # the stream of lines broke off, the run goes on
         return status
@@ -218,7 +229,7 @@ def _follow(link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[s
         raise
     except BaseException:
         while not run_id and (line := lines(10.0)):  # it may be on its way
-            if match := _STARTED.match(_COLOUR.sub("", line)):
+            if match := _STARTED.match(without_colours(line)):
                 run_id = int(match[1])
         if run_id:
             on_line(link.stop(run_id))
@@ -277,7 +288,7 @@ class _Link:
         """All that `flwr` prints; TimeoutError if it takes longer than `limit` seconds."""
         with self.start(*arguments) as process:
             try:
-                return _COLOUR.sub("", process.communicate(timeout=limit)[0])
+                return without_colours(process.communicate(timeout=limit)[0])
             except subprocess.TimeoutExpired:
                 raise TimeoutError(f"`flwr {arguments[0]}` took more than {limit:g} s") from None
 
@@ -317,12 +328,6 @@ def _status(listing: str) -> FlowerStatus | None:
     return FlowerStatus(int(run["run-id"]), run["status"], "" if details == "N/A" else details)
 
 
-def direct() -> dict[str, str]:
-    """The environment in which this machine is reached without a proxy."""
-    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
-    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{hosts},127.0.0.1")
-
-
 class _CallerGone(Exception):
     """The caller has closed the keeper's standard input."""
 
@@ -357,7 +362,7 @@ def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
         FLWR_LOG_LEVEL="INFO",  # the level at which the SuperLink says that it listens
         RAY_TMPDIR=str(folder),
         PATH=f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # Flower's own look-ups
-        **direct(),
+        **processes.direct(),
     )
     superlink, port = _start_superlink(folder)
     connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -369,7 +374,7 @@ def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
     while True:
         listing = _flwr(folder, "list", CONNECTION, "--format", "json", stdout=subprocess.PIPE)
         _wait(listing, superlink, folder, LIST_TIMEOUT)
-        text = _COLOUR.sub("", listing.stdout.read().decode())
+        text = without_colours(listing.stdout.read().decode())
         try:
             runs = json.loads(text)["runs"]
         except (ValueError, KeyError):
@@ -410,9 +415,8 @@ def _start(folder: Path, name: str, *arguments: str | Path, **options: Any) -> s
 
 
 def _flwr(folder: Path, *arguments: str | Path, **options: Any) -> subprocess.Popen:
-    """Start `flwr`, which shall hold back no line and write UTF-8."""
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    return _start(folder, "flwr", *arguments, env=env, **options)
+    """Start `flwr`."""
+    return _start(folder, "flwr", *arguments, env={**os.environ, **LINES}, **options)
 
 
 def _wait(
@@ -436,5 +440,5 @@ def _pause(seconds: float = POLL) -> None:
 
 def _broken(what: str, log: Path) -> RuntimeError:
     """An error of the SuperLink, with the last lines of its log."""
-    lines = _COLOUR.sub("", log.read_text(errors="replace")).splitlines()[-12:]
+    lines = without_colours(log.read_text(errors="replace")).splitlines()[-12:]
     return RuntimeError("\n".join([f"Flower's SuperLink {what}; the end of its log:", *lines]))

@@ -112,15 +112,16 @@ def certs(args: argparse.Namespace) -> int:
 def register(args: argparse.Namespace) -> int:
     import os
 
+    from fl_common import processes
     from fl_server.federation import UsageError, connection
-    from fl_server.flower_run import ENVIRONMENT, direct
+    from fl_server.flower_run import ENVIRONMENT
     from fl_server.keys import KeysError, read_keys, register
 
     try:
         keys, link = read_keys(args.keys), connection(args.connection)
     except (KeysError, UsageError) as error:
         return complain([str(error)])
-    os.environ |= {**ENVIRONMENT, **direct(), "FLWR_HOME": str(link.flower_home)}
+    os.environ |= {**ENVIRONMENT, **processes.direct(), "FLWR_HOME": str(link.flower_home)}
     try:
         register(keys, link, remove=args.remove)
     except KeysError as error:
