@@ -283,6 +283,9 @@ class Tracking(Group):
         return tuple(filter(None, (name.strip() for name in self.to.split(","))))
 
 
+PATHS = ("run.output-dir", "clients.keys", "data.cache-dir", "client.state-dir", "data.path")
+"""Keys of places in the file system; `data.path` may be a name on the hub instead."""
+
 AUTO = "auto"
 Count = Annotated[str, BeforeValidator(lambda n: str(n) if type(n) is int else n)]
 """A number, or `auto`; text, as Flower's run config has one type per key."""
@@ -496,8 +499,8 @@ def resolve(
         errors += [
             f"{key} = {shown(path)}: a relative path depends on the process that reads it; "
             "give an absolute one"
-            for key, path in paths(config)
-            if path and not Path(path).is_absolute()
+            for key, path in paths(config.flat()).items()
+            if not Path(path).is_absolute()
         ]
     if errors:
         raise ConfigError(errors)
@@ -518,21 +521,16 @@ def _key_of(error: Any) -> str:
 
 def absolute_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """`values` with paths made absolute from the current folder; `~` is the home folder."""
-    absolute = dict(values)
-    for key in (
-        "run.output-dir",
-        "clients.keys",
-        "data.cache-dir",
-        "client.state-dir",
-        "data.path",
-    ):
-        path = values.get(key)
-        if not isinstance(path, str) or not path:
-            continue
-        source = values.get("data.source", Data().source)
-        if key != "data.path" or data_catalogue.is_local_path(source, path):
-            absolute[key] = str(absolute_path(path))
-    return absolute
+    return {**values, **{key: str(absolute_path(path)) for key, path in paths(values).items()}}
+
+
+def paths(values: Mapping[str, Scalar]) -> dict[str, str]:
+    """Those of `values` that name places in the file system."""
+    given = {key: path for key in PATHS if isinstance(path := values.get(key), str) and path}
+    source = values.get("data.source", Data().source)
+    if not data_catalogue.is_local_path(source, given.get("data.path", "")):
+        given.pop("data.path", None)
+    return given
 
 
 def is_device(name: str) -> bool:
@@ -580,19 +578,6 @@ def _explain(error: Any) -> str:
         if name in limits:
             return f"{key} = {shown(value)}: must be {words} {limits[name]:g}"
     return f"{key} = {shown(value)}: {_TYPES.get(error['type'], error['msg'])}"
-
-
-def paths(config: CoreConfig) -> list[tuple[str, str]]:
-    """The keys that name places in the file system, with their values."""
-    data = config.data
-    local = data_catalogue.is_local_path(data.source, data.path)
-    return [
-        ("run.output-dir", config.run.output_dir),
-        ("clients.keys", config.clients.keys),
-        ("data.cache-dir", data.cache_dir),
-        ("client.state-dir", config.client.state_dir),
-        *([("data.path", data.path)] if local else []),
-    ]
 
 
 NODE_KEYS = {
