@@ -112,6 +112,8 @@ def _check_options(node: Node) -> None:
         raise NodeError("--insecure with --auth-key: a key needs TLS; leave --insecure out")
     if not node.poll_interval > 0:
         raise NodeError(f"--poll-interval {node.poll_interval:g}: must be greater than 0")
+    if not node.wait >= 0:
+        raise NodeError(f"--wait {node.wait:g}: must be at least 0")
     if not 0 <= node.port < 65536:
         raise NodeError(f"--port {node.port}: must be between 1 and 65535, or 0 for any free one")
 

@@ -40,6 +40,8 @@ CA_DAYS = 3650
 SERVER_DAYS = 365
 """Unless --days says otherwise."""
 CLOCK_SKEW = timedelta(minutes=5)
+_LABEL = r"\w([\w-]{0,61}\w)?"
+HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", re.ASCII)
 LOOPBACK = ("localhost", "127.0.0.1")
 """The SuperLink's own processes call it so."""
 
@@ -236,7 +238,7 @@ def _host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
-        if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9])?", text):
+        if len(text) > 253 or not HOST.fullmatch(text):
             raise KeysError(
                 f"--host {text}: must be a name or an IP address, without a port"
             ) from None

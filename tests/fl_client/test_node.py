@@ -257,6 +257,7 @@ def test_trusted_entities(keys, tmp_path: Path, capsys):
         (["--superlink", "h:1", "partition-id=0", "worker-socket=/nowhere"], "no trainer is there"),
         (["--superlink", "h:1", "partition-id=0", "state-dir=/dev/null/x"], "Not a directory"),
         (["--superlink", "h:1", "partition-id=0", "--poll-interval", "0"], "greater than 0"),
+        (["--superlink", "h:1", "partition-id=0", "--wait", "nan"], "--wait nan: must be at least"),
         (["--superlink", "h:1", "partition-id=0", "--insecure", "--auth-key", "k"], "needs TLS"),
         (["--superlink", "h:1", "partition-id=0", "device=cuda:01"], "must be auto, cpu, cuda"),
         (["--superlink", ".h:1", "partition-id=0", "--insecure"], "no such host; correct --superl"),

@@ -160,7 +160,8 @@ def refused(capsys, reason: str, *arguments: object) -> None:
 def test_wrong_calls_change_nothing(folder: Path, tmp_path: Path, capsys):
     new = tmp_path / "new"
     refused(capsys, "give --host NAME", new, "--nodes", "2")
-    for host in ("fl.example.org:9092", "https://fl.example.org", "", "a b"):
+    wrong = ("fl.example.org:9092", "https://fl.example.org", "", "a b", "a..b", "a-", "é")
+    for host in (*wrong, f"{'a' * 64}.org", ".".join(["a" * 60] * 5)):
         refused(capsys, f"--host {host}: must be a name or an IP address", new, "--host", host)
     refused(capsys, "--nodes -1: must be", new, "--host", "h", "--nodes", "-1")
     for days in ("0", "nan", "inf"):
