@@ -45,6 +45,23 @@ def in_processes(work: Callable[[T], list[Any]], parts: Sequence[T]) -> list[lis
                 os.waitpid(process, 0)
 
 
+def fork() -> int:
+    """As `os.fork`; in the child SIGINT does nothing and SIGTERM ends it.
+
+    Ctrl-C is for the process that forked, which ends the child.  From its first moment: a handler
+    that raised there would have it go on as if it were the process that forked.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        process = os.fork()
+        if not process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return process
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _fork(work: Callable[[T], list[Any]], part: T) -> tuple[int, IO[bytes]] | None:
     """A process that writes what `work` gives into a pipe; None where there can be none."""
     parent = os.getpid()
@@ -53,7 +70,7 @@ def _fork(work: Callable[[T], list[Any]], part: T) -> tuple[int, IO[bytes]] | No
     except OSError:
         return None
     try:
-        process = os.fork()
+        process = fork()
     except OSError:
         os.close(ours)
         os.close(theirs)
@@ -62,9 +79,6 @@ def _fork(work: Callable[[T], list[Any]], part: T) -> tuple[int, IO[bytes]] | No
         os.close(theirs)
         return process, os.fdopen(ours, "rb")
     try:
-        # Ctrl-C is for the process that forked us, which ends us.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if end_with(parent, signal.SIGKILL):
             with os.fdopen(theirs, "wb") as pipe:
                 threads = torch.get_num_threads()

@@ -183,7 +183,7 @@ class Pool:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        process = os.fork()
+        process = forks.fork()
         if process:
             theirs.close()
             return _Worker(process, ours)
@@ -192,9 +192,6 @@ class Pool:
             for worker in self.workers:
                 worker.connection.close()
             ours.close()
-            # Ctrl-C is for the process that has the run; it ends us.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if processes.end_with(parent, signal.SIGKILL):
                 forks.beginning(lambda: _serve(theirs, self.answer), self.threads)
         except BaseException:

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -35,6 +36,31 @@ def test_the_part_of_a_fork_that_fails_is_done_here(end: str) -> None:
     assert [part for part, _ in found] == [0, 1, 2]
     assert found[1][1] == here
     assert found[2][1] != here
+
+
+EARLY = """
+import os, signal, sys
+from fl_common import forks
+os_fork, here = os.fork, os.getpid()
+def fork():
+    process = os_fork()
+    if not process:
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+    return process
+os.fork = fork
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+try:
+    assert forks.in_processes(lambda part: [part], [1, 2, 3]) == [[1], [2], [3]]
+finally:
+    if os.getpid() != here:
+        print("went on as if it were the process that forked")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_before_the_first_line_of_a_fork(number: str) -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY, number], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
