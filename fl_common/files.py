@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, which is UTF-8 in every locale.  Raises OSError, ValueError."""
+    with path.open("rb") as file:
+        return tomllib.load(file)
 
 
 def remove_unfinished(folder: Path) -> None:

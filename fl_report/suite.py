@@ -5,7 +5,6 @@ settings and seeds, the metrics, and the published numbers; docs/suites.md descr
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from pydantic import (
 )
 
 from fl_common.config import ConfigError, Scalar, flatten, resolve
+from fl_common.files import read_toml
 from fl_report.suite_metrics import Metric
 
 if TYPE_CHECKING:
@@ -181,10 +181,10 @@ def _parse(path: Path) -> Suite:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return read_toml(path)
     except OSError as error:
         raise SuiteError([f"{path}: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SuiteError([f"{path}: not a TOML file: {error}"]) from None
 
 

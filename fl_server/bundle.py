@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import tomllib
 from contextlib import contextmanager
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_common.files import read_toml
 from fl_common.pyproject import flower_section
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def app_directory() -> Iterator[Path]:
 
 def _is_checkout(root: Path) -> bool:
     path = root / "pyproject.toml"
-    return path.exists() and tomllib.loads(path.read_text())["project"]["name"] == "flatfed"
+    return path.exists() and read_toml(path)["project"]["name"] == "flatfed"
 
 
 def _pyproject() -> str:

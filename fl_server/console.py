@@ -17,6 +17,7 @@ OK, USAGE, FAILED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 2, 3, 130, 141, 143
 
 
 def complain(lines: Sequence[str]) -> int:
+    """Tell mistakes of the call, one a line; gives the exit code."""
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return USAGE
@@ -25,21 +26,20 @@ def complain(lines: Sequence[str]) -> int:
 def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]:
     """The values of the file and of the command line over it, and what is no setting."""
     from fl_common.config import flatten, from_text
+    from fl_common.files import read_toml
 
     errors: list[str] = []
     values: dict[str, Scalar] = {}
     for file in args.config:
-        import tomllib
-
         try:
-            read = tomllib.loads(file.read_text())
+            read = read_toml(file)
             if "methods" in read:
                 errors.append(f"--config {file}: is a suite; run it with flatfed suite {file}")
             else:
                 values |= flatten(read)
         except OSError as error:
             errors.append(f"--config {file}: {error.strerror}")
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             errors.append(f"--config {file}: not a TOML file: {error}")
     given: dict[str, str] = {}
     for item in args.values:
@@ -54,11 +54,13 @@ def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]
 
 
 def show(table: RenderableType) -> None:
+    """Print what rich draws: as wide as the terminal, or 120 columns."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 120, emoji=False).print(table)
 
 
 def failed(why: str) -> int:
+    """Tell why a run failed; gives the exit code."""
     print(f"error: the run failed: {why}", file=sys.stderr)
     return FAILED

@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import time
-import tomllib
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def connection(name: str) -> Connection:
 def _address(name: str) -> str:
     path = flower_home() / "config.toml"
     try:
-        table = tomllib.loads(path.read_text()).get("superlink", {})
+        table = files.read_toml(path).get("superlink", {})
     except FileNotFoundError:
         table = {}
     except (OSError, ValueError) as error:

@@ -480,6 +480,19 @@ def test_config_file_that_is_not_toml(refused, tmp_path: Path, content: bytes):
     refused("--config", "broken.toml").names("--config", "broken.toml", "TOML")
 
 
+def test_a_file_is_read_alike_in_every_locale(tmp_path: Path):
+    (tmp_path / "mine.toml").write_bytes('[run]  # à la carte\nname = "é"\n'.encode())
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    made = subprocess.run(
+        [FLATFED, "config", "--config", tmp_path / "mine.toml"],
+        env={**os.environ, **plain, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert made.stderr == ""
+    assert 'name = "é"' in made.stdout.splitlines()
+
+
 def test_mistakes_in_file_and_on_the_line_come_together(refused, tmp_path: Path):
     (tmp_path / "mine.toml").write_text(
         "[run]\nrouds = 3\n\n[clients]\nper_round = 3\n\n[train]\nlr = [1, 2]\nepochs = 1.5\n"
