@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 
 class Together:
+    """Answers messages to train for `Clients`, as many of them at once as can be."""
+
     def __init__(self, clients: Clients) -> None:
         self.clients: Clients = weakref.proxy(clients)  # or both would outlive their last use
         self.most = sys.maxsize

@@ -64,6 +64,8 @@ class LocalData:
 
 @dataclass(frozen=True)
 class LocalResult:
+    """What a local round tells of itself, besides the trained network."""
+
     steps: int
     """K_i, optimizer steps taken."""
     loss: float
@@ -226,12 +228,14 @@ def taken_gradients(params: Tensors) -> Tensors:
 
 
 def precision_of(settings: Train, device: str) -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context of a forward pass: autocast with `train.dtype=bfloat16`, else none."""
     if settings.dtype == "bfloat16":
         return partial(torch.autocast, device, torch.bfloat16)
     return nullcontext
 
 
 def perturbation_of(methods: Sequence[LocalMethod]) -> Perturbation | None:
+    """That of the first method that has one."""
     return next(filter(None, (method.perturbation() for method in methods)), None)
 
 

@@ -245,7 +245,7 @@ class Flatness(Group):
     samples: int = Field(
         1024,
         ge=1,
-        description="test samples that it is measured on, and at most of its own that a client "
+        description="test samples that it is measured on, and the most of its own that a client "
         "takes for flatness.match; drawn once [samples]",
     )
     engine: Literal["own", "pyhessian"] = Field(
@@ -373,6 +373,7 @@ class CoreConfig(Group):
 
     @property
     def cohort_size(self) -> int:
+        """Clients of a round; with bernoulli sampling, about so many."""
         return self.clients.per_round or self.clients.number
 
     def params_of(self, method: str) -> Any:
@@ -539,12 +540,14 @@ def is_device(name: str) -> bool:
 
 
 def unknown_key(key: str, known: set[str]) -> str:
+    """The line for a key that there is not, with the nearest known one."""
     near = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "`flatfed config` lists all keys"
     return f"{key}: unknown key; {hint}"
 
 
 def unknown_name(key: str, name: object, known: list[str]) -> str:
+    """The line for a value that is none of the known ones, with the nearest."""
     return f"{key} = {shown(name)}: unknown; {_nearest(name, known)}known: {', '.join(known)}"
 
 
@@ -554,6 +557,7 @@ def _nearest(name: object, known: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
+    """A value as messages have it: text in quotes, true and false as in TOML."""
     return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 

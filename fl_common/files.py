@@ -66,6 +66,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def checksum(data: bytes) -> str:
+    """The first `DIGITS` hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 

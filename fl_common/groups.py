@@ -109,6 +109,7 @@ class Groups:
         return tuple(self.members)
 
     def numel(self, name: str) -> int:
+        """d_g, the elements of one group."""
         return sum(self.sizes[i] for i in self.members[name])
 
     def part(self, name: str, vector: torch.Tensor) -> torch.Tensor:
@@ -119,6 +120,7 @@ class Groups:
         return torch.cat([vector[span] for span in spans])
 
     def split(self, vector: torch.Tensor) -> Flat:
+        """Every group's `part` (d_g,) of a vector (d,)."""
         return {name: self.part(name, vector) for name in self.members}
 
     def norms(self, norms: torch.Tensor, active: Sequence[str]) -> dict[str, torch.Tensor]:

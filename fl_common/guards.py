@@ -35,6 +35,7 @@ class Spec:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Spec:
+        """A tensor's own."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def __str__(self) -> str:

@@ -122,6 +122,7 @@ class Perturbation:
         torch._foreach_add_(params, direction)
 
     def undo(self, params: Tensors) -> None:
+        """theta again, bit for bit, in place."""
         torch._foreach_copy_(params, self.kept)
 
     def mix(self, grads: Tensors) -> None:
@@ -254,6 +255,7 @@ def new_memory(methods: Sequence[LocalMethod], memory: Flat, sent: Flat, model: 
 
 
 def owners(methods: Sequence[LocalMethod]) -> list[tuple[str, LocalMethod]]:
+    """The methods, each with the prefix of what it remembers."""
     return [(getattr(method, "name", OWNER), method) for method in methods]
 
 

@@ -32,6 +32,7 @@ class Markup(str):
 
 
 def text(value: object) -> Markup:
+    """What is no HTML yet, escaped."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
@@ -147,6 +148,7 @@ def grid(figures: Sequence[Markup]) -> Markup:
 
 
 def page(title: str, body: Markup) -> str:
+    """The whole document."""
     return _PAGE.substitute(title=text(title), style=_STYLE, body=body)
 
 

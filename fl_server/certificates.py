@@ -53,6 +53,7 @@ def make_certificates(
     (names or IP addresses) into `folder`.
 
     The CA's key is not kept: for another server certificate make a new CA.  `issue` keeps it.
+    Raises KeysError for a host that is none, OSError.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ca, ca_key = _authority(days, name)

@@ -150,7 +150,7 @@ def _add_flatness_command(
     )
     add = flatness.add_argument
     add("--samples", type=int, default=1024, metavar="N", help="test samples that it is measured "
-        "on, drawn once, and at most of its own that a client's diagonal is made from "
+        "on, drawn once, and the most that a client's diagonal is made from "
         "(default: 1024)")  # fmt: skip
     add("--top", type=int, default=5, metavar="K", help="largest eigenvalues (default: 5)")
     add("--probes", type=int, default=32, metavar="N", help="random vectors for the trace: its "

@@ -138,6 +138,7 @@ class Exchange:
         """Those of them that are waited for until the end."""
 
         def push(new: dict[int, Message]) -> None:
+            """Send these, and note whose node is not there."""
             for name in self._push(new, pending, phase):
                 if self.locate and left.count(name) < RETURNS:
                     left.append(name)
@@ -189,7 +190,7 @@ class Exchange:
                     what = (
                         "its memory was lost and is given back"
                         if wire.MEMORY_LOST in request
-                        else "it has not all of the model and is sent the whole"
+                        else "it lacks a part of the model and is sent all of it"
                     )
                     self.note(f"{phase}, client {name}: {what}")
                 else:
@@ -271,8 +272,8 @@ class Exchange:
         outcome: Outcome,
         spare: int,
     ) -> set[int]:
-        """Into `again`, messages for those who are here again.  Who will not come in time is left
-        out, but for `spare` at most; gives the others, whose time is up too."""
+        """Into `again`, messages for those who are here again.  Of those whose time to come back is
+        up, `spare` at most are left out; gives the others, who are waited for all the same."""
         kept = set()
         for name in sorted(gone):
             where = self.locate(name)

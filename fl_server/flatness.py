@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlatnessOf:
-    """What is measured it on: samples of the server's test set, drawn once."""
+    """Measures flatness on samples of the server's test set, which are drawn once."""
 
     config: CoreConfig
     x: torch.Tensor
     """(n, ...) as the model takes it, on the device."""
     y: torch.Tensor
+    """(n,) int64, on the device."""
 
     @classmethod
     def of(
@@ -38,6 +39,7 @@ class FlatnessOf:
         transform: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
     ) -> FlatnessOf:
+        """`flatness.samples` of `test` at most, through `transform`, on `device`."""
         chosen = subsample(len(test), config.flatness.samples, config.run.seed).numpy()
         x, y = (torch.from_numpy(a[chosen]).to(device) for a in (test.x, test.y))
         return cls(config, transform(x), y)

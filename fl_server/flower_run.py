@@ -173,6 +173,7 @@ def _unframed(lines: Iterable[str]) -> list[str]:
 
 
 def without_colours(text: str) -> str:
+    """What Flower's commands print, without a terminal's escape sequences."""
     return _COLOUR.sub("", text)
 
 

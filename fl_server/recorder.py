@@ -47,6 +47,7 @@ def timestamp() -> str:
 
 
 def results_folder(output_dir: str, name: str) -> Path:
+    """Where a run's results go; "" are the default folder and a timestamp."""
     base = Path(output_dir) if output_dir else default_output_dir()
     return base / (name or timestamp())
 
@@ -170,6 +171,8 @@ class Recorder:
         """Of the history's rows."""
 
     def begin(self, config: CoreConfig, values: Mapping[str, Scalar], engine: str) -> None:
+        """What is known before the roll call, to the disk unless a run is to be resumed; `values`:
+        the settings as the run uses them.  Raises OSError."""
         self._config = {**values, "run.resume": False}
         if self._before is None:
             self._write_beginning()

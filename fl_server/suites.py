@@ -95,6 +95,7 @@ def begun(folder: Path) -> bool:
 
 
 def complete(folder: Path) -> bool:
+    """Whether the run in this folder came to its end."""
     return read_summary(folder).get("status") == "completed"
 
 
@@ -458,6 +459,7 @@ class OpenSuite:
         return written
 
     def log(self, name: str) -> Path:
+        """The file of what a cell's process printed."""
         return self.base / LOGS / f"{name}.txt"
 
 

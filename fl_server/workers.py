@@ -79,7 +79,7 @@ def count(config: CoreConfig) -> int:
                 "it out, and see engine.cohort"
             )
         if sys.platform != "linux" and int(given) > 1:
-            raise ValueError(f"engine.workers = {given}: several are for Linux; leave it out")
+            raise ValueError(f"engine.workers = {given}: several work on Linux alone; leave it out")
         return int(given)
     if cuda or sys.platform != "linux" or config.engine.cohort not in ("1", AUTO):
         return 1

@@ -150,6 +150,7 @@ def jittered(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def centre_crop(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) to the middle (B, C, size, size)."""
     top, left = ((side - size) // 2 for side in x.shape[2:])
     return x[:, :, top : top + size, left : left + size]
 
@@ -205,6 +206,7 @@ class Transform:
         return self._apply(x, self.recipe.train, self.recipe.after, u)
 
     def eval(self, x: Tensor) -> Tensor:
+        """The batch of an evaluation, in which nothing is drawn."""
         return self._apply(x, self.recipe.eval, ())
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
