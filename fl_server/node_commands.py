@@ -133,6 +133,8 @@ def register(args: argparse.Namespace) -> int:
 def up(args: argparse.Namespace) -> int:
     from fl_server import federation
 
+    if args.poll_interval is not None and not args.poll_interval > 0:
+        return complain([f"--poll-interval {args.poll_interval:g}: must be greater than 0"])
     options = list(args.values)
     for name in ("device", "threads", "poll_interval"):
         if (value := getattr(args, name)) is not None:

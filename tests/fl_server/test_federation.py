@@ -110,8 +110,11 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
                 call()
 
 
-def test_wrong_calls(up: Path):
+def test_wrong_calls(up: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(federation.UsageError, match="--clients 0"):
         federation.up(0)
     with pytest.raises(federation.UsageError, match="give it once, or 3"):
         federation.up(3, data_paths=["a", "b"])
+    assert main(["up", "--clients", "1", "--poll-interval", "nan"]) == 2
+    assert capsys.readouterr() == ("", "error: --poll-interval nan: must be greater than 0\n")
+    assert not up.exists()
