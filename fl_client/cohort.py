@@ -104,8 +104,11 @@ def bytes_of(net: torch.nn.Module, data: LocalData, settings: Train) -> int:
     device, held = data.x.device.type, {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        else:  # oneDNN's
+            held[id(tensor)] = tensor.numel() * tensor.element_size()
         return tensor
 
     draws = generator_state(device)

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from fl_common.models.layers import Chain, GroupNorm, norm2d, with_head
+from fl_common.models.layers import Chain, GroupNorm, MaxPool2d, norm2d, with_head
 
 
 def _dense(widths, classes, first_relu):
@@ -29,10 +29,10 @@ def _lenet(shape, classes, channels, hidden):
         [
             ("conv1", nn.Conv2d(shape[0], first, 5)),
             ("relu1", nn.ReLU()),
-            ("pool1", nn.MaxPool2d(2)),
+            ("pool1", MaxPool2d(2)),
             ("conv2", nn.Conv2d(first, second, 5)),
             ("relu2", nn.ReLU()),
-            ("pool2", nn.MaxPool2d(2)),
+            ("pool2", MaxPool2d(2)),
             ("flatten", nn.Flatten()),
             *_dense((second * height * width, *hidden), classes, first_relu=3),
         ]
@@ -63,7 +63,7 @@ def cnn(shape, classes, norm):
             ("relu1", nn.ReLU()),
             ("conv2", nn.Conv2d(32, 64, 3)),
             ("relu2", nn.ReLU()),
-            ("pool", nn.MaxPool2d(2)),
+            ("pool", MaxPool2d(2)),
             ("dropout1", nn.Dropout(0.25)),
             ("flatten", nn.Flatten()),
             ("fc1", nn.Linear(64 * height * width, 128)),
@@ -83,7 +83,7 @@ def tiny_convnet(shape, classes, norm):
     """
     layers, inputs = [], shape[0]
     for i in (1, 2, 3):
-        relu, pool = (f"relu{i}", nn.ReLU()), (f"pool{i}", nn.MaxPool2d(2))
+        relu, pool = (f"relu{i}", nn.ReLU()), (f"pool{i}", MaxPool2d(2))
         layers.append((f"conv{i}", nn.Conv2d(inputs, 64, 3, padding=1)))
         layers.append((f"norm{i}", GroupNorm(4, 64)))
         layers += [pool, relu] if i == 3 else [relu, pool]
@@ -105,7 +105,7 @@ def digits_cnn(shape, classes, norm):
             ("conv1", nn.Conv2d(shape[0], 16, 3, padding=1)),
             ("norm1", norm2d(norm, 16, groups=4)),
             ("relu1", nn.ReLU()),
-            ("pool", nn.MaxPool2d(2)),
+            ("pool", MaxPool2d(2)),
             ("conv2", nn.Conv2d(16, 32, 3, padding=1)),
             ("norm2", norm2d(norm, 32, groups=4)),
             ("relu2", nn.ReLU()),

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import nn
@@ -68,6 +69,32 @@ class GroupNorm(nn.GroupNorm):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """torch's, with its bits.  A CPU takes large float32 maps (B, C, H, W) through oneDNN, several
+    times faster than torch's own loop over maps that are not channels-last."""
+
+    LARGE = 1 << 16
+    """Numbers in a batch of maps; the way to oneDNN's tensors and back takes 0.2 ms."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # oneDNN's gradient has none itself, which flatness takes of a network in evaluation mode.
+        once = self.training or not torch.is_grad_enabled()
+        if not (once and x.numel() >= self.LARGE and _for_onednn(x)):
+            return super().forward(x)
+        size = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        return torch.mkldnn_max_pool2d(x.to_mkldnn(), *size).to_dense()
+
+
+def _for_onednn(x: torch.Tensor) -> bool:
+    """Whether oneDNN is there, and finds the same maxima: it passes over NaN and -inf.  Nor does it
+    take a tensor under vmap."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return plain and not wrapped and isfinite(x.detach().sum())
 
 
 def norm2d(norm: str, channels: int, groups: int = 2) -> nn.Module:

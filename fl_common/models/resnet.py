@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fl_common.models.layers import Chain, norm2d
+from fl_common.models.layers import Chain, MaxPool2d, norm2d
 
 
 def conv2d(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -117,7 +117,7 @@ def _resnet(shape, classes, norm, planes, depths, block=BasicBlock, shortcut="B"
         ("relu", nn.ReLU()),
     ]
     if imagenet:
-        stem.append(("pool", nn.MaxPool2d(3, 2, padding=1)))
+        stem.append(("pool", MaxPool2d(3, 2, padding=1)))
     stages, width = [], planes[0]
     for k, (plane, depth) in enumerate(zip(planes, depths, strict=True)):
         blocks = []

@@ -27,6 +27,7 @@ from fl_common.data.sources import Dataset, Split
 from fl_common.data.transforms import RECIPES, Recipe, crop, flip
 from fl_common.layout import PARAMS, concatenate, tensors_of
 from fl_common.local import Affine
+from fl_common.models.layers import MaxPool2d
 from tests import toy
 
 if TYPE_CHECKING:
@@ -526,6 +527,16 @@ def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
     assert caplog.messages == ["the card holds no 4 clients at once; trying 2"]
     singly = federation.alone(messages, federation.states())
     assert all(difference(a, b) < 1e-11 for a, b in zip(singly, replies, strict=True))
+
+
+def test_what_onednn_keeps_is_counted_too(monkeypatch):
+    federation, found = Federation(monkeypatch, train__dtype="float32"), []
+    clients = federation.clients
+    clients.train(0, federation.messages()[0], RecordDict())
+    for large in (1, 1 << 60):
+        monkeypatch.setattr(MaxPool2d, "LARGE", large)
+        found.append(cohort.bytes_of(clients.net, clients.local_data(0), clients.config.train))
+    assert 0 < found[1] < found[0] < 1.5 * found[1]
 
 
 def test_what_memory_holds(monkeypatch, caplog):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fl_common.models.catalogue import MODELS, NORMS, build, check
-from fl_common.models.layers import with_head
+from fl_common.models.layers import MaxPool2d, with_head
 from fl_common.models.resnet import PaddedShortcut
 
 
@@ -302,3 +302,52 @@ def test_checking_does_not_import_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+POOLED = {
+    "2": ((9, 32, 16, 16), (2,)),
+    "an odd side": ((7, 40, 17, 15), (2,)),
+    "ImageNet's": ((5, 64, 15, 15), (3, 2, 1)),
+}
+
+
+def pooled(pool: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What it gives, and the gradient of x."""
+    x = x.clone().requires_grad_()
+    y = pool(x)
+    y.backward(torch.arange(y.numel(), dtype=x.dtype).view_as(y))
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("values", ["distinct", "alike", "nan", "infinite"])
+@pytest.mark.parametrize("case", POOLED)
+def test_pooling_has_torchs_bits(case, values, monkeypatch):
+    shape, size = POOLED[case]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    if values == "alike":
+        x = x.round()
+    elif values != "distinct":
+        x[:, :, ::3, 1:4] = {"nan": torch.nan, "infinite": -torch.inf}[values]
+    assert x.numel() >= MaxPool2d.LARGE
+    used, onednn = [], torch.mkldnn_max_pool2d
+    monkeypatch.setattr(torch, "mkldnn_max_pool2d", lambda *a: used.append(a) or onednn(*a))
+    ours, theirs = (pooled(pool(*size), x) for pool in (MaxPool2d, nn.MaxPool2d))
+    assert bool(used) == (values in ("distinct", "alike"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_pooled_network_has_second_derivatives():
+    net = MaxPool2d(2).eval()
+    x = torch.randn(9, 32, 16, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.count_nonzero() == x.numel() / 4
+
+
+def test_pooling_under_vmap():
+    x = torch.randn(3, 9, 32, 16, 16)
+    torch.testing.assert_close(
+        torch.vmap(MaxPool2d(2))(x), nn.MaxPool2d(2)(x.flatten(0, 1)).unflatten(0, (3, 9))
+    )
