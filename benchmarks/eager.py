@@ -1,8 +1,9 @@
 """What brings an eager step on a CPU below itself, and what does not: `python -m benchmarks.eager`.
 
 Batches of CIFAR shape, one thread, the allocator as in a run.  In turns: the step as everybody
-writes it; with the fused optimizer, which the trainer has; also with channels innermost
-(`train.channels-last=true`); also compiled by `torch.compile`, and that with the usual order.  A
+writes it; with the fused optimizer; also with large maps pooled by oneDNN (the trainer does both);
+the former with channels innermost (`train.channels-last=true`); that compiled by `torch.compile`;
+and compiled in the usual order.  A
 ratio is the median over the turns of processor time over the plain step's; warm-up is the compiled
 step's first call.
 """
@@ -27,28 +28,43 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from benchmarks import bare
-from fl_common.models.catalogue import build
+from fl_common.models.catalogue import MODELS, build
+from fl_common.models.layers import MaxPool2d
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CASES = (("lenet", 10), ("cnn", 10), ("resnet8", 50))
+CASES = (("lenet", 10), ("cnn", 10), ("lenet64", 50), ("resnet8", 50))
 """Models and batch sizes."""
-WAYS = ("plain", "fused optimizer", "and channels-last", "and compiled", "compiled alone")
+WAYS = (
+    "plain",
+    "fused optimizer",
+    "and oneDNN's pooling",
+    "or channels last",
+    "and compiled",
+    "compiled alone",
+)
 
 
-def model_of(name: str) -> torch.nn.Module:
+def model_of(name: str, onednn: bool) -> torch.nn.Module:
     torch.manual_seed(0)
-    if hasattr(bare, name):
-        return getattr(bare, name)()
-    return build(name, classes=10, shape=(3, 32, 32), norm="group", head="none")
+    net = build(
+        name,
+        classes=10,
+        shape=(3, 32, 32),
+        norm="group" if MODELS[name].norms else "batch",
+        head="none",
+    )
+    for module in net.modules():
+        if isinstance(module, MaxPool2d) and not onednn:
+            module.LARGE = sys.maxsize
+    return net
 
 
 def step_of(way: str, name: str, size: int) -> Callable[[], None]:
-    last = way in ("and channels-last", "and compiled")
+    last = way in ("or channels last", "and compiled")
     order = torch.channels_last if last else torch.contiguous_format
-    net = model_of(name).train().to(memory_format=order)
+    net = model_of(name, way == "and oneDNN's pooling").train().to(memory_format=order)
     x = torch.rand(size, 3, 32, 32).contiguous(memory_format=order)
     y = torch.randint(10, (size,))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, fused=way != "plain")
@@ -95,7 +111,7 @@ def main() -> int:
         ratios = [f"{median(t[way] / t['plain'] for t in turns):.3f}" for way in WAYS[1:]]
         plain = 1000 * median(t["plain"] for t in turns) / count
         table.add_row(name, f"{size}", f"{plain:.2f}", *ratios, f"{warm_up:.0f}")
-    Console(width=110).print(table)
+    Console(width=120).print(table)
     return 0
 
 
