@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fl_common.models.layers import Chain, GroupNorm
+from fl_common.models.layers import Chain, Conv2d, GroupNorm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fl_common.config import Train
     from fl_common.local import LocalMethod
 
-CAST = (nn.Linear, nn.Conv1d, nn.Conv2d)
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv2d)
 """Layers whose parameters autocast copies."""
 
 

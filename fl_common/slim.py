@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fl_common.models.layers import Conv2d
 from fl_common.models.resnet import Block, PaddedShortcut
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def _layer(layer: Layer, x: torch.Tensor, outputs: int) -> torch.Tensor:
         bias = None if bias is None else bias[:outputs]
     if is_linear:
         return functional.linear(x, weight, bias)
-    return functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+    stride = layer.stride_on(x) if isinstance(layer, Conv2d) else layer.stride
+    return functional.conv2d(x, weight, bias, stride, layer.padding, layer.dilation)
 
 
 def _norm(norm: BatchNorm | nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:

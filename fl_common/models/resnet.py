@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fl_common.models.layers import Chain, MaxPool2d, norm2d
+from fl_common.models.layers import Chain, Conv2d, MaxPool2d, norm2d
 
 
-def conv2d(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+def conv2d(inputs: int, outputs: int, kernel: int, stride: int = 1) -> Conv2d:
+    conv = Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 

@@ -9,6 +9,7 @@ from torch import nn
 from fl_common.models.catalogue import MODELS, NORMS, build, check
 from fl_common.models.layers import MaxPool2d, with_head
 from fl_common.models.resnet import PaddedShortcut
+from regularizers.gradaug import whole_net
 
 
 def meta(name, classes=10, shape=(3, 32, 32), norm=None):
@@ -350,4 +351,24 @@ def test_pooling_under_vmap():
     x = torch.randn(3, 9, 32, 16, 16)
     torch.testing.assert_close(
         torch.vmap(MaxPool2d(2))(x), nn.MaxPool2d(2)(x.flatten(0, 1)).unflatten(0, (3, 9))
+    )
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_bfloat16_gradients_of_the_smallest_maps_are_all_written(width):
+    """The last stage of resnet8 has 1 x 1 maps of 8 x 8 digits, and a stride of 2."""
+    net = build("resnet8", classes=10, shape=(1, 8, 8), norm="group", head="none")
+    slim = whole_net(net)
+    x, found = torch.randn(8, 1, 8, 8), []
+    for filled in (torch.nan, 7.0, torch.nan):
+        stale = [torch.full((n,), filled) for n in (1_000, 10_000, 100_000) for _ in range(9)]
+        del stale  # what is not written next is this
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x) if width == 1 else slim(x, width)
+        y.float().square().sum().backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    assert all(grad.isfinite().all() for grad in found[0])
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
     )
