@@ -50,14 +50,14 @@ class FedNova(FederatedStrategy):
 
     def begin(self, w: torch.Tensor) -> None:
         self.directions = WeightedMean()
-        self.samples, self.weighted_steps = 0, 0.0
+        self.answered, self.weighted_steps = 0, 0.0  # sums of n_i and of n_i a_i
 
     def add(self, reply: Reply) -> None:
         a = effective_steps(reply.steps, self.config.train.momentum if self.config else 0.0)
         self.directions.add(self.delta(reply), reply.samples / a)
-        self.samples += reply.samples
+        self.answered += reply.samples
         self.weighted_steps += reply.samples * a
 
     def step(self) -> torch.Tensor:
-        w, tau_eff = self.w[PARAMS], self.weighted_steps / self.samples
-        return (w + self.directions.sum * (tau_eff / self.samples)).to(w.dtype)
+        w, tau_eff = self.w[PARAMS], self.weighted_steps / self.answered
+        return (w + self.directions.sum * (tau_eff / self.answered)).to(w.dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fl_common import assembly
-from strategies.fednova import effective_steps
+from strategies.fednova import FedNova, effective_steps
 from tests import toy
 
 FEDNOVA = "strategy.name=fednova"
@@ -50,6 +50,21 @@ def test_published_fixed_points(four_to_one):
     share /= 2, 8
     assert fixed_point(four_to_one(FEDNOVA)) == pytest.approx(share[1] / share.sum(), abs=1e-10)
     assert fixed_point(four_to_one(FEDNOVA)) == pytest.approx(0.7777842426, abs=1e-9)
+
+
+def test_the_samples_of_all_clients_are_not_those_of_a_cohort(traced, monkeypatch):
+    """Every strategy may ask what a client's work was, before a round's last reply and after it."""
+    known = []
+    step = FedNova.step
+
+    def stepped(self):
+        known.append(self.samples)
+        return step(self)
+
+    monkeypatch.setattr(FedNova, "step", stepped)
+    toy.install(monkeypatch, (3, 1))
+    traced(2, *toy.SETTINGS, FEDNOVA, "clients.per-round=1", "run.rounds=2")
+    assert known == [4, 4]
 
 
 def test_directions_are_weighted_by_samples(on_toy):
