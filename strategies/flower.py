@@ -116,7 +116,7 @@ class FlowerStrategy:
 
     name: ClassVar[str]
     Params = NoParams
-    refuses = FederatedStrategy.refuses
+    refuses: ClassVar[dict[str, str]]
     redundant = FederatedStrategy.redundant
     partial, tracked, on_card = False, False, False
 
@@ -232,5 +232,13 @@ def _by_record(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {wire.ARRAYS: {PARAMS: parts[PARAMS]}, **({BUFFERS: rest} if rest else {})}
 
 
+REFUSES = {
+    "FedProx": {
+        "proximal": "it is the same term twice; set proximal_mu in strategy.params alone",
+    },
+}
+"""Regularizers without meaning beside one of them, as `FederatedStrategy.refuses`."""
+
 for _name in NAMES:
-    METHODS[PREFIX + _name] = type(_name, (FlowerStrategy,), {"name": PREFIX + _name})
+    _own = {"name": PREFIX + _name, "refuses": REFUSES.get(_name, {})}
+    METHODS[PREFIX + _name] = type(_name, (FlowerStrategy,), _own)

@@ -113,6 +113,7 @@ def test_fedadam_on_the_toy(runner, monkeypatch):
         (["strategy.name=flwr:FedAdam", "strategy.params=eta=1,eta=2"], "eta stands twice"),
         (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=1.5"], "no whole"),
         (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=-1"], "no whole"),
+        (["strategy.name=flwr:FedProx", "regularizers=proximal"], "it is the same term twice"),
         (["fedprox.mu=5"], "has no effect without strategy.name=fedprox"),
         (["proximal.mu=5"], "has no effect without regularizers=proximal"),
         (["strategy.name=flwr:QFedAvg"], "flwr:QFedAvg needs client_learning_rate"),
