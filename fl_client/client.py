@@ -149,20 +149,10 @@ class Clients:
         server_round = int(settings["server-round"])
         methods = local_methods(config, settings, server_round, len(data.y))
         memory = self._memory(partition, content, state, methods)
-        cache = Cache.of(config.client.state_dir, partition, content, state)
-        lost = {}
-        try:
-            received = cache.complete(content)
-        except Incomplete as lacking:
-            lost[wire.GROUPS_LOST] = lacking.arrays
-        try:
-            remembered = memory.load() if memory else None
-        except MemoryLost:
-            lost[wire.MEMORY_LOST] = memory.base
-        if lost:
-            return _asking(server_round, lost)
-        cache.keep(content, received)
-        sent = self._model(received)
+        found = self._found(partition, content, state, memory)
+        if isinstance(found, RecordDict):
+            return found
+        sent, remembered = found
         if remembered is None:
             remembered = blank_memory(methods, sent)
         return Job(
@@ -178,6 +168,26 @@ class Clients:
             active=tuple(settings.get(wire.ACTIVE, self.groups.names)),
             cpu_s=time.process_time() - started,
         )
+
+    def _found(
+        self, partition: int, content: RecordDict, state: RecordDict, memory: Memory | None
+    ) -> tuple[Flat, Flat | None] | RecordDict:
+        """The model that a message means, and what the client remembers, None before its first
+        round; or the reply that asks for what is lacking."""
+        cache = Cache.of(self.config.client.state_dir, partition, content, state)
+        lost = {}
+        try:
+            received = cache.complete(content)
+        except Incomplete as lacking:
+            lost[wire.GROUPS_LOST] = lacking.arrays
+        try:
+            remembered = memory.load() if memory else None
+        except MemoryLost:
+            lost[wire.MEMORY_LOST] = memory.base
+        if lost:
+            return _asking(int(content[wire.CONFIG]["server-round"]), lost)
+        cache.keep(content, received)
+        return self._model(received), remembered
 
     def train_alone(self, job: Job) -> RecordDict:
         """The job's local round and its reply."""
@@ -288,18 +298,20 @@ class Clients:
         return Memory.of(self.config.client.state_dir, partition, content, state)
 
     def evaluate(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
-        """The received model on the client's own held-out samples."""
-        server_round = int(content[wire.CONFIG]["server-round"])
-        cache = Cache.of(self.config.client.state_dir, partition, content, state)
-        try:
-            received = cache.complete(content)
-        except Incomplete as lacking:
-            return _asking(server_round, {wire.GROUPS_LOST: lacking.arrays})
-        cache.keep(content, received)
-        self._install(self._model(received))
+        """The received model, with what the client has of its own in it, on its held-out
+        samples."""
+        settings, share = content[wire.CONFIG], self.share(partition)
+        server_round = int(settings["server-round"])
+        rule, *_ = local_methods(self.config, settings, server_round, len(share.train))
+        memory = self._memory(partition, content, state, [rule]) if rule.personal else None
+        found = self._found(partition, content, state, memory)
+        if isinstance(found, RecordDict):
+            return found
+        sent, remembered = found
+        self._install(rule.start(sent, owned(remembered or {}, OWNER)) if rule.personal else sent)
         metrics = {
             "server-round": server_round,
-            "num-examples": len(self.share(partition).held_out),
+            "num-examples": len(share.held_out),
             **self._held_out(partition),
         }
         return RecordDict({wire.METRICS: MetricRecord(metrics)})

@@ -172,6 +172,10 @@ class LocalMethod:
 
     memory: ClassVar[tuple[str, ...]] = ()
     """Names of what a client remembers from one round it took part in to the next."""
+    also: ClassVar[str] = ""
+    """What it remembers with some of its settings only, in words."""
+    personal: ClassVar[bool] = False
+    """Whether a client starts from a model that is in part its own, and evaluates that."""
     alone: ClassVar[str] = ""
     """Why clients with this method are trained one by one, whatever `engine.cohort` says; "": they
     need not be, as where all it does is `start`, `correction` and `perturbation`."""
@@ -196,7 +200,8 @@ class LocalMethod:
         return False
 
     def start(self, sent: Flat, memory: Flat) -> Flat:
-        """The model that the local round starts from."""
+        """The model that the local round starts from, and that a client evaluates if it is
+        `personal`."""
         return sent
 
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:

@@ -59,6 +59,8 @@ def _kept(cls: type[Any]) -> str:
         *(f"{name} down" for name in cls.sends),
     ]
     client = ", ".join(cls.Rule.memory) or "nothing"
+    if cls.Rule.also:
+        client += f" ({cls.Rule.also})"
     server = ", ".join(cls.keeps) or "nothing"
     return (
         f"Travels: {', '.join(up_down)}. A client remembers {client}, the server {server} "

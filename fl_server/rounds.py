@@ -252,10 +252,6 @@ class Rounds:
         records, series = self.strategy.expected(), self._series(messages)
         receivers = _receivers(messages, cohort)
         asked = dict(zip(receivers, messages, strict=True))
-        checkpoints = self.recorder.checkpoints.rounds
-        for name, message in asked.items():
-            own = self.ledger.settings(name, checkpoints)
-            message.content[wire.CONFIG] = ConfigRecord({**message.content[wire.CONFIG], **own})
         replies = self._replies(
             asked,
             server_round,
@@ -392,11 +388,13 @@ class Rounds:
         return counted
 
     def _slim(self, name: int, message: Message) -> Message:
-        """The message with those arrays only that the client lacks."""
+        """The message with those arrays only that the client lacks, and with what it is to know of
+        its memory."""
         content = self.holdings.content(name, message.content)
+        own = self.ledger.settings(name, self.recorder.checkpoints.rounds)
         if self.holdings.tracked:
-            own = {**content[wire.CONFIG], wire.EXPERIMENT: self.ledger.experiment}
-            content[wire.CONFIG] = ConfigRecord(own)
+            own[wire.EXPERIMENT] = self.ledger.experiment
+        content[wire.CONFIG] = ConfigRecord({**content[wire.CONFIG], **own})
         return addressed(message.metadata.dst_node_id, message, content)
 
     def _entered(
@@ -513,7 +511,7 @@ class Rounds:
         messages = self.strategy.configure_evaluate(
             server_round,
             wire.pack(self.model),
-            ConfigRecord(),
+            ConfigRecord({wire.SAMPLES: sum(self.samples)}),
             Cohort(self.exchange.grid, members),
         )
         replies = self._replies(

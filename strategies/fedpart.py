@@ -58,7 +58,7 @@ class FedPartParams(Group):
     bn_stats: Literal["averaged", "local"] = Field(
         "averaged",
         description="BatchNorm's running statistics; averaged: every round; local: each client "
-        "keeps its own, and the server evaluates with the first client's, as published",
+        "keeps its own and evaluates with it, the server with the first client's, as published",
     )
     bn_frozen: Literal["train", "eval"] = Field(
         "train",
@@ -122,11 +122,12 @@ class FedPartRule(ClientRule):
     """The active group alone is trained, which the message says and the client sees to."""
 
     params: FedPartParams
+    also: ClassVar = "with `fedpart.bn-stats=local`: its statistics"
 
     def __init__(self, params: FedPartParams, work: Work) -> None:
         super().__init__(params, work)
         if params.bn_stats == "local":
-            self.memory = (STATS,)
+            self.memory, self.personal = (STATS,), True
 
     @property
     def frozen_norms(self) -> bool:

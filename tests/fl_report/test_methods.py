@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from fl_common.config import ConfigError, methods, resolve
+from fl_common.config import ConfigError, dashed, methods, resolve
+from fl_common.local import Work
 from fl_report.methods import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -25,6 +27,21 @@ def test_every_method_and_key_is_on_it():
                 assert f"### `{name}`" in text
                 for field in cls.Params.model_fields:
                     assert f"`{name}.{field.rstrip('_').replace('_', '-')}`" in text
+
+
+def test_what_a_client_remembers_is_on_it():
+    """With any setting: docs/fedpart.md has local statistics."""
+    work = Work.of(resolve({}), 1, 1, 1)
+    for name, cls in methods("strategies").items():
+        if ":" in name:
+            continue
+        part = PAGE.read_text().partition(f"### `{name}`")[2].partition("### `")[0]
+        told = part.partition("A client remembers ")[2].partition(", the server")[0]
+        assert set(cls.Rule.memory) <= set(told.split(", ")) | {"nothing"}
+        for key, field in cls.Params.model_fields.items():
+            for choice in get_args(field.annotation):
+                own = cls.Rule(cls.Params(**{key: choice}), work).memory
+                assert own == cls.Rule.memory or f"`{name}.{dashed(key)}={choice}`" in told
 
 
 def settings(name: str) -> dict[str, object]:

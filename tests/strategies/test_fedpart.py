@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import fl_client.app
 import fl_client.client
+from fl_client.client import Clients
 from fl_client.trainer import batches
 from fl_common import wire
 from fl_common.config import methods, resolve
@@ -29,7 +32,8 @@ from strategies.fedpart import FedPart, FedPartParams, Schedule
 from tests.trace import Trace
 
 FEDPART = "strategy.name=fedpart"
-DIGITS = ["train.device=cpu", "train.lr=0.05", "data.alpha=5", "eval.every=100", FEDPART]
+ON_CPU = ["train.device=cpu", "train.lr=0.05", "data.alpha=5"]
+DIGITS = [*ON_CPU, "eval.every=100", FEDPART]
 SHORT = ["fedpart.warm-up=1", "fedpart.rounds-per-group=1"]
 LOCAL = "fedpart.bn-stats=local"
 CNN = ("conv1", "conv2", "fc")
@@ -453,6 +457,44 @@ def test_local_statistics_stay_with_their_client(watched):
             own[i] = local.after[STATS]
         assert torch.equal(end[STATS], cohort[0][1].after[STATS])
     assert kept > 5
+
+
+OWN = [*ON_CPU, FEDPART, *SHORT, LOCAL]
+
+
+@pytest.mark.parametrize("on", ["clients", "both"])
+def test_clients_evaluate_with_their_own_statistics(runner, on):
+    """What a client finds after a round, it finds before its next one too."""
+    settings = [*OWN, "clients.number=3"]
+    result = runner(*settings, "clients.per-round=2", "run.rounds=4", f"eval.on={on}")
+    assert result.code == 0
+    for last, row in itertools.pairwise(result.history):
+        known = last["client_accuracy"]
+        assert row["client_accuracy_before"] == {str(i): known[str(i)] for i in row["replies"]}
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_statistics_that_were_lost_before_an_evaluation_are_given_back(
+    runner, monkeypatch, tmp_path, disk
+):
+    place = tmp_path / "state"
+    settings = [*OWN, "eval.on=clients", "clients.number=2"]
+    settings += ["run.rounds=2", *([f"client.state-dir={place}"] if disk else [])]
+    whole = runner(*settings)
+    evaluate, given = Clients.evaluate, []
+
+    def forgetful(self, partition, content, state):
+        given.append(wire.MEMORY in content)
+        if wire.MEMORY not in content:
+            shutil.rmtree(place, ignore_errors=True)
+            for key in [*state]:
+                del state[key]
+        return evaluate(self, partition, content, state)
+
+    monkeypatch.setattr(Clients, "evaluate", forgetful)
+    lossy = runner(*settings)
+    assert lossy.history_less_times == whole.history_less_times
+    assert given == [False, False, True, True] * 2
 
 
 def test_moon_remembers_the_same_statistics(traced):
