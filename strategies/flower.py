@@ -208,11 +208,13 @@ class FlowerStrategy:
             buffers.add(reply)
             metrics = message.content[wire.METRICS].items()
             content = {
-                wire.ARRAYS: message.content[wire.ARRAYS],
+                # A copy: some compute in it, and a client may remember the same vector.
+                wire.ARRAYS: wire.pack({PARAMS: reply.model[PARAMS].clone()}),
                 # Lists, which Flower averages too, have as many numbers as the client took steps.
                 wire.METRICS: MetricRecord({k: v for k, v in metrics if not isinstance(v, list)}),
             }
             stripped.append(Message(RecordDict(content), reply_to=message))
+            del message, reply  # the next one comes before these names are used again
         arrays, metrics = self.inner.aggregate_train(server_round, stripped)
         if arrays is None:
             return None, None

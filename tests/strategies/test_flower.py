@@ -72,6 +72,20 @@ def test_regularizers_work_beside_flowers(runner):
         torch.testing.assert_close(flowers.model[key], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["QFedAvg", "FedAvg"])
+def test_what_clients_remember_is_not_what_flowers_compute_in(name, runner, tmp_path):
+    """Flower's QFedAvg computes in the arrays that it gets, and in one process MOON remembers the
+    very model that was sent."""
+    settings = [
+        "clients.number=2", "run.rounds=3", "train.device=cpu", "data.max-samples=32",
+        "regularizers=moon", "model.head=moon", f"strategy.name=flwr:{name}",
+        f"strategy.params={NEEDS.get(name, '')}",
+    ]  # fmt: skip
+    in_memory = runner(*settings)
+    on_disk = runner(*settings, f"client.state-dir={tmp_path}/state")
+    assert in_memory.summary["model_sha256"] == on_disk.summary["model_sha256"]
+
+
 def test_gradient_norms_of_unequal_clients_are_told(runner):
     """As many numbers as steps, which differ from client to client."""
     settings = [*BASE, "eval.grad-norm=true", "train.batch-size=64"]
