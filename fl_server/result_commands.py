@@ -233,7 +233,8 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
     elif ":" in str(given.get("data.source", "")):
         errors.append("--shape: not known without the data; give that of a sample, and --classes")
     # Nodes elsewhere have the data: none is read here, and a missing data.path is no mistake.
-    values = {"strategy.name": "fedpart"} | defaults | given | {"engine.name": "grpc"}
+    engine = {"engine.name": "grpc", "engine.workers": "auto", "engine.cohort": "1"}
+    values = {"strategy.name": "fedpart"} | defaults | given | engine
     config = resolve(values, absolute_paths=False, also=errors)
     from fl_common.determinism import prepare_process
     from fl_report.cost import Plan

@@ -171,7 +171,7 @@ def test_bytes_of_a_cycle_of_resnet8(told):
 
 
 RUNS = [
-    ["fedpart.order=random", "train.dtype=float64"],
+    ["fedpart.order=random", "train.dtype=float64", "engine.cohort=2"],
     ["clients.per-round=2", "fedpart.reopen=false", "fedpart.bn-stats=local"],
     ["clients.per-round=2", "clients.sampling=bernoulli", "model.norm=group"],
     ["fedpart.bn-frozen=eval"],
@@ -190,6 +190,12 @@ def test_bytes_are_those_of_a_run(runner, told, settings):
     for cost in costs:
         for way in ("bytes_up", "bytes_down"):
             assert cost[way][1] == sum(row[way] for row in rows[: cost["rounds"]]), way
+
+
+@pytest.mark.parametrize("engine", ["engine.workers=2", "engine.name=ray", "engine.name=grpc"])
+def test_who_trains_does_not_matter(told, engine):
+    settings = ["data.source=digits", "run.rounds=3"]
+    assert told(*settings, engine) == told(*settings)
 
 
 def test_full_updates_are_those_of_fedavg(runner, told):
