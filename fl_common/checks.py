@@ -234,7 +234,9 @@ def _check_methods(config: CoreConfig) -> list[str]:
     for one, other in itertools.combinations(known, 2):
         why = regularizers[one].refuses.get(other) or regularizers[other].refuses.get(one)
         if why:
-            errors.append(f"{given}: {other} with {one}: {why}")
+            part = strategy is not None and one in strategy.regularizers
+            of = f" (part of strategy {config.strategy.name})" if part else ""
+            errors.append(f"{given}: {other} with {one}{of}: {why}")
     for name in [*strategies, *regularizers]:
         if name in (config.strategy.name, *chosen) or ":" in name:
             continue

@@ -241,9 +241,21 @@ def test_one_mistake(refused, setting: str, key: str, remedies: list[str]):
         ),
         (["strategy.name=fedspeed", "regularizers=asam"], "regularizers", [r"fedspeed\.rho"]),
         (["strategy.name=fedsam", "regularizers=sam"], "regularizers", ["fedsam", "leave it out"]),
-        (["strategy.name=fedsam", "regularizers=asam"], "regularizers", ["asam with sam", "one"]),
-        (["strategy.name=fedasam", "regularizers=sam"], "regularizers", ["sam with asam", "one"]),
-        (["strategy.name=mofedsam", "regularizers=asam"], "regularizers", ["asam with sam"]),
+        (
+            ["strategy.name=fedsam", "regularizers=asam"],
+            "regularizers",
+            ["asam with sam", "part of strategy fedsam", "one"],
+        ),
+        (
+            ["strategy.name=fedasam", "regularizers=sam"],
+            "regularizers",
+            ["sam with asam", "part of strategy fedasam", "one"],
+        ),
+        (
+            ["strategy.name=mofedsam", "regularizers=asam"],
+            "regularizers",
+            ["asam with sam", "part of strategy mofedsam"],
+        ),
         # control variates are measured as plain SGD's mean gradient
         (
             ["strategy.name=scaffold", "train.momentum=0.9"],
