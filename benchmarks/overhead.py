@@ -102,7 +102,8 @@ class Pairs(Silent):
     def _batches(self, partition: int, server_round: int) -> list[tuple[torch.Tensor, Any]]:
         data = client._resident[0][1].local_data(partition)
         key = (self.config.run.seed, server_round, partition)
-        return list(batches(data, self.config.train, key))
+        ready = batches(data, self.config.train, key)
+        return [(x.contiguous(), y) for x, y in ready]  # in the usual order, whatever the engine's
 
 
 def pairs(model: str, rounds: int, folder: Path, own: dict[str, Any]) -> Pairs:
