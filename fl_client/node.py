@@ -83,8 +83,7 @@ class Node:
 def check(node: Node) -> None:
     """Raise NodeError for the first thing that is wrong with `node` or its server."""
     host, port = _address(node.superlink)
-    _check_options(node)
-    _check_config(node.config)
+    check_settings(node)
     if node.root_certificates:
         _check_certificates(node.root_certificates)
     if node.auth_key:
@@ -94,6 +93,12 @@ def check(node: Node) -> None:
     if node.port:
         _check_port_is_free(node.port)
     _check_server(node, host, port)
+
+
+def check_settings(node: Node) -> None:
+    """Raise NodeError for the first thing that is wrong with `node` whatever its server is."""
+    _check_options(node)
+    _check_config(node.config)
 
 
 def _address(text: str) -> tuple[str, int]:

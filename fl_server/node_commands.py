@@ -131,10 +131,17 @@ def register(args: argparse.Namespace) -> int:
 
 
 def up(args: argparse.Namespace) -> int:
+    from fl_client.node import Node, NodeError, check_settings
     from fl_server import federation
 
-    if args.poll_interval is not None and not args.poll_interval > 0:
-        return complain([f"--poll-interval {args.poll_interval:g}: must be greater than 0"])
+    try:
+        for data_path in args.data_path or [None]:
+            of_node = {**vars(args), "partition": 0, "data_path": data_path, "state_dir": None}
+            config = _node_config(argparse.Namespace(**of_node))
+            poll_interval, worker = args.poll_interval, args.worker
+            check_settings(Node("", config, poll_interval=poll_interval, worker=worker))
+    except NodeError as error:
+        return complain([str(error)])
     options = list(args.values)
     for name in ("device", "threads", "poll_interval"):
         if (value := getattr(args, name)) is not None:

@@ -110,11 +110,28 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
                 call()
 
 
-def test_wrong_calls(up: Path, capsys: pytest.CaptureFixture[str]):
+def test_wrong_calls(up: Path):
     with pytest.raises(federation.UsageError, match="--clients 0"):
         federation.up(0)
     with pytest.raises(federation.UsageError, match="give it once, or 3"):
         federation.up(3, data_paths=["a", "b"])
-    assert main(["up", "--clients", "1", "--poll-interval", "nan"]) == 2
-    assert capsys.readouterr() == ("", "error: --poll-interval nan: must be greater than 0\n")
-    assert not up.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--poll-interval", "nan"], "--poll-interval nan: must be greater than 0"),
+        (["--device", "gpu"], "device gpu: must be auto, cpu, cuda or cuda:K"),
+        (["--threads", "0"], "threads = 0: must be a whole number, at least 1"),
+        (["dp-clip=-1"], "dp-clip = -1.0: must be a number greater than 0"),
+        (["partition"], "partition: node-config keys are written key=value"),
+        (["--data-path", "/", "--data-path", "/nope"], "data-path /nope: does not exist; give this "
+         "node's folder or file of data"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_all_nodes_is_told_before_anything_starts(
+    up: Path, options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["up", "--clients", "2", *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+    assert list(up.parent.iterdir()) == []

@@ -234,9 +234,9 @@ def test_mistakes_start_nothing(tmp_path: Path):
 def test_a_federation_that_does_not_start(tmp_path: Path):
     """Nothing is left of it, and the node's own line says why."""
     place = Place(tmp_path)
-    up = place.flatfed("up", "--clients", "1", "--insecure", "--data-path", "/nowhere")
+    up = place.flatfed("up", "--clients", "2", "--insecure", "num-partitions=1")
     assert up.returncode == 3
-    assert "error: data-path /nowhere: does not exist" in up.stderr
+    assert "error: partition-id = 1: must be less than num-partitions = 1" in up.stderr
     assert not living(place.env)
     assert place.flatfed("down").returncode == 2
 
