@@ -26,27 +26,25 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv2d)
 
 def halved(
     net: nn.Module, settings: Train, methods: Sequence[LocalMethod], device: str
-) -> list[str]:
+) -> dict[str, torch.Tensor]:
     """The parameters of `net` that a pass has in bfloat16; none where it matters who copies them:
     in networks that are not the catalogue's, which may compute with their weights, and with methods
     whose data terms may pass through the network again."""
     known = type(net) is Chain and not any(method.alone for method in methods)
     if settings.dtype != "bfloat16" or not known:
-        return []
-    layers = (*CAST, GroupNorm) if device == "cuda" else CAST
-    return [
-        f"{name}.{of}"
-        for name, module in net.named_modules()
-        if type(module) in layers
-        for of, _ in module.named_parameters(recurse=False)
-    ]
-
-
-def copies(params: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Of these parameters, to which the copies' gradients go."""
-    if not names:
         return {}
-    return dict(zip(names, _Halves.apply(*(params[name] for name in names)), strict=True))
+    layers = (*CAST, GroupNorm) if device == "cuda" else CAST
+    return {
+        name: parameter
+        for path, module in net.named_modules()
+        if type(module) in layers
+        for name, parameter in module.named_parameters(path, recurse=False)
+    }
+
+
+def copies(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of these parameters, to which the copies' gradients go."""
+    return dict(zip(params, _Halves.apply(*params.values()), strict=True))
 
 
 class _Halves(torch.autograd.Function):

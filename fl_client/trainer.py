@@ -107,7 +107,7 @@ def local_round(
     precision = precision_of(settings, device)
     transforms = overriding("transform", methods)
     data_terms = overriding("data_term", methods)
-    named, halves = dict(net.named_parameters()), halved(net, settings, methods, device)
+    halves = halved(net, settings, methods, device)
     step = Step(
         perturbation=perturbation_of(methods),
         correct=Correction(correction, net, clips=bool(settings.clip_norm)),
@@ -119,7 +119,7 @@ def local_round(
 
     def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         with precision():
-            output = functional_call(net, copies(named, halves), (x,)) if halves else net(x)
+            output = functional_call(net, copies(halves), (x,)) if halves else net(x)
             whole = loss = criterion(output, y)
             for data_term in data_terms:
                 added = data_term(x, output, y)
