@@ -339,6 +339,11 @@ def test_pooling_has_torchs_bits(case, values, monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+def test_pooling_keeps_the_order_in_memory():
+    x = torch.randn(9, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    assert MaxPool2d(2)(x).stride() == nn.MaxPool2d(2)(x).stride()
+
+
 def test_a_pooled_network_has_second_derivatives():
     net = MaxPool2d(2).eval()
     x = torch.randn(9, 32, 16, 16, requires_grad=True)
