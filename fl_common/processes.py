@@ -15,10 +15,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 FLOWER = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -32,6 +32,7 @@ FLOWER = {
 GRACE = 3.0  # s, between SIGTERM and SIGKILL
 LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given up
 POLL = 0.025  # s
+AS_ONE = 1.0  # s, in which the same signal means the same
 
 
 def read(connection: socket.socket, length: int) -> bytearray:
@@ -145,6 +146,29 @@ def end_with(parent: int, number: int) -> bool:
         parent_death = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death, number, 0, 0, 0)
     return os.getppid() == parent
+
+
+def at_signal(number: int, act: Callable[[], object]) -> Any:
+    """Have a signal call `act`, once for all that come within `AS_ONE` s; gives the handler before.
+
+    `timeout -s INT` sends two, and Linux as many to a child of `end_with` as its parent had threads
+    when it was killed: the second must not break off what the first has begun to bring to an end.
+    """
+    last = -AS_ONE
+
+    def handle(*_: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= AS_ONE:
+            last = now
+            act()
+
+    return signal.signal(number, handle)
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def end_descendants(grace: float = GRACE) -> None:

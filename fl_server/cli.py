@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_common import processes
 from fl_server import node_commands, result_commands, run_commands
 from fl_server.console import INTERRUPTED, PIPE_CLOSED
 
@@ -303,4 +305,6 @@ def _add_key_commands(commands: argparse._SubParsersAction) -> None:
 
 def entry_point() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # progress is to be read now, through a pipe too
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's `&` ignores it
+        processes.at_signal(signal.SIGINT, processes.interrupt)
     sys.exit(main())

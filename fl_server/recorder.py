@@ -203,11 +203,10 @@ class Recorder:
         # JSON has no NaN and no infinity.
         lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         row |= dict.fromkeys(lost)
-        line = (json.dumps(row) + "\n").encode()
+        line = left = (json.dumps(row) + "\n").encode()
         # Unbuffered: closing the file must not write what a full disk has refused.
         with (self.folder / HISTORY).open("ab", buffering=0) as file:
             try:
-                left = line
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_common import processes
 from fl_common.files import absolute_path, unwritable
 from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings_of
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         return complain([problem])
     if problems := _unready(config):
         return complain(problems)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    processes.at_signal(signal.SIGTERM, lambda: sys.exit(TERMINATED))
     engines = {"inprocess": _run_inprocess, "ray": _run_ray, "grpc": _run_grpc}
     return engines[config.engine.name](config, folder)
 

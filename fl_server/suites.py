@@ -201,7 +201,7 @@ class Runner:
 
     def run(self, jobs: int) -> list[Cell]:
         """All cells; gives those that failed.  Ends the children if it is interrupted."""
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        before = processes.at_signal(signal.SIGTERM, processes.interrupt)
         try:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < jobs:
@@ -300,7 +300,7 @@ def child() -> None:
     """The process of a cell: `flatfed`, interrupted when the suite is no more.  Its first arguments
     are the cell's folder, its place among those that run at once, and how many these are."""
     # A shell's `&` and nohup have it ignored, and we would not end when the suite asks us to.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes.at_signal(signal.SIGINT, processes.interrupt)
     if not processes.end_with(os.getppid(), signal.SIGINT):
         sys.exit("the suite is no more")
     from fl_server.cli import entry_point
@@ -363,10 +363,6 @@ def code_of(folder: Path) -> str:
 def _outcome(folder: Path) -> str:
     accuracy = read_summary(folder).get("accuracy")
     return "done" if accuracy is None else f"accuracy {accuracy:.4f}"
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 @dataclass

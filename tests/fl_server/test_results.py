@@ -786,6 +786,42 @@ def test_ctrl_c(tmp_path: Path):
     assert [row["round"] for row in rows] == list(range(1, len(rows) + 1))
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_twice_ends_a_run_once(tmp_path: Path, number):
+    """As `timeout` sends it, and Linux to a cell whose suite was killed: the second comes while the
+    first one's results are written."""
+    code = f"""
+import os, signal
+from fl_server.cli import entry_point
+from fl_server.recorder import Recorder
+
+row, close = Recorder.row, Recorder._close
+
+def told(self, values, **more):
+    row(self, values, **more)
+    if len(self.rows) == 2:
+        os.kill(os.getpid(), signal.{number})
+
+def ends(self):
+    os.kill(os.getpid(), signal.{number})
+    return close(self)
+
+Recorder.row, Recorder._close = told, ends
+entry_point()
+"""
+    # A shell's background job inherits an ignored SIGINT.
+    heeding = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+               "os.execv(sys.argv[1], sys.argv[1:])")  # fmt: skip
+    command = [sys.executable, "-c", heeding, sys.executable, "-c", code, "run"]
+    settings = [f"run.output-dir={tmp_path}", "run.name=mine", "clients.number=2"]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=120)
+    summary = strict((tmp_path / "mine" / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("failed", 2)
+    assert summary["error"] == {"SIGINT": "interrupted", "SIGTERM": "stopped"}[number]
+    assert done.returncode == {"SIGINT": 130, "SIGTERM": 143}[number]
+    assert "Traceback" not in done.stderr
+
+
 def test_what_rounds_do_not_need_is_not_in_memory_while_they_run(runner, tmp_path):
     """From a warm cache; the pictures are drawn, and matplotlib is loaded, after the last round."""
     assert runner("run.rounds=1").code == 0
