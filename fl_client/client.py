@@ -423,16 +423,17 @@ class Clients:
     def kept(self, remembered: Flat) -> dict[str, Tensors] | None:
         """The optimizer's state that the client kept from its last round, each tensor in the order
         in memory of its parameter, as fused kernels take them; None: it begins anew."""
+        keys = sorted(key for key in remembered if key.startswith(f"{OPTIMIZER}."))
+        if not keys:
+            return None
         trained = [p for p in self.net.parameters() if p.requires_grad]
         kept: dict[str, list[torch.Tensor]] = {}
-        for key in sorted(remembered):
-            tensor = remembered[key]
-            owner, name, *place = key.split(".")
-            if owner == OPTIMIZER:
-                like = trained[int(*place)] if tensor.dim() else tensor
-                own = torch.empty_like(like, device=self.device).copy_(tensor)
-                kept.setdefault(name, []).append(own)
-        return kept or None
+        for key in keys:
+            tensor, (_, name, place) = remembered[key], key.split(".")
+            like = trained[int(place)] if tensor.dim() else tensor
+            own = torch.empty_like(like, device=self.device).copy_(tensor)
+            kept.setdefault(name, []).append(own)
+        return kept
 
     @staticmethod
     def steps_taken(remembered: Flat) -> tuple[float, ...]:

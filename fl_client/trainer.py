@@ -160,7 +160,9 @@ def batches(
         numbers = words(seed_of("epoch", *key, epoch), n * (1 + data.draws), device)
         numbers = numbers.view(n, 1 + data.draws)
         order = numbers[:, 0].argsort(stable=True)
-        u = uniform(numbers[:, 1:].index_select(0, order))
+        u = numbers[:, 1:]
+        if data.draws:
+            u = uniform(u.index_select(0, order))
         x, y = data.x.index_select(0, order), data.y.index_select(0, order)
         some = size * max(1, AT_ONCE // (size * x[:1].numel()))
         for x_s, y_s, u_s in zip(x.split(some), y.split(some), u.split(some), strict=True):
