@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+T = TypeVar("T")
 OWN = ("run.seed", "run.name", "run.output-dir", "run.resume")
 """Settings that a suite makes itself, cell by cell."""
 NUMBER = re.compile(r"\s*(-?\d*\.?\d+)\s*(?:±\s*(\d*\.?\d+))?\s*")
@@ -34,14 +35,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
-def _once(seeds: list[int]) -> list[int]:
-    for seed in seeds:
-        if seeds.count(seed) > 1:
-            raise ValueError(f"{seed} is given twice; give each seed once")
-    return seeds
+def _once(values: list[T]) -> list[T]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} is given twice; give each once")
+    return values
 
 
 Seeds = Annotated[list[Seed], AfterValidator(_once)]
+Names = Annotated[list[Name], AfterValidator(_once)]
+Metrics = Annotated[list[str], AfterValidator(_once)]
 
 
 class SuiteError(ValueError):
@@ -84,9 +87,9 @@ class Reduced(_Part):
 
     about: str = ""
     seeds: Seeds = []
-    methods: list[Name] = []
-    settings: list[Name] = []
-    metrics: list[str] = []
+    methods: Names = []
+    settings: Names = []
+    metrics: Metrics = []
     base: dict[str, Any] = {}
 
 
@@ -98,11 +101,11 @@ class Suite(_Part):
     config: str = ""
     """A file of settings beside this one, under `base`."""
     seeds: Seeds = Field(min_length=1)
-    metrics: list[str] = Field(min_length=1)
+    metrics: Metrics = Field(min_length=1)
     base: dict[str, Any] = {}
     methods: dict[Name, dict[str, Any]] = Field(min_length=1)
     settings: dict[Name, dict[str, Any]] = {}
-    only: dict[Name, list[Name]] = {}
+    only: dict[Name, Names] = {}
     """Methods that run in some of the settings alone."""
     cells: dict[str, dict[str, Any]] = {}
     """Settings of single pairs, SETTING_METHOD."""
@@ -268,8 +271,7 @@ def _metrics(names: Iterable[str], errors: list[str]) -> dict[str, Metric]:
 
 
 def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -> list[Cell]:
-    under = flatten(_toml(path.parent / suite.config)) if suite.config else {}
-    base = {**under, **flatten(suite.base)}
+    base = {**_under(path, suite), **flatten(suite.base)}
     columns = [s for s in suite.settings or [""] if not cut.settings or s in cut.settings]
     rows = [m for m in suite.methods if not cut.methods or m in cut.methods]
     return [
@@ -292,6 +294,14 @@ def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -
         for method in rows
         if not setting or setting in suite.only.get(method, [setting])
     ]
+
+
+def _under(path: Path, suite: Suite) -> dict[str, Scalar]:
+    """The settings of the file beside this one."""
+    try:
+        return flatten(_toml(path.parent / suite.config)) if suite.config else {}
+    except SuiteError as error:
+        raise SuiteError([f"{path}: config: {line}" for line in error.errors]) from None
 
 
 def _check(path: Path, cells: Sequence[Cell]) -> None:

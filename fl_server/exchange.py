@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fl_common.guards import Expected
+
+    GiveBack = Callable[[int, MetricRecord], RecordDict | None]
 
 POLL_S = 0.1
 """Pause between two looks for replies that have not come yet [s]."""
@@ -58,6 +60,33 @@ class Outcome:
     bytes_up: int = 0
 
 
+@dataclass
+class _Phase:
+    """One phase's messages under way."""
+
+    name: str
+    asked: dict[int, Message]
+    """The newest message to each client."""
+    outcome: Outcome
+    at_least: int
+    give_back: GiveBack | None
+    pending: dict[str, int] = field(default_factory=dict)
+    """Who has yet to answer, by message id."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """Who was asked, by the ids of all messages."""
+    gone: set[int] = field(default_factory=set)
+    """Clients whose node went away with the message, or before it, and that may come back."""
+    needed: set[int] = field(default_factory=set)
+    """Those of them that are waited for until the end, as without them there are too few."""
+    left: Counter[int] = field(default_factory=Counter)
+    """How often a client's node was not there."""
+
+    def spare(self) -> int:
+        """How many of those from whom a good reply may still come are not needed."""
+        able = self.asked.keys() - self.outcome.failed.keys() - self.outcome.rejected.keys()
+        return len(able) - self.at_least
+
+
 class Exchange:
     """All traffic of a run.  Messages of an earlier round stay known, so that a late reply is
     told from a good one; it is dropped, and `note` says so."""
@@ -79,7 +108,7 @@ class Exchange:
         outcome: Outcome,
         expected: Callable[[int], Expected] | None = None,
         at_least: int = 0,
-        give_back: Callable[[int, MetricRecord], RecordDict | None] | None = None,
+        give_back: GiveBack | None = None,
         meanwhile: Callable[[], None] = lambda: None,
         large: int = 0,
     ) -> Iterator[Message]:
@@ -95,10 +124,9 @@ class Exchange:
         """
         early: dict[int, Message] = {}
         waiting = deque(sorted(names))
-        arrivals = self._arrivals(
-            messages, names, phase, outcome, at_least, give_back, meanwhile, large
-        )
-        for name, reply in arrivals:
+        asked = dict(zip(names, messages, strict=True))
+        under_way = _Phase(phase, asked, outcome, at_least, give_back)
+        for name, reply in self._arrivals(under_way, meanwhile, large):
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
             elif expected and (problem := objection(reply.content, expected(name))):
@@ -114,129 +142,69 @@ class Exchange:
             raise RoundFailed(_shortage(phase, outcome, at_least))
 
     def _arrivals(
-        self,
-        messages: Sequence[Message],
-        names: Sequence[int],
-        phase: str,
-        outcome: Outcome,
-        at_least: int,
-        give_back: Callable[[int, MetricRecord], RecordDict | None] | None,
-        meanwhile: Callable[[], None],
-        large: int,
+        self, phase: _Phase, meanwhile: Callable[[], None], large: int
     ) -> Iterator[tuple[int, Message]]:
         """Replies as they come, errors included, until all are there or time is up.
 
-        A client whose node is gone is given up after its time, unless `at_least` needs it.
+        A client whose node is gone is given up after its time, unless it is needed.
         """
-        silence = f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
-        asked = dict(zip(names, messages, strict=True))
-        pending: dict[str, int] = {}
-        left: list[int] = []
-        gone: set[int] = set()
-        """Clients whose node went away with the message, or before it."""
-        needed: set[int] = set()
-        """Those of them that are waited for until the end."""
-
-        def push(new: dict[int, Message]) -> None:
-            """Send these, and note whose node is not there."""
-            for name in self._push(new, pending, phase):
-                if self.locate and left.count(name) < RETURNS:
-                    left.append(name)
-                    gone.add(name)
-                else:
-                    outcome.failed[name] = "its node is gone"
-
-        push(asked)
+        self._push(phase, phase.asked)
         meanwhile()
         end = time.monotonic() + self.deadline_s
-        sizes = list(map(payload_bytes, messages))
+        outcome, sizes = phase.outcome, list(map(payload_bytes, phase.asked.values()))
         outcome.bytes_down += sum(sizes)
         at_once = self._at_once(max([large, *sizes]), len(sizes))
-        sent = dict(pending)
-        while pending or gone:
+        while phase.pending or phase.gone:
             again: dict[int, Message] = {}
             any_came = False
             # What waits at the SuperLink has come in time; what was asked of this process has not.
             expired = at_once is not None and time.monotonic() > end
-            for reply in self._pulled(pending, gone, sorted(names), at_once, expired):
+            for reply in self._pulled(phase, at_once, expired):
                 if at_once is None and not any_came:
                     expired = time.monotonic() > end
                 any_came = True
-                to = reply.metadata.reply_to_message_id
-                if to in self._late:
-                    self.note(f"{phase}: dropped a late reply: {self._late.pop(to)}")
-                elif to not in pending:
-                    who = f"client {sent[to]}" if to in sent else "nobody who was asked"
-                    self.note(f"{phase}: dropped a repeated or unknown reply of {who}")
+                name = self._sender(reply, phase)
+                if name is None:
+                    pass
                 elif expired and at_once is None:
-                    outcome.failed[pending.pop(to)] = silence
-                elif (
-                    self.locate
-                    and reply.has_error()
-                    and reply.error.code == GONE
-                    and left.count(pending[to]) < RETURNS
-                ):
-                    left.append(pending[to])
-                    gone.add(pending.pop(to))
-                elif (
-                    give_back
-                    and pending[to] not in outcome.restored
-                    and (request := _request(reply)) is not None
-                    and (content := give_back(pending[to], request)) is not None
-                ):
-                    name = pending.pop(to)
-                    again[name] = addressed(asked[name].metadata.dst_node_id, asked[name], content)
-                    outcome.restored[name] = payload_bytes(again[name])
-                    what = (
-                        "its memory was lost and is given back"
-                        if wire.MEMORY_LOST in request
-                        else "it lacks a part of the model and is sent all of it"
-                    )
-                    self.note(f"{phase}, client {name}: {what}")
+                    outcome.failed[name] = self._silence()
+                elif _node_left(reply) and self._may_come_back(name, phase):
+                    pass
+                elif message := self._completed(name, reply, phase):
+                    again[name] = message
                 else:
                     if reply.has_content():
                         outcome.bytes_up += payload_bytes(reply)
-                    yield pending.pop(to), reply
+                    yield name, reply
                 del reply
             if at_once is None and not any_came:
                 expired = time.monotonic() > end
             if expired:
-                silent = [*pending.values(), *gone, *again]
-                outcome.failed.update(dict.fromkeys(silent, silence))
-                for name in again:
-                    del outcome.restored[name]
-                self._late |= {i: f"{phase}, client {name}" for i, name in pending.items()}
+                self._give_up(phase, again)
                 return
-            if gone:
-                able = asked.keys() - outcome.failed.keys() - outcome.rejected.keys()
-                kept = self._come_back(gone, again, asked, phase, outcome, len(able) - at_least)
-                if kept - needed:
-                    self.note(
-                        f"{phase}: without client {', '.join(map(str, sorted(kept)))} there are "
-                        f"too few (clients.min-replies = {at_least}); waiting, "
-                        f"{end - time.monotonic():.0f} s at most (clients.deadline-s)"
-                    )
-                needed = kept
+            if phase.gone:
+                again |= self._found_again(phase, end)
             if again:
-                asked |= again
-                push(again)
-                sent |= pending
-            if gone or again or not any_came:
+                phase.asked |= again
+                self._push(phase, again)
+            if phase.gone or again or not any_came:
                 time.sleep(min(POLL_S, self.deadline_s))
 
-    def _push(self, messages: dict[int, Message], pending: dict[str, int], phase: str) -> list[int]:
-        """Send these, by the names of their receivers, and expect their replies.  Gives those
-        whose node is not there any more."""
+    def _push(self, phase: _Phase, messages: dict[int, Message]) -> None:
+        """Send these, by the names of their receivers, and expect their replies."""
         if self.held_bytes is not None:
             wire.share(messages.values())
         ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
         if self.held_bytes is not None:
             wire.forget_serialised(messages.values())
         if len(ids) != len(messages):
-            raise RunFailed(f"{phase}: the grid took {len(ids)} of {len(messages)} messages")
-        # Flower gives no id to a message for a node that it does not know.
-        pending |= {i: name for i, name in zip(ids, messages, strict=True) if i}
-        return [name for i, name in zip(ids, messages, strict=True) if not i]
+            raise RunFailed(f"{phase.name}: the grid took {len(ids)} of {len(messages)} messages")
+        for message_id, name in zip(ids, messages, strict=True):
+            if message_id:
+                phase.pending[message_id] = phase.sent[message_id] = name
+            # Flower gives no id to a message for a node that it does not know.
+            elif not self._may_come_back(name, phase):
+                phase.outcome.failed[name] = "its node is gone"
 
     def _at_once(self, size: int, number: int) -> int | None:
         """How many replies as large as the messages may be here at once; None: as many as come."""
@@ -244,49 +212,96 @@ class Exchange:
             return None
         return max(1, int(self.held_bytes // size))
 
-    def _pulled(
-        self,
-        pending: dict[str, int],
-        gone: set[int],
-        order: list[int],
-        at_once: int | None,
-        last: bool,
-    ) -> Iterator[Message]:
-        """Replies that have come.  With `at_once`, one by one, those of the next in `order` only,
-        so that the others wait where they are; `last`: of all."""
+    def _pulled(self, phase: _Phase, at_once: int | None, last: bool) -> Iterator[Message]:
+        """Replies that have come.  With `at_once`, one by one, of those only whose turn is next, so
+        that the others wait where they are; `last`: of all."""
         if at_once is None:
-            yield from self.grid.pull_messages([*pending, *self._late])
+            yield from self.grid.pull_messages([*phase.pending, *self._late])
             return
-        first = order.index(min([*pending.values(), *gone]))
+        order = sorted(phase.asked)
+        first = order.index(min([*phase.pending.values(), *phase.gone]))
         turn = order if last else order[first : first + at_once]
-        due = sorted((name, i) for i, name in pending.items() if name in turn)
+        due = sorted((name, i) for i, name in phase.pending.items() if name in turn)
         for i in [*(i for _, i in due), *self._late]:
             yield from self.grid.pull_messages([i])
 
-    def _come_back(
-        self,
-        gone: set[int],
-        again: dict[int, Message],
-        asked: dict[int, Message],
-        phase: str,
-        outcome: Outcome,
-        spare: int,
-    ) -> set[int]:
-        """Into `again`, messages for those who are here again.  Of those whose time to come back is
-        up, `spare` at most are left out; gives the others, who are waited for all the same."""
-        kept = set()
-        for name in sorted(gone):
+    def _sender(self, reply: Message, phase: _Phase) -> int | None:
+        """Whose reply this is, which now is no longer expected; None, and a note, if none is."""
+        to = reply.metadata.reply_to_message_id
+        if to in phase.pending:
+            return phase.pending.pop(to)
+        if to in self._late:
+            self.note(f"{phase.name}: dropped a late reply: {self._late.pop(to)}")
+        else:
+            who = f"client {phase.sent[to]}" if to in phase.sent else "nobody who was asked"
+            self.note(f"{phase.name}: dropped a repeated or unknown reply of {who}")
+        return None
+
+    def _silence(self) -> str:
+        return f"no reply within {self.deadline_s:g} s (clients.deadline-s)"
+
+    def _give_up(self, phase: _Phase, again: dict[int, Message]) -> None:
+        """Time is up, for those too who were about to be asked `again`."""
+        silent = [*phase.pending.values(), *phase.gone, *again]
+        phase.outcome.failed.update(dict.fromkeys(silent, self._silence()))
+        for name in again:
+            del phase.outcome.restored[name]
+        self._late |= {i: f"{phase.name}, client {name}" for i, name in phase.pending.items()}
+
+    def _completed(self, name: int, reply: Message, phase: _Phase) -> Message | None:
+        """The client's message with what it lacks, if it asks for that, once."""
+        if not phase.give_back or name in phase.outcome.restored:
+            return None
+        request = _request(reply)
+        content = phase.give_back(name, request) if request else None
+        if content is None:
+            return None
+        asked = phase.asked[name]
+        message = addressed(asked.metadata.dst_node_id, asked, content)
+        phase.outcome.restored[name] = payload_bytes(message)
+        what = (
+            "its memory was lost and is given back"
+            if wire.MEMORY_LOST in request
+            else "it lacks a part of the model and is sent all of it"
+        )
+        self.note(f"{phase.name}, client {name}: {what}")
+        return message
+
+    def _may_come_back(self, name: int, phase: _Phase) -> bool:
+        """Whether a client whose node is not there is waited for; it then counts as gone."""
+        if not self.locate or phase.left[name] >= RETURNS:
+            return False
+        phase.left[name] += 1
+        phase.gone.add(name)
+        return True
+
+    def _found_again(self, phase: _Phase, end: float) -> dict[int, Message]:
+        """Messages for those of the gone who are here again.  Of those whose time to come back is
+        up, as many are left out as can be spared; the others are waited for all the same."""
+        again, needed, spare = {}, set(), phase.spare()
+        for name in sorted(phase.gone):
             where = self.locate(name)
             if where is None and spare > 0:
                 spare -= 1
-                outcome.failed[name] = "its node is gone (clients.return-s)"
+                phase.outcome.failed[name] = "its node is gone (clients.return-s)"
             elif where is None:
-                kept.add(name)
+                needed.add(name)
             elif where != AWAITED:
-                self.note(f"{phase}, client {name}: its node is back and is asked again")
-                again[name] = addressed(where, asked[name], asked[name].content)
-        gone -= outcome.failed.keys() | again.keys()
-        return kept
+                self.note(f"{phase.name}, client {name}: its node is back and is asked again")
+                again[name] = addressed(where, phase.asked[name], phase.asked[name].content)
+        phase.gone -= phase.outcome.failed.keys() | again.keys()
+        if needed - phase.needed:
+            self.note(
+                f"{phase.name}: without client {', '.join(map(str, sorted(needed)))} there are "
+                f"too few (clients.min-replies = {phase.at_least}); waiting, "
+                f"{end - time.monotonic():.0f} s at most (clients.deadline-s)"
+            )
+        phase.needed = needed
+        return again
+
+
+def _node_left(reply: Message) -> bool:
+    return reply.has_error() and reply.error.code == GONE
 
 
 def addressed(node_id: int, message: Message, content: RecordDict) -> Message:

@@ -135,9 +135,16 @@ class FlowerStrategy:
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
         try:
-            cls(config)
+            inner = cls(config).inner
         except Exception as error:  # whatever the class behind it has against its arguments
             return [str(error)]
+        if isinstance(inner, serverapp.strategy.Bulyan):
+            needed = 4 * inner.num_malicious_nodes + 3
+            if config.cohort_size < needed:
+                return [
+                    f"{cls.name} needs {needed} clients in a round (4 * num_malicious_nodes + 3), "
+                    f"not {config.cohort_size}; see clients.per-round"
+                ]
         return []
 
     @classmethod

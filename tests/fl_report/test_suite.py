@@ -209,7 +209,13 @@ BAD = {
     "suite key": ("title", "tilte", "tilte: unknown key; docs/suites.md lists those of a suite"),
     "missing": ('seeds = [0, 1]\n', "", "seeds: is missing; docs/suites.md tells what it holds"),
     "seed twice": ("seeds = [0, 1]", "seeds = [0, 1, 0]",
-        "seeds: 0 is given twice; give each seed once"),
+        "seeds: 0 is given twice; give each once"),
+    "metric twice": ('"accuracy",', '"accuracy", "accuracy",',
+        "metrics: accuracy is given twice; give each once"),
+    "reduced twice": ('about = "one seed"', 'methods = ["fedavg", "fedavg"]',
+        "reduced.methods: fedavg is given twice; give each once"),
+    "no configuration": ("title", 'config = "none.toml"\ntitle',
+        "config: {folder}/none.toml: No such file"),
     "no column": ('"few", "many"]\nv', '"few", "mayn"]\nv',
         "published, Table 1: no setting mayn; this suite has few, many"),
     "no method": ("fedavg = [", "fedavgg = [",
@@ -239,7 +245,7 @@ def test_a_mistake_is_one_line_and_nothing_starts(case, tmp_path, capsys):
     old, new, told = BAD[case]
     assert old in TEXT
     path = written(tmp_path, TEXT.replace(old, new, 1))
-    out = tmp_path / "out"
+    out, told = tmp_path / "out", told.replace("{folder}", str(tmp_path))
     assert main(["suite", str(path), "--out", str(out)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"error: {path}: ") and told in line for line in lines), lines

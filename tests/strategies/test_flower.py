@@ -127,6 +127,10 @@ def test_fedadam_on_the_toy(runner, monkeypatch):
         (["strategy.name=flwr:FedAdam", "strategy.params=eta=1,eta=2"], "eta stands twice"),
         (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=1.5"], "no whole"),
         (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=-1"], "no whole"),
+        (
+            ["strategy.name=flwr:Bulyan", "strategy.params=num_malicious_nodes=2"],
+            "flwr:Bulyan needs 11 clients in a round (4 * num_malicious_nodes + 3), not 10",
+        ),
         (["strategy.name=flwr:FedProx", "regularizers=proximal"], "it is the same term twice"),
         (["fedprox.mu=5"], "has no effect without strategy.name=fedprox"),
         (["proximal.mu=5"], "has no effect without regularizers=proximal"),
