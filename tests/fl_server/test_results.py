@@ -204,8 +204,8 @@ def test_config_holds_every_key_resolved(runner, capsys):
 
 
 def test_a_run_repeats_from_its_config(runner):
-    runner.always = []
     first = runner(*SMALL, "train.momentum=0.5", "run.seed=11", "data.alpha=0.1")
+    runner.always = []
     kept = flat(json.loads((first.folder / "config.json").read_text()))
     settings = [
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
@@ -284,7 +284,7 @@ def test_pictures_show_their_run(plain, runner):
 def test_empty_name_is_a_timestamp(tmp_path: Path, capsys):
     before = time.strftime("%Y%m%d-%H%M")
     for _ in range(2):
-        assert main(["run", *SMALL, f"run.output-dir={tmp_path}"]) == 0
+        assert main(["run", *SMALL, "run.pictures=false", f"run.output-dir={tmp_path}"]) == 0
     said = capsys.readouterr().out
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 2
@@ -298,7 +298,7 @@ def test_empty_name_is_a_timestamp(tmp_path: Path, capsys):
 
 def test_empty_output_dir_is_results_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["run", *SMALL, "run.name=mine"]) == 0
+    assert main(["run", *SMALL, "run.pictures=false", "run.name=mine"]) == 0
     assert (tmp_path / "results" / "mine" / "summary.json").exists()
 
 
@@ -313,7 +313,8 @@ def test_relative_paths_are_kept_absolute(tmp_path: Path, monkeypatch: pytest.Mo
                 Image.fromarray(pixels).save(place / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     settings = ["data.source=folder", "data.path=images", "data.partition=iid", *SMALL]
-    assert main(["run", *settings, "run.output-dir=out", "run.name=mine"]) == 0
+    place = ["run.output-dir=out", "run.name=mine", "run.pictures=false"]
+    assert main(["run", *settings, *place]) == 0
     kept = json.loads((tmp_path / "out" / "mine" / "config.json").read_text())
     assert kept["data.path"] == str(tmp_path / "images")
     assert kept["run.output-dir"] == str(tmp_path / "out")
@@ -377,8 +378,8 @@ def test_a_cohort_of_all(runner, sampling: str, per_round: int):
 
 
 def test_evaluation_every_third_round_and_the_last(runner):
-    runner.always = []
     often = runner("clients.per-round=2", "run.rounds=7")
+    runner.always = []
     rarely = runner("clients.per-round=2", "run.rounds=7", "eval.every=3")
     rows = rarely.history
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
@@ -757,6 +758,7 @@ def test_ctrl_c(tmp_path: Path):
     """SIGINT to the process: it ends soon, not as a success, and the rounds so far are kept."""
     folder = tmp_path / "mine"
     settings = [f"run.output-dir={tmp_path}", "run.name=mine", "run.rounds=100000"]
+    settings.append("run.pictures=false")
     with subprocess.Popen(
         [FLATFED, "run", *settings, "clients.per-round=1", "eval.every=100000"],
         stdout=subprocess.DEVNULL,
@@ -814,6 +816,7 @@ entry_point()
                "os.execv(sys.argv[1], sys.argv[1:])")  # fmt: skip
     command = [sys.executable, "-c", heeding, sys.executable, "-c", code, "run"]
     settings = [f"run.output-dir={tmp_path}", "run.name=mine", "clients.number=2"]
+    settings.append("run.pictures=false")
     done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=120)
     summary = strict((tmp_path / "mine" / "summary.json").read_text())
     assert (summary["status"], summary["rounds"]) == ("failed", 2)

@@ -69,7 +69,7 @@ class Run:
 
     def begin(self, strategy: str) -> list[str]:
         """The command of a new run."""
-        place = [f"run.output-dir={self.base}", "run.name=run"]
+        place = [f"run.output-dir={self.base}", "run.name=run", "run.pictures=false"]
         return ["run", *place, *settings_of(strategy, self.on_disk), *self.where]
 
     @property

@@ -60,6 +60,7 @@ def flatfed(tmp_path: Path, env: dict[str, str], engine: str, *settings: str) ->
         f"engine.name={engine}",
         f"run.output-dir={tmp_path}",
         f"run.name={engine}",
+        "run.pictures=false",
         *settings,
     ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -47,7 +47,7 @@ class Place:
 
     def run(self, name: str, engine: str, *settings: str) -> Path:
         """The results folder of a run that completes."""
-        place = [f"run.output-dir={self.folder}", f"run.name={name}"]
+        place = [f"run.output-dir={self.folder}", f"run.name={name}", "run.pictures=false"]
         done = self.flatfed("run", f"engine.name={engine}", *place, *settings)
         assert done.returncode == 0, done.stdout + done.stderr
         return self.folder / name
@@ -178,6 +178,7 @@ def test_a_node_that_is_not_registered(two: Place):
 def test_an_interrupted_run_is_stopped(two: Place, number: int, code: int):
     name = f"interrupted-{number}"
     settings = [f"run.output-dir={two.folder}", f"run.name={name}", "run.rounds=1000"]
+    settings.append("run.pictures=false")
     run = subprocess.Popen(
         [FLATFED, "run", "engine.name=grpc", "clients.number=2", *settings],
         cwd=two.folder,
