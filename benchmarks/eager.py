@@ -2,7 +2,7 @@
 
 Batches of CIFAR shape, one thread, the allocator as in a run.  In turns: the step as everybody
 writes it; with the fused optimizer; also with large maps pooled by oneDNN (the trainer does both);
-the former with channels innermost (`train.channels-last=true`); that compiled by `torch.compile`;
+the former with channels innermost (`train.channels-last=on`); that compiled by `torch.compile`;
 and compiled in the usual order.  A ratio is the median over the turns of processor time over the
 plain step's; warm-up is the compiled step's first call.
 """

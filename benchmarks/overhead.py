@@ -160,7 +160,7 @@ def main() -> int:
     )
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out")
     parser.add_argument("values", nargs="*", metavar="key=value", help="settings of the pairs' "
-        "engine, e.g. train.channels-last=true")  # fmt: skip
+        "engine, e.g. train.channels-last=on")  # fmt: skip
     args = parser.parse_args()
     settings = from_text(dict(value.split("=", 1) for value in args.values))
     determinism.prepare_process()

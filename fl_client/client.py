@@ -91,7 +91,7 @@ class Clients:
             torch.cuda.set_device(self.device)
         self.data = assembly.load_data(config)
         self.partitions = assembly.split_data(config, self.data)
-        self.transform = assembly.transform(config)
+        self.transform = assembly.transform(config, self.device)
         self.shape = assembly.input_shape(config, self.data)
         self.shares: dict[int, Share] = {}
         self.on_device: dict[int, LocalData] = {}

@@ -73,7 +73,7 @@ class Graphs:
 
     @staticmethod
     def fit(methods: Sequence[LocalMethod]) -> bool:
-        """Whether a pass with these methods is the same kernels in every step."""
+        """Whether passes with these methods can be recorded."""
         return all(
             method.replays
             for method in methods
@@ -104,7 +104,8 @@ class Graphs:
                 return gradient(*inputs)
             what_norms_do = tuple((norm.training, norm.track_running_stats) for norm in norms)
             shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-            key = (clients, trained, what_norms_do, shapes)
+            variants = tuple(method.variant() for method in methods)
+            key = (clients, trained, what_norms_do, variants, shapes)
             if key not in self.passes:
                 self.passes[key] = None
                 return gradient(*inputs)

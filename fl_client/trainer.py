@@ -117,7 +117,13 @@ def local_round(
         norms=norms,
     )
 
-    def gradient(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+    drawing = [(method, name) for method in methods for name in method.drawn]
+
+    def gradient(
+        x: torch.Tensor, y: torch.Tensor, *drawn: torch.Tensor
+    ) -> tuple[torch.Tensor, Tensors]:
+        for (method, name), tensor in zip(drawing, drawn, strict=True):
+            setattr(method, name, tensor)
         with precision():
             output = functional_call(net, copies(halves), (x,)) if halves else net(x)
             whole = loss = criterion(output, y)
@@ -141,7 +147,8 @@ def local_round(
         for transform in transforms:
             x, y = transform(x, y)
         repeated = partial(_repeated, net, device, step.perturbation and generator_state(device))
-        losses.append(step(params, partial(gradient, x, y), repeated))
+        drawn = [getattr(method, name) for method, name in drawing]
+        losses.append(step(params, partial(gradient, x, y, *drawn), repeated))
         sizes.append(len(x))
 
     weights = torch.tensor(sizes, dtype=torch.float64)

@@ -92,7 +92,9 @@ def share_of(config: CoreConfig, data: Dataset, partitions: Partition | None, i:
 
 def input_shape(config: CoreConfig, data: Dataset) -> tuple[int, ...]:
     """A sample's shape as the model receives it, (C, H, W) or (F,)."""
-    return data.shape if len(data.shape) == 1 else transform(config).shape(data.shape)
+    if len(data.shape) == 1:
+        return data.shape
+    return transform(config, torch.device("cpu")).shape(data.shape)
 
 
 def new_model(
@@ -104,7 +106,8 @@ def new_model(
     net = build(model.name, classes=classes, shape=shape, norm=model.norm, head=model.head)
     for name in config.regularizer_names:
         methods("regularizers")[name].prepare(net, config.params_of(name))
-    order = torch.channels_last if config.train.channels_last else torch.preserve_format
+    innermost = config.train.innermost(device.type)
+    order = torch.channels_last if innermost else torch.preserve_format
     return net.to(device, parameter_dtype(config), memory_format=order)
 
 
@@ -128,13 +131,13 @@ def layers_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) 
     return Groups.of(net, shape) if PARAMS in groups.members else groups
 
 
-def transform(config: CoreConfig) -> Transform:
-    """What a batch goes through before the model."""
+def transform(config: CoreConfig, device: torch.device) -> Transform:
+    """What a batch goes through before the model on `device`."""
     return pipeline(
         config.data.source,
         config.data.augment,
         parameter_dtype(config),
-        channels_last=config.train.channels_last,
+        channels_last=config.train.innermost(device.type),
     )
 
 

@@ -15,7 +15,7 @@ from fl_common.deferred import torch
 from fl_common.layout import PARAMS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from flwr.app import ConfigRecord
 
@@ -181,9 +181,11 @@ class LocalMethod:
     need not be, as where all it does is `start`, `correction` and `perturbation`."""
 
     replays: ClassVar[bool] = False
-    """Whether a step's pass is the same for every instance and batch, so that it can be recorded:
-    its data term depends on the batch, the output and the network alone, and its `transform`, if it
-    has one, leaves the network alone."""
+    """Whether a step's pass can be recorded: it is the same kernels on the same tensors in every
+    step of the same `variant`, as where the data term depends on the batch, the output, the network
+    and what is `drawn` alone."""
+    drawn: Sequence[str] = ()
+    """With `replays`: attributes, tensors, that `transform` sets anew for a step's data term."""
     relabels: ClassVar[bool] = False
     """Whether its data term makes the loss one of other labels, and so is part of what is told."""
 
@@ -209,6 +211,10 @@ class LocalMethod:
 
     def perturbation(self) -> Perturbation | None:
         """The second pass of every step."""
+
+    def variant(self) -> Hashable:
+        """With `replays`: which of several passes a step has, known after its `transform`."""
+        return ()
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
         """The new memory after training from `sent` to `model`, both as they travelled.

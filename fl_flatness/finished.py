@@ -107,7 +107,7 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
     Raises ValueError where the curvature is not finite.
     """
     run.prepare_process()
-    test, transform = run.data.test, assembly.transform(run.config).eval
+    test, transform = run.data.test, assembly.transform(run.config, run.device).eval
     accuracy, loss = evaluate(run.net, test, np.arange(len(test)), transform, run.device)
     chosen = subsample(len(test), options.samples, options.seed).numpy()
     x, y = (torch.from_numpy(a[chosen]).to(run.device) for a in (test.x, test.y))
@@ -147,7 +147,7 @@ def _landscape(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int
 def _match(run: Stored, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """As in the last round of the run itself, for equal settings and seeds."""
     config, train = _asking(run.config, options), run.data.train
-    transform = assembly.transform(config).eval
+    transform = assembly.transform(config, run.device).eval
     diagonals = []
     for k, share in enumerate(run.shares):
         say(f"diagonal of client {k}, {len(share.train):,} samples")

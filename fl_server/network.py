@@ -84,7 +84,7 @@ class ServerNetwork:
         """Accuracy and loss of a model on the server's test set."""
         self.install(model)
         started = time.perf_counter()
-        test, transform = self.data.test, assembly.transform(self.config).eval
+        test, transform = self.data.test, assembly.transform(self.config, self.device).eval
         everything = np.arange(len(test))
         found = evaluate(self.net, test, everything, transform, self.device, self.processes)
         if self.processes == 1:
@@ -97,5 +97,5 @@ class ServerNetwork:
         """What measures the flatness of the loss on test samples that are drawn once."""
         from fl_server.flatness import FlatnessOf
 
-        transform = assembly.transform(self.config).eval
+        transform = assembly.transform(self.config, self.device).eval
         return FlatnessOf.of(self.config, self.data.test, transform, self.device)

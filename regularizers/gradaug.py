@@ -72,6 +72,12 @@ class GradAug(Regularizer):
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
         self.slim, self.resizes = whole_net(net), takes_any_side(net)
+        # Every step has other shapes: to try all of cuDNN's kernels for each takes half a second.
+        self.autotunes = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False
+
+    def finish(self) -> None:
+        torch.backends.cudnn.benchmark = self.autotunes
 
     def data_term(
         self, x: torch.Tensor, output: torch.Tensor, y: torch.Tensor

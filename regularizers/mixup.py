@@ -43,6 +43,7 @@ class Mixup(Regularizer):
     name = "mixup"
     alone = ""
     relabels = True
+    replays = True
     Params = MixupParams
     params: MixupParams
     neutral = "mixup.gamma=0"
@@ -61,6 +62,10 @@ class Mixup(Regularizer):
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
         self.criterion = getattr(net, "loss", torch.nn.functional.cross_entropy)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return ("weight", "partners") if self.params.gamma else ()
 
     def transform(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gamma = self.params.gamma

@@ -14,6 +14,7 @@ takes the random network that such a client began with.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
@@ -27,6 +28,12 @@ from regularizers.base import Regularizer
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig
     from fl_common.layout import Flat
+
+_REFERENCES: WeakKeyDictionary[torch.nn.Module, tuple[dict[str, torch.Tensor], ...]] = (
+    WeakKeyDictionary()
+)
+"""Of each network, the tensors of its two references, from round to round where recorded passes
+find them."""
 
 OWN_HEAD = "let it be fl_common.models.layers.with_head(Chain(...))"
 
@@ -43,6 +50,7 @@ class MOON(Regularizer):
 
     name = "moon"
     alone = "it compares with two other models of each client"
+    replays = True
     Params = MOONParams
     params: MOONParams
     neutral = "moon.mu=0"
@@ -76,15 +84,23 @@ class MOON(Regularizer):
             return
         from fl_common.models.layers import Representation
 
-        layout, device = Layout.of(net), next(net.parameters()).device
-        models = ({kind: flat[kind] for kind in memory} for flat in (sent, memory))
-        # Tensors of their own: kernels may sum differently on views at other alignments.
-        self.references = tuple(
-            {f"net.{name}": view.to(device, copy=True) for name, view in layout.named(m).items()}
-            for m in models
-        )
+        layout, kinds = Layout.of(net), [kind for kind in self.memory if kind in memory]
+        models = [layout.named({kind: flat[kind] for kind in kinds}) for flat in (sent, memory)]
+        if net not in _REFERENCES:
+            device = next(net.parameters()).device
+            # Tensors of their own: kernels may sum differently on views at other alignments.
+            _REFERENCES[net] = tuple(
+                {f"net.{name}": torch.empty_like(view, device=device) for name, view in m.items()}
+                for m in models
+            )
+        self.references = _REFERENCES[net]
+        for held, model in zip(self.references, models, strict=True):
+            torch._foreach_copy_(list(held.values()), list(model.values()))
         self.net, self.representation = net, Representation(net)
         self.hooks = (net.fc.register_forward_pre_hook(self._see),)
+
+    def variant(self) -> bool:
+        return bool(self.references)
 
     def _see(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if is_main_pass(self.net):

@@ -57,6 +57,7 @@ class StochasticDepth(Regularizer):
 
     name = "stochastic-depth"
     alone = "every client drops other blocks"
+    replays = True
     Params = StochasticDepthParams
     params: StochasticDepthParams
     neutral = "stochastic-depth.p-l=1"
@@ -106,6 +107,9 @@ class StochasticDepth(Regularizer):
             for block, draw in zip(self.blocks, draws, strict=True):
                 block.dropped = draw >= block.keep
         return x, y
+
+    def variant(self) -> tuple[bool, ...]:
+        return tuple(block.dropped for block in self.blocks)
 
     def finish(self) -> None:
         for block in self.blocks:

@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "kept": {"train.momentum": 0.9, "train.keep-optimizer": True},
     "adam": {"train.optimizer": "adam", "train.weight-decay": 0.01},
     "clipped": {"train.clip-norm": 0.5, "train.lr-decay": 0.5},
-    "channels-last": {"train.channels-last": True},
+    "channels-last": {"train.channels-last": "on"},
     "norms": {"eval.grad-norm": True},
     "on-clients": {"eval.on": "clients"},
     "on-both": {"eval.on": "both"},

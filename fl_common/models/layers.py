@@ -61,10 +61,19 @@ def with_head(model: Chain, width: int = 256) -> Chain:
 
 class GroupNorm(nn.GroupNorm):
     """torch's, which under bfloat16 autocast reads and writes what convolutions do, with statistics
-    in float32.  Autocast by itself makes a float32 copy of every activation for it."""
+    in float32.  Autocast by itself makes a float32 copy of every activation for it.  On a GPU maps
+    with channels innermost have kernels of their own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (x.is_cuda and x.dtype == torch.bfloat16):
+        if not x.is_cuda:
+            return super().forward(x)
+        from fl_common.models import groupnorm  # Triton takes a second
+
+        # These have no second gradient, which flatness takes of a network in evaluation mode.
+        once = self.training or not torch.is_grad_enabled()
+        if once and groupnorm.takes(x):
+            return groupnorm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if x.dtype != torch.bfloat16:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)

@@ -66,6 +66,21 @@ METHODS = {
     "adam": {"train__optimizer": "adam"},
     "BatchNorm": {"model__norm": "batch", "regularizers": "sam"},
 }
+ONE_BY_ONE = {
+    "mixup": {"regularizers": "mixup,sam", "mixup__gamma": 1.0},
+    "moon": {"regularizers": "moon", "model__head": "moon"},
+    "stochastic depth": {
+        "regularizers": "stochastic-depth",
+        "stochastic_depth__p_l": 0.5,
+        "model__name": "resnet8",
+        "shape": (3, 16, 16),
+    },
+}
+DROPOUT = {"dropout": {"model__name": "cnn", "model__norm": "batch", "shape": (3, 10, 10)}}
+WAYS = [
+    *((method, way) for method in METHODS for way in ("alone", "together")),
+    *((method, "alone") for method in ONE_BY_ONE),
+]
 
 
 def replies(federation: Federation, graphs: Graphs | None, way: str, rounds: int, **more):
@@ -82,15 +97,15 @@ def replies(federation: Federation, graphs: Graphs | None, way: str, rounds: int
     return found
 
 
-@pytest.mark.parametrize("way", ["alone", "together"])
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "man"])  # its hooks would be gone
+# The hooks of man and moon would be gone.
+@pytest.mark.parametrize("method, way", [way for way in WAYS if way[0] not in ("man", "moon")])
 def test_bits_are_those_of_a_pass_that_is_not_recorded(monkeypatch, method: str, way: str):
     """Over rounds of clients with unequal batches, so that shapes alternate."""
     settings = {
         "train__dtype": "float32",
         "model__norm": "group",
         "recipe": Recipe((0.5,), (0.5,), train=(crop, flip)),
-        **METHODS[method],
+        **(METHODS | ONE_BY_ONE)[method],
     }
     expected = replies(Federation(monkeypatch, **settings), None, way, rounds=3)
     graphs = Repeating()
@@ -114,7 +129,9 @@ def test_partial_rounds_have_passes_of_their_own(monkeypatch):
 
 def test_passes_that_differ_from_step_to_step_are_not_recorded(monkeypatch):
     graphs = Repeating()
-    federation = Federation(monkeypatch, regularizers="mixup")
+    federation = Federation(
+        monkeypatch, regularizers="gradaug", model__name="resnet8", shape=(3, 16, 16)
+    )
     replies(federation, graphs, "alone", rounds=2)
     assert not graphs.passes
 
@@ -177,8 +194,7 @@ def test_whose_passes_are_recorded():
 
 
 @GPU
-@pytest.mark.parametrize("way", ["alone", "together"])
-@pytest.mark.parametrize("method", [*METHODS, "dropout"])
+@pytest.mark.parametrize("method, way", [*WAYS, ("dropout", "alone"), ("dropout", "together")])
 def test_bits_on_a_card(monkeypatch, method: str, way: str):
     settings = {
         "train__dtype": "float32",
@@ -186,7 +202,7 @@ def test_bits_on_a_card(monkeypatch, method: str, way: str):
         "train__deterministic": False,
         "model__norm": "group",
         "recipe": Recipe((0.5,), (0.5,), train=(crop, flip)),
-        **METHODS.get(method, {"model__name": "cnn", "model__norm": "batch", "shape": (3, 10, 10)}),
+        **(METHODS | ONE_BY_ONE | DROPOUT)[method],
     }
     monkeypatch.setattr(client, "prepare_process", lambda *args: None)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True

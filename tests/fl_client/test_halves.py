@@ -21,7 +21,7 @@ CASES = {
     "resnet18": {"model__name": "resnet18", "model__norm": "group", "shape": (3, 8, 8)},
     "dropout": {"model__name": "cnn"},
     "linear layers": {"model__name": "mlp"},
-    "channels last": {"train__channels_last": True},
+    "channels last": {"train__channels_last": "on"},
     "sam": {"regularizers": "sam"},
     "man": {"regularizers": "man"},
     "mixup": {"regularizers": "mixup"},

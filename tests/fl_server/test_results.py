@@ -509,7 +509,7 @@ def test_a_kept_optimizer_is_the_same_from_the_disk_in_any_order_in_memory(
     runner, tmp_path: Path, optimizer: str
 ):
     settings = ["clients.number=3", "run.rounds=2", "train.batch-size=200", "train.device=cpu"]
-    settings += [optimizer, "train.keep-optimizer=true", "train.channels-last=true"]
+    settings += [optimizer, "train.keep-optimizer=true", "train.channels-last=on"]
     on_disk, in_memory = runner(*settings, f"client.state-dir={tmp_path}"), runner(*settings)
     assert on_disk.summary["model_sha256"] == in_memory.summary["model_sha256"]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CASES = {
     "fedavg": ("train.momentum=0.9", "eval.on=both", "model.norm=batch"),
     "scaffold": ("clients.per-round=4", "eval.models=cloud,sel,all"),
-    "fedprox": ("train.channels-last=true", "fedprox.mu=0.1", "train.momentum=0.9"),
+    "fedprox": ("train.channels-last=on", "fedprox.mu=0.1", "train.momentum=0.9"),
     "feddc": ("regularizers=man,moon", "model.head=moon", "clients.per-round=5"),
     "fedpart": ("fedpart.warm-up=1", "fedpart.rounds-per-group=1", "eval.on=clients"),
     "flwr:FedAdam": ("strategy.params=eta=0.01", "flatness.every=2", "flatness.match=paper",

@@ -186,9 +186,10 @@ def loops(name: str, mu: float, cohorts: list[list[int]]) -> tuple[nn.Module, di
     numbers = {key: int(value) for key, value in settings.items() if value.isdecimal()}
     config = resolve({**settings, **numbers, "model.name": name})
     data = assembly.load_data(config)
-    split, train = assembly.split_data(config, data), assembly.transform(config).train
+    cpu = torch.device("cpu")
+    split, train = assembly.split_data(config, data), assembly.transform(config, cpu).train
     shape = assembly.input_shape(config, data)
-    w = assembly.new_model(config, len(data.classes), shape, torch.device("cpu"))
+    w = assembly.new_model(config, len(data.classes), shape, cpu)
     last: dict[int, nn.Module] = {}
     with_history = 0
     for number, cohort in enumerate(cohorts, start=1):
