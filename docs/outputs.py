@@ -4,7 +4,8 @@ In a page, `<!-- output -->` stands before a block whose lines that begin with `
 others are what they printed.  This runs the commands, in a folder of the page's own, and writes
 what they print into the page, and day, machine and versions below.  `--only TEXT` takes the blocks
 alone in whose commands TEXT is.  Blocks that are marked `<!-- output: the same -->` print the same
-everywhere; `--check` says whether they still do, and writes nothing.
+everywhere; `--check` says whether they still do, and writes nothing.  A block that needs a GPU
+stays as it is where there is none.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def place(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 
 
-def printed(command: str, folder: Path, environment: dict[str, str]) -> str:
-    """What a command prints, less complaints.  Exits if it fails, which a benchmark that misses a
-    bar does not."""
+def printed(command: str, folder: Path, environment: dict[str, str]) -> str | None:
+    """What a command prints, less complaints; None if it needs a GPU and there is none.  Exits if
+    it fails, which a benchmark that misses a bar does not."""
     print(f"$ {command}", flush=True)
     where = ROOT if command.startswith("make ") else folder
     done = subprocess.run(
@@ -50,6 +51,8 @@ def printed(command: str, folder: Path, environment: dict[str, str]) -> str:
         capture_output=True, check=False,
     )  # fmt: skip
     print(done.stdout + done.stderr, flush=True)
+    if done.returncode == 2 and done.stdout.startswith("no GPU "):
+        return None
     tables = command.startswith("python -m benchmarks.") and done.stdout.strip()
     missed = tables and done.returncode == 1 and "Traceback" not in done.stderr
     if done.returncode and not missed:
@@ -89,7 +92,11 @@ def page(path: Path, only: str, check: bool) -> list[str]:
             text = ""
             for call in calls:
                 output = printed(call, folder, environment)
+                if output is None:
+                    break
                 text += f"$ {call}\n" + (f"{output}\n" if output else "")
+            if output is None:
+                continue
             if check and text != block["text"]:
                 differ.append(f"{path.name}: {calls[0]}")
             if check:

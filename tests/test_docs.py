@@ -55,6 +55,17 @@ def test_a_page_that_says_something_else_is_found_and_mended(tmp_path: Path) -> 
     assert call("--check", page).returncode == 0
 
 
+def test_a_block_that_needs_a_card_stays_where_there_is_none(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    said = "no GPU that torch can use; nothing was measured"
+    block = "<!-- output -->\n```\n$ echo '{}'; exit 2\nfound on a card\n```\n"
+    page.write_text(block.format(said))
+    assert call(page).returncode == 0
+    assert page.read_text() == block.format(said)
+    page.write_text(block.format("something else"))
+    assert call(page).returncode == 1
+
+
 def test_a_block_that_changes_gets_day_machine_and_versions(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- output -->\n```\n$ pwd\n```\n<!-- output -->\n```\n$ echo b\n```\n")

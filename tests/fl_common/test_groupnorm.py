@@ -134,7 +134,7 @@ def test_a_networks_gradient(dtype, bound, monkeypatch):
             loss = net(x).float().square().mean()
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())])
 
-    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         kernels, again = gradient(), gradient()
         monkeypatch.setattr(groupnorm, "compiles", lambda device: False)
         torchs = gradient()
