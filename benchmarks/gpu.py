@@ -275,8 +275,8 @@ def costs(bench: Bench) -> int:
 
 
 def partial_rounds(bench: Bench) -> int:
-    """(d): a client's round that trains one group, over a full one."""
-    turns = 1 if bench.small else 5
+    """(d): a client's round that trains one group, over a full one; and one of a cohort's."""
+    turns, count = (1, 2) if bench.small else (5, 40)
     values = bench.settings(
         {"model.name": "resnet8", "strategy.name": "fedpart", "train.batch-size": fedpart.BATCH,
          "train.optimizer": "adam", "train.lr": 0.001,
@@ -298,6 +298,10 @@ def partial_rounds(bench: Bench) -> int:
         "the CPU's",
         "active group", "ratio", "bar",
     )  # fmt: skip
+    together = Cohort(values | {"engine.cohort": str(count)}, count)
+    for _ in range(3):
+        at_once = together.together() / count
+    bench.add(table, f"all, {count} at once", f"{at_once / median(full):.3f}", "")
     for name in names:
         if (name,) in cost:
             bench.add(table, name, f"{cost[name,]:.3f}", "")
