@@ -93,13 +93,12 @@ def page(path: Path, only: str, check: bool) -> list[str]:
             for call in calls:
                 output = printed(call, folder, environment)
                 if output is None:
+                    text = block["text"]
                     break
                 text += f"$ {call}\n" + (f"{output}\n" if output else "")
-            if output is None:
-                continue
             if check and text != block["text"]:
                 differ.append(f"{path.name}: {calls[0]}")
-            if check:
+            if check or text == block["text"]:
                 continue
             if not block["same"]:
                 text += f"# {stamp()}\n"

@@ -148,8 +148,7 @@ def cohort_round(
         for regularizer in regularizers:
             regularizer.stacked, regularizer.seen = True, []
             regularizer.begin(net, first.start, {})
-        drawing = any(method.drawn for method in first.methods)  # each client's would be an input
-        if graphs and (drawing or not graphs.fit(first.methods)):
+        if graphs and not graphs.fit(first.methods, stacked=True):
             graphs = None
         key = (seed, server_round)
         _Cohort(net, order, optimizer, settings, key, norms, known or Known(), graphs).train()

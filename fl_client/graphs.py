@@ -72,10 +72,11 @@ class Graphs:
         """Of inputs and gradients, about."""
 
     @staticmethod
-    def fit(methods: Sequence[LocalMethod]) -> bool:
-        """Whether passes with these methods can be recorded."""
+    def fit(methods: Sequence[LocalMethod], *, stacked: bool = False) -> bool:
+        """Whether passes with these methods, which have begun, can be recorded; `stacked`: of
+        several clients, each of which would have draws of its own to copy."""
         return all(
-            method.replays
+            method.replays and not (stacked and method.drawn)
             for method in methods
             if overriding("transform", [method]) or overriding("data_term", [method])
         )

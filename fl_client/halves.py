@@ -1,8 +1,8 @@
 """bfloat16 copies of a network's weights, all of them made at once.
 
-Autocast copies each weight of a convolution or a linear layer by itself, and its gradient back, and
-so does `GroupNorm` of the catalogue on a GPU: for a ResNet-18 a fifth of a step's kernels, each too
-small for a card.  One copy of all of them has the same bits.
+Autocast copies each weight of a convolution or a linear layer by itself, and its gradient back: for
+a ResNet-18 a tenth of a step's kernels, each too small for a card.  One copy of all of them has the
+same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fl_common.models.layers import Chain, Conv2d, GroupNorm
+from fl_common.models.layers import Chain, Conv2d
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv2d)
 
 
 def halved(
-    net: nn.Module, settings: Train, methods: Sequence[LocalMethod], device: str
+    net: nn.Module, settings: Train, methods: Sequence[LocalMethod]
 ) -> dict[str, torch.Tensor]:
     """The parameters of `net` that a pass has in bfloat16; none where it matters who copies them:
     in networks that are not the catalogue's, which may compute with their weights, and with methods
@@ -33,11 +33,10 @@ def halved(
     known = type(net) is Chain and not any(method.alone for method in methods)
     if settings.dtype != "bfloat16" or not known:
         return {}
-    layers = (*CAST, GroupNorm) if device == "cuda" else CAST
     return {
         name: parameter
         for path, module in net.named_modules()
-        if type(module) in layers
+        if type(module) in CAST
         for name, parameter in module.named_parameters(path, recurse=False)
     }
 

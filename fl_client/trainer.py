@@ -107,7 +107,7 @@ def local_round(
     precision = precision_of(settings, device)
     transforms = overriding("transform", methods)
     data_terms = overriding("data_term", methods)
-    halves = halved(net, settings, methods, device)
+    halves = halved(net, settings, methods)
     step = Step(
         perturbation=perturbation_of(methods),
         correct=Correction(correction, net, clips=bool(settings.clip_norm)),

@@ -16,7 +16,7 @@ from fl_common.data.transforms import pipeline
 from fl_common.determinism import seed_of
 from fl_common.groups import Groups
 from fl_common.layout import PARAMS
-from fl_common.models.catalogue import build
+from fl_common.models.catalogue import MODELS, build
 
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig
@@ -106,8 +106,7 @@ def new_model(
     net = build(model.name, classes=classes, shape=shape, norm=model.norm, head=model.head)
     for name in config.regularizer_names:
         methods("regularizers")[name].prepare(net, config.params_of(name))
-    innermost = config.train.innermost(device.type)
-    order = torch.channels_last if innermost else torch.preserve_format
+    order = torch.channels_last if innermost(config, device) else torch.preserve_format
     return net.to(device, parameter_dtype(config), memory_format=order)
 
 
@@ -137,8 +136,16 @@ def transform(config: CoreConfig, device: torch.device) -> Transform:
         config.data.source,
         config.data.augment,
         parameter_dtype(config),
-        channels_last=config.train.innermost(device.type),
+        channels_last=innermost(config, device),
     )
+
+
+def innermost(config: CoreConfig, device: torch.device) -> bool:
+    """Whether channels lie innermost in memory on `device`; with `auto` only in networks that are
+    known not to mind (`x.view(len(x), -1)` does)."""
+    train = config.train
+    suits = device.type == "cuda" and train.dtype == "bfloat16" and config.model.name in MODELS
+    return train.channels_last == "on" or (train.channels_last == "auto" and suits)
 
 
 def parameter_dtype(config: CoreConfig) -> torch.dtype:

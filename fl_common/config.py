@@ -165,8 +165,8 @@ class Train(Group):
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto",
         description="images and convolutions with channels innermost in memory: faster with "
-        "bfloat16 on a GPU, where auto has them so, and for some models on a CPU; sums are rounded "
-        "otherwise",
+        "bfloat16 on a GPU, where auto has the catalogue's networks so, and for some on a CPU; "
+        "sums are rounded otherwise",
     )
     graphs: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -179,11 +179,6 @@ class Train(Group):
     def keeps_state(self) -> bool:
         """Whether clients have momentum that they keep."""
         return self.keep_optimizer and (self.optimizer == "adam" or self.momentum > 0)
-
-    def innermost(self, device_type: str) -> bool:
-        """Whether channels lie innermost in memory on such a device."""
-        suits = device_type == "cuda" and self.dtype == "bfloat16"
-        return self.channels_last == "on" or (self.channels_last == "auto" and suits)
 
     def lr_of(self, server_round: int) -> float:
         """eta, the learning rate of a round."""

@@ -180,12 +180,14 @@ class LocalMethod:
     """Why clients with this method are trained one by one, whatever `engine.cohort` says; "": they
     need not be, as where all it does is `start`, `correction` and `perturbation`."""
 
-    replays: ClassVar[bool] = False
-    """Whether a step's pass can be recorded: it is the same kernels on the same tensors in every
-    step of the same `variant`, as where the data term depends on the batch, the output, the network
-    and what is `drawn` alone."""
+    replays: bool = False
+    """Once begun, whether a step's pass can be recorded: it is the same kernels on the same tensors
+    in every step of the same `variant`, as where the data term depends on the batch, the output,
+    the network and what is `drawn` alone, and the `transform`, if there is one, leaves the network
+    alone."""
     drawn: Sequence[str] = ()
-    """With `replays`: attributes, tensors, that `transform` sets anew for a step's data term."""
+    """With `replays`: names of attributes, tensors, that `transform` sets anew for the data term of
+    a step."""
     relabels: ClassVar[bool] = False
     """Whether its data term makes the loss one of other labels, and so is part of what is told."""
 
@@ -213,7 +215,8 @@ class LocalMethod:
         """The second pass of every step."""
 
     def variant(self) -> Hashable:
-        """With `replays`: which of several passes a step has, known after its `transform`."""
+        """With `replays`: which of several passes a step has, after its `transform`: whatever else
+        decides on the kernels, as which layers are passed over."""
         return ()
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:

@@ -58,6 +58,8 @@ class GradAug(Regularizer):
     Params = GradAugParams
     params: GradAugParams
     neutral = "gradaug.n=0"
+    tries: bool | None = None
+    """Whether cuDNN tried its kernels before this round; None: it was not asked."""
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
@@ -72,12 +74,14 @@ class GradAug(Regularizer):
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
         self.slim, self.resizes = whole_net(net), takes_any_side(net)
-        # Every step has other shapes: to try all of cuDNN's kernels for each takes half a second.
-        self.autotunes = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = False
+        if self.params.mu and self.params.n:
+            # Every step has other shapes: to try all of cuDNN's kernels for each takes longer.
+            self.tries = torch.backends.cudnn.benchmark
+            torch.backends.cudnn.benchmark = False
 
     def finish(self) -> None:
-        torch.backends.cudnn.benchmark = self.autotunes
+        if self.tries is not None:
+            torch.backends.cudnn.benchmark, self.tries = self.tries, None
 
     def data_term(
         self, x: torch.Tensor, output: torch.Tensor, y: torch.Tensor

@@ -84,14 +84,15 @@ class MOON(Regularizer):
             return
         from fl_common.models.layers import Representation
 
-        layout, kinds = Layout.of(net), [kind for kind in self.memory if kind in memory]
-        models = [layout.named({kind: flat[kind] for kind in kinds}) for flat in (sent, memory)]
+        layout, device = Layout.of(net), next(net.parameters()).device
+        kinds = [kind for kind in self.memory if kind in memory]
+        models = [
+            layout.named({kind: flat[kind].to(device) for kind in kinds}) for flat in (sent, memory)
+        ]
         if net not in _REFERENCES:
-            device = next(net.parameters()).device
             # Tensors of their own: kernels may sum differently on views at other alignments.
             _REFERENCES[net] = tuple(
-                {f"net.{name}": torch.empty_like(view, device=device) for name, view in m.items()}
-                for m in models
+                {f"net.{name}": torch.empty_like(view) for name, view in m.items()} for m in models
             )
         self.references = _REFERENCES[net]
         for held, model in zip(self.references, models, strict=True):

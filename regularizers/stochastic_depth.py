@@ -57,7 +57,6 @@ class StochasticDepth(Regularizer):
 
     name = "stochastic-depth"
     alone = "every client drops other blocks"
-    replays = True
     Params = StochasticDepthParams
     params: StochasticDepthParams
     neutral = "stochastic-depth.p-l=1"
@@ -107,6 +106,11 @@ class StochasticDepth(Regularizer):
             for block, draw in zip(self.blocks, draws, strict=True):
                 block.dropped = draw >= block.keep
         return x, y
+
+    @property
+    def replays(self) -> bool:
+        """With more blocks, steps seldom have a pattern that came before."""
+        return len(self.blocks) <= 8
 
     def variant(self) -> tuple[bool, ...]:
         return tuple(block.dropped for block in self.blocks)

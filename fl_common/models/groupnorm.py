@@ -1,8 +1,8 @@
-"""GroupNorm of maps whose channels lie innermost in memory, on a GPU: two kernels a layer and step.
+"""GroupNorm of maps whose channels lie innermost in memory, on a GPU: a kernel each way.
 
 torch's own wants channels outermost, so that under `train.channels-last` every layer turns its maps
-around on the way in and out, and has seven kernels of its own besides: two thirds of the time of a
-ResNet-18's step.  These read maps as they lie and sum in float32, in an order that does not change.
+around on the way in and out, and has half a dozen kernels besides.  These read maps as they lie and
+sum in float32, in an order that does not change.
 """
 
 from __future__ import annotations
@@ -34,24 +34,18 @@ def group_norm(
     return _GroupNorm.apply(x, weight, bias, groups, eps)
 
 
-def takes(x: torch.Tensor) -> bool:
-    """Whether `group_norm` has kernels for this tensor, which is on a GPU."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.dim() != 4:
-        return False
-    innermost = x.is_contiguous(memory_format=torch.channels_last)
-    known = x.dtype in (torch.float32, torch.bfloat16)
-    return innermost and known and compiles(x.device)
-
-
 @cache
 def compiles(device: torch.device) -> bool:
-    """Whether kernels can be compiled here; if not, the log says once why."""
+    """Whether kernels can be compiled here; if not, the log says once why.  Raises OutOfMemoryError
+    where the card has no room to try."""
     try:
         if triton is None:
             raise ImportError("no module triton")
         x = torch.zeros(1, 2, 1, 1, device=device)
         with torch.no_grad():
             group_norm(x, 2, x.new_ones(2), x.new_zeros(2), 1e-5)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         _log.warning("GroupNorm's own kernels cannot be compiled, torch's run: %s", reason)
@@ -67,21 +61,22 @@ class _GroupNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         stats = torch.empty(len(x) * groups, 2, device=x.device)
         grid, shape = _shape(x, groups)
-        _forward[grid](x, y, weight, bias, stats, eps, **shape)
-        ctx.save_for_backward(x, weight, bias, stats)
+        with torch.cuda.device_of(x):
+            _forward[grid](x, y, weight, bias, stats, eps, **shape)
+        ctx.save_for_backward(x, weight, stats)
         ctx.groups = groups
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, stats = ctx.saved_tensors
+        x, weight, stats = ctx.saved_tensors
         dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
         parts = torch.empty(2, *x.shape[:2], device=x.device)
         grid, shape = _shape(x, ctx.groups)
-        _backward[grid](x, dy, dx, weight, stats, parts, len(x) * x.shape[1], **shape)
-        dw, db = parts.sum(1)
-        return dx, dw.to(weight.dtype), db.to(bias.dtype), None, None
+        with torch.cuda.device_of(x):
+            _backward[grid](x, dy, dx, weight, stats, parts, len(x) * x.shape[1], **shape)
+        return dx, *parts.sum(1), None, None
 
 
 def _shape(x: torch.Tensor, groups: int) -> tuple[tuple[int], dict[str, int]]:

@@ -67,17 +67,26 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:
             return super().forward(x)
-        from fl_common.models import groupnorm  # Triton takes a second
-
-        # These have no second gradient, which flatness takes of a network in evaluation mode.
+        # Theirs has no second gradient, which flatness takes of a network in evaluation mode.
         once = self.training or not torch.is_grad_enabled()
-        if once and groupnorm.takes(x):
-            return groupnorm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if self.affine and once and _innermost(x):
+            from fl_common.models import groupnorm  # imports Triton, which takes a second
+
+            if groupnorm.compiles(x.device):
+                return groupnorm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if x.dtype != torch.bfloat16:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def _innermost(x: torch.Tensor) -> bool:
+    """Whether this is a map with channels innermost, of float32 or bfloat16, and not under vmap."""
+    if torch._C._are_functorch_transforms_active() or x.dim() != 4:
+        return False
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    return known and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Conv2d(nn.Conv2d):

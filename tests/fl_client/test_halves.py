@@ -90,6 +90,6 @@ def test_no_weight_is_copied_by_itself(monkeypatch):
 def test_a_network_of_ones_own_is_left_alone():
     settings, known = Train(dtype="bfloat16"), Chain([("fc", torch.nn.Linear(3, 2))])
     own = torch.nn.Sequential(OrderedDict(fc=torch.nn.Linear(3, 2)))
-    assert list(trainer.halved(known, settings, [], "cpu")) == ["fc.weight", "fc.bias"]
-    assert trainer.halved(own, settings, [], "cpu") == {}
-    assert trainer.halved(known, Train(), [], "cpu") == {}
+    assert list(trainer.halved(known, settings, [])) == ["fc.weight", "fc.bias"]
+    assert trainer.halved(own, settings, []) == {}
+    assert trainer.halved(known, Train(), []) == {}

@@ -5,6 +5,7 @@ Without a GPU, Triton's interpreter runs them, if Triton is installed.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 
@@ -16,10 +17,11 @@ from torch.nn import functional
 from fl_common.models.catalogue import build
 from fl_common.models.layers import GroupNorm
 
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
 CARD = torch.cuda.is_available()
 if not CARD:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
-pytest.importorskip("triton")
 
 from fl_common.models import groupnorm  # noqa: E402
 
@@ -85,6 +87,15 @@ def test_where_nothing_can_be_compiled_the_log_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert not groupnorm.compiles.__wrapped__(torch.device(DEVICE))
     assert "torch's run: Failed to find C compiler." in caplog.text
+
+
+def test_a_full_card_is_no_reason_to_go_without_them(monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(groupnorm, "group_norm", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        groupnorm.compiles.__wrapped__(torch.device(DEVICE))
 
 
 def ours(y: torch.Tensor) -> bool:

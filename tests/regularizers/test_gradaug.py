@@ -109,6 +109,21 @@ def test_widths_and_sides():
     assert all(300 < sides.count(size) < 450 for size in set(sides))
 
 
+@pytest.mark.parametrize("mu", [0.0, 1.75])
+def test_cudnn_does_not_try_its_kernels_for_every_shape(monkeypatch, mu):
+    """While there are sub-networks; a round that did not begin has nothing to put back."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    method = begun(model("resnet8"), mu=mu)
+    assert cudnn.benchmark == (mu == 0)
+    method.finish()
+    assert cudnn.benchmark
+    cudnn.benchmark = False
+    method.finish()
+    GradAug(GradAugParams(), WORK).finish()
+    assert not cudnn.benchmark
+
+
 def test_published_sides_of_224_px_and_those_of_oblong_images():
     method, draws = begun(model()), random.Random(0)
     for shape, sizes in (

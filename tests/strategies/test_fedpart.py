@@ -511,7 +511,8 @@ def test_moons_global_model_has_the_clients_own_statistics(traced, monkeypatch):
     def begun(self, net, sent, memory):
         begin(self, net, sent, memory)
         if self.references:
-            reference = {k.removeprefix("net."): v for k, v in self.references[0].items()}
+            held = self.references[0].items()
+            reference = {k.removeprefix("net."): v.clone() for k, v in held}
             seen.append((reference, {k: v.clone() for k, v in net.state_dict().items()}))
 
     monkeypatch.setattr(MOON, "begin", begun)
