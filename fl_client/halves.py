@@ -1,8 +1,7 @@
 """bfloat16 copies of a network's weights, all of them made at once.
 
-Autocast copies each weight of a convolution or a linear layer by itself, and its gradient back: for
-a ResNet-18 a tenth of a step's kernels, each too small for a card.  One copy of all of them has the
-same bits.
+Autocast copies each weight of a convolution or a linear layer by itself, and its gradient back: two
+kernels a layer, each too small for a card.  One copy of all of them has the same bits.
 """
 
 from __future__ import annotations
