@@ -95,7 +95,7 @@ def checks(config: CoreConfig) -> list[str]:
 
 
 def _check_eval_models(config: CoreConfig) -> list[str]:
-    known, chosen = ["cloud", "sel", "all"], config.eval.model_names
+    known, chosen = ["cloud", "sel", "all", "first"], config.eval.model_names
     errors = [unknown_name("eval.models", name, known) for name in chosen if name not in known]
     if set(chosen) - {"cloud"} and config.eval.on == "clients":
         errors.append(

@@ -221,8 +221,9 @@ class Eval(Group):
     models: str = Field(
         "cloud",
         description="models to evaluate on the server, comma-separated: cloud (the global model, "
-        "always), sel (mean of the cohort's models), all (mean of all clients' last models); "
-        "papers report different ones",
+        "always), sel (mean of the cohort's models), all (mean of all clients' last models), first "
+        "(the global one with BatchNorm's statistics of the cohort's first client); papers report "
+        "different ones",
     )
 
     grad_norm: bool = Field(

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-SERIES = {"cloud": "accuracy", "sel": "accuracy_sel", "all": "accuracy_all"}
+SERIES = {
+    "cloud": "accuracy",
+    "sel": "accuracy_sel",
+    "all": "accuracy_all",
+    "first": "accuracy_first",
+}
 """Models that a run may evaluate, and the columns of its history."""
 TITLES = {
     "cloud": "global model",
     "sel": "mean of the cohort's models",
     "all": "mean of all last models",
+    "first": "with the first client's statistics",
 }
 
 

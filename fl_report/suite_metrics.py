@@ -47,8 +47,8 @@ def _accuracy(key: str) -> Callable[..., float | None]:
     return lambda run, _, __: _percent(series.last(run, key))
 
 
-def _accuracies(run: Run) -> dict[int, float]:
-    rounds, accuracies = run.series("cloud")
+def _accuracies(run: Run, model: str = "cloud") -> dict[int, float]:
+    rounds, accuracies = run.series(model)
     return dict(zip(rounds, accuracies, strict=True))
 
 
@@ -118,6 +118,15 @@ KINDS: dict[str, Kind] = {
         int,
     ),
     "accuracy-mean": Kind("accuracy, mean of the last {} [%]", 1, _of_last, int),
+    "accuracy-first-at": Kind(
+        "accuracy after round {} with the first client's statistics [%]",
+        1,
+        lambda run, t, _: _percent(_accuracies(run, "first").get(int(t))),
+        int,
+    ),
+    "accuracy-first": Kind(
+        "accuracy with the first client's statistics [%]", 1, _accuracy("accuracy_first")
+    ),
     "accuracy-sel": Kind("accuracy of the cohort's mean [%]", 1, _accuracy("accuracy_sel")),
     "accuracy-all": Kind("accuracy of all last models' mean [%]", 1, _accuracy("accuracy_all")),
     "loss": Kind("test loss", 3, _column("loss")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fl_common import wire
-from fl_common.layout import COUNTERS, PARAMS
+from fl_common.layout import COUNTERS, PARAMS, STATS
 from fl_common.local import blank_memory, local_methods, new_memory
 from fl_common.snapshots import OnDisk
 from fl_server.exchange import RunFailed
@@ -50,15 +50,13 @@ class Ledger:
         methods = local_methods(config, {wire.SAMPLES: config.clients.number}, 1, 1)
         self.remembers = any(method.memory for method in methods)
         self.needed = self.remembers or config.train.keeps_state
-        self.first: Flat = {}
+        self.initial: Flat = {}
         self.sum: Flat = {}
         """The sum of all clients' last models, float64, if their mean is evaluated."""
         if "all" in config.eval.model_names:
-            self.first = _averaged(model)
-            self.sum = {k: v.double() * config.clients.number for k, v in self.first.items()}
+            self.initial = _averaged(model)
+            self.sum = {k: v.double() * config.clients.number for k, v in self.initial.items()}
         self.begin()
-        self.sel: dict[str, WeightedMean] = {}
-        """The mean of the models of the round's cohort."""
 
     def settings(self, name: int, checkpoints: list[int]) -> dict[str, str | int | list[int]]:
         """What a message to client `name` says of its memory."""
@@ -72,8 +70,12 @@ class Ledger:
 
     def begin(self) -> None:
         """Before the first reply of a round."""
-        self.sel = {}
+        self.sel: dict[str, WeightedMean] = {}
+        """The mean of the models of the round's cohort, once the round counts."""
+        self.first: Flat | None = None
+        """BatchNorm's statistics of the cohort's first client, alike."""
         self.cohort: dict[str, WeightedMean] = {}
+        self.stats: Flat | None = None
         self.change: dict[str, WeightedMean] = {}
 
     def take(self, name: int, message: Message, reply: Message, checkpoints: list[int]) -> None:
@@ -81,7 +83,10 @@ class Ledger:
         round is accepted.  Raises RunFailed, OSError."""
         answer, sent = Reply.of(reply), wire.vectors(message.content)
         model = self.groups.joined(answer.model, sent[PARAMS])
-        if "sel" in self.config.eval.model_names:
+        evaluated = self.config.eval.model_names
+        if "first" in evaluated and self.stats is None:
+            self.stats = {STATS: model[STATS].clone()} if STATS in model else {}
+        if "sel" in evaluated:
             for kind, vector in _averaged(model).items():
                 self.cohort.setdefault(kind, WeightedMean()).add(vector)
         if not ((self.remembers and self.config.server.ledger) or self.sum):
@@ -101,7 +106,7 @@ class Ledger:
             new = new_memory(methods, known, sent, model)
         if self.sum:
             for kind, vector in _averaged(model).items():
-                last = before[f"{LAST}.{kind}"] if before else self.first[kind]
+                last = before[f"{LAST}.{kind}"] if before else self.initial[kind]
                 change = vector.double() - last.double()
                 self.change.setdefault(kind, WeightedMean()).add(change)
                 new[f"{LAST}.{kind}"] = vector.clone()  # a method may remember the same vector
@@ -110,7 +115,7 @@ class Ledger:
     def accept(self, server_round: int, names: list[int]) -> None:
         """The round counts: these clients took part in it."""
         self.rounds |= dict.fromkeys(names, server_round)
-        self.sel = self.cohort
+        self.sel, self.first = self.cohort, self.stats
         for kind, change in self.change.items():
             self.sum[kind] = self.sum[kind] + change.sum
 
@@ -134,13 +139,16 @@ class Ledger:
         return {key: v for key, v in entry.items() if not key.startswith(f"{LAST}.")}
 
     def means(self) -> dict[str, Flat]:
-        """The models to evaluate beside the global one, without counters: sel, all."""
+        """What the models that are evaluated beside the global one have in the place of its
+        vectors: sel, all, first."""
         number = self.config.clients.number
         found: dict[str, Flat] = {}
         if self.sel:
             found["sel"] = {kind: over(m.sum, m.weight) for kind, m in self.sel.items()}
         if self.sum:
             found["all"] = {kind: total / number for kind, total in self.sum.items()}
+        if self.first is not None:
+            found["first"] = self.first
         return found
 
     def _of(self, name: int) -> OnDisk:

@@ -59,8 +59,9 @@ ROWS = [
      "bytes_down": 200, "loss": 1.5},
     {"round": 2, "accuracy": 0.6, "seconds": 4.0, "client_cpu_s": 9.0, "bytes_up": 300,
      "bytes_down": 200, "loss": 1.0, "lambda_max": 7.0, "trace": 90.0, "h_n": 3.0, "h_d": 0.5},
-    {"round": 3, "accuracy": 0.5, "accuracy_sel": 0.52, "accuracy_all": 0.54, "seconds": 3.0,
-     "client_cpu_s": 2.0, "bytes_up": 600, "bytes_down": 200, "loss": 1.25},
+    {"round": 3, "accuracy": 0.5, "accuracy_sel": 0.52, "accuracy_all": 0.54,
+     "accuracy_first": 0.3, "seconds": 3.0, "client_cpu_s": 2.0, "bytes_up": 600,
+     "bytes_down": 200, "loss": 1.25},
 ]  # fmt: skip
 SUMMARY = {"wall_s": 12.5, "cpu_s": 20.0, "bytes_up": 1000, "bytes_down": 600}
 EXPECTED = {
@@ -69,6 +70,9 @@ EXPECTED = {
     "accuracy-at:1": 40.0,
     "accuracy-at:4": None,
     "accuracy-mean:2": 100 * 0.55,  # (0.6 + 0.5) / 2
+    "accuracy-first": 30.0,
+    "accuracy-first-at:3": 30.0,
+    "accuracy-first-at:2": None,
     "accuracy-sel": 52.0,
     "accuracy-all": 54.0,
     "loss": 1.25,

@@ -156,7 +156,7 @@ def images(tmp_path: Path) -> Path:
         ("data.augment=mooon", "data.augment", ["mooon", "none"]),
         ("engine.name=rya", "engine.name", ["did you mean ray", "inprocess"]),
         ("eval.on=moon", "eval.on", ["server"]),
-        ("eval.models=cloud,sell", "eval.models", ["did you mean sel", "all"]),
+        ("eval.models=cloud,sell", "eval.models", ["did you mean sel", "all, first"]),
         ("scaffold.weighting=omga", "scaffold.weighting", ["did you mean omega", "uniform"]),
         ("feddyn.clip-scope=oficial", "feddyn.clip-scope", ["did you mean official", "all"]),
         # unknown models and methods

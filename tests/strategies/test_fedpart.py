@@ -711,6 +711,45 @@ def test_the_means_of_the_clients_models_are_of_whole_models(watched, monkeypatc
             torch.testing.assert_close(found[PARAMS].double(), mean, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedpart"])
+def test_the_global_model_with_the_first_clients_statistics(watched, monkeypatch, strategy):
+    """eval.models=first, with a cohort that the clients take turns in."""
+    seen: list[Arrays] = []
+    evaluate = ServerNetwork.evaluate
+
+    def on_server(self, model):
+        seen.append({kind: vector.clone() for kind, vector in model.items()})
+        return evaluate(self, model)
+
+    monkeypatch.setattr(ServerNetwork, "evaluate", on_server)
+    own = [*TINY, SMALL, "clients.per-round=2", "run.rounds=6", f"strategy.name={strategy}"]
+    run = watched(3, *own, *SHORT * (strategy == "fedpart"), "eval.models=first")
+    assert {run.of(t)[0][0] for t in range(1, 7)} == {0, 1}
+    for t, row in enumerate(run.trace.result.history, start=1):
+        cloud, first = seen[2 * t - 2 : 2 * t]
+        assert same(cloud, as_tensors(run.trace.moments[t].model))
+        assert same(first, cloud | {STATS: run.of(t)[0][1].after[STATS]})
+        assert not torch.equal(first[STATS], cloud[STATS])
+        assert row["loss_first"] != row["loss"]
+
+
+def test_the_first_clients_statistics_are_those_of_local_ones(watched):
+    """Averaged or local, they leave training as it is; both evaluate alike until a client's own
+    differ from those that it was sent."""
+    averaged = watched(3, *TINY, SMALL, *SHORT, "run.rounds=4", "eval.models=first")
+    local = watched(3, *TINY, SMALL, *SHORT, "run.rounds=4", LOCAL)
+    for t in range(1, 5):
+        one, other = (as_tensors(run.trace.moments[t].model) for run in (averaged, local))
+        assert torch.equal(one[PARAMS], other[PARAMS])
+    one, other = (run.trace.result.history[0] for run in (averaged, local))
+    assert one["loss_first"] == other["loss"] != one["loss"]
+
+
+def test_a_network_without_statistics_is_evaluated_as_it_is(runner):
+    first = runner("model.norm=group", *DIGITS, "run.rounds=1", "eval.models=first").history[0]
+    assert first["loss_first"] == first["loss"]
+
+
 def test_an_optimizer_that_is_kept_is_refused(runner, capsys):
     code = runner(*DIGITS, "train.momentum=0.9", "train.keep-optimizer=true").code
     assert code == 2
