@@ -14,7 +14,7 @@ the ratio taken as a constant.  Only the last stage's first channels get a gradi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -51,6 +51,10 @@ class FedAlign(Regularizer):
     alone = "its slim pass takes the network's own tensors"
     Params = FedAlignParams
     params: FedAlignParams
+    refuses: ClassVar = {
+        "mixup": "FedAlign weighs its term by the loss on the labels that came with the batch, "
+        "which a mixed one may have little of; choose one of them"
+    }
     neutral = "fedalign.mu=0"
     hooks: tuple[Any, ...] = ()
 

@@ -299,6 +299,8 @@ def test_without_weight_it_is_the_plain_run_bit_for_bit(runner):
         ({"model.name": "lenet", "data.source": "synthetic"}, "set fedalign.omega to 0.55 or less"),
         ({"fedalign.omega": 0.0}, "fedalign.omega = 0.0: must be greater than 0"),
         ({"fedalign.mu": -1.0}, "fedalign.mu = -1.0: must be at least 0"),
+        # Beta(0.05, 0.05): in every second batch lambda < 1/2, and nearly all of it the partners
+        ({"regularizers": "mixup,fedalign"}, "fedalign with mixup: FedAlign weighs its term by"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_remedy(settings, words):
