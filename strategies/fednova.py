@@ -1,8 +1,8 @@
 """FedNova: updates are normalised by the local work behind them before they are averaged.
 
 Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization,
-NeurIPS 2020 (https://arxiv.org/abs/2007.07481), eq. 7 and section 4; a_i for momentum from the
-paper's table of local solvers.
+NeurIPS 2020 (https://arxiv.org/abs/2007.07481), eq. 7 and section 4; a_i for momentum and for
+a proximal term (`regularizers=proximal`) from the paper's table of local solvers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from strategies.base import Reply
 
 
-def effective_steps(steps: int, momentum: float) -> float:
-    """a_i, the sum of the weights that the steps' gradients have in Delta_i, over eta.
+def effective_steps(steps: int, momentum: float, pull: float = 0.0) -> float:
+    """a_i, the sum of the weights that the steps' gradients have in Delta_i, over eta: how far they
+    go together if each is 1.
 
-    K_i for plain SGD; with momentum rho, gradient k = 1 ... K counts (1 - rho^(K - k + 1)) /
-    (1 - rho).
+    K_i for plain SGD; `pull` is eta mu of a proximal term, which takes back a part of the way.
     """
-    rho = momentum
-    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+    velocity = way = 0.0
+    for _ in range(steps):
+        velocity = momentum * velocity + 1 - pull * way
+        way += velocity
+    return way
 
 
 class FedNova(FederatedStrategy):
@@ -53,7 +56,9 @@ class FedNova(FederatedStrategy):
         self.answered, self.weighted_steps = 0, 0.0  # sums of n_i and of n_i a_i
 
     def add(self, reply: Reply) -> None:
-        a = effective_steps(reply.steps, self.config.train.momentum if self.config else 0.0)
+        config = self.config
+        mu = config.proximal.mu if "proximal" in config.regularizer_names else 0.0
+        a = effective_steps(reply.steps, config.train.momentum, self.work(reply).lr * mu)
         self.directions.add(self.delta(reply), reply.samples / a)
         self.answered += reply.samples
         self.weighted_steps += reply.samples * a

@@ -97,7 +97,8 @@ class Slope(toy.Quadratic):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_constant_gradients(on_toy, monkeypatch, momentum):
+@pytest.mark.parametrize("mu", [0.0, 2.0])
+def test_constant_gradients(on_toy, monkeypatch, momentum, mu):
     """Delta_i / a_i is -eta g_i, however many steps were taken: w moves by the weighted mean
     gradient, tau_eff eta times."""
     install = toy.install
@@ -107,28 +108,42 @@ def test_constant_gradients(on_toy, monkeypatch, momentum):
         patch.setattr(assembly, "new_model", lambda *_: Slope())
 
     monkeypatch.setattr(toy, "install", with_slopes)
-    trace = on_toy(3, *EACH, FEDNOVA, f"train.momentum={momentum}", n=(3, 7))
+    pulled = ["regularizers=proximal", f"proximal.mu={mu}"] if mu else []
+    decay = 0.5  # eta mu is that of the round
+    settings = [*EACH, FEDNOVA, f"train.momentum={momentum}", f"train.lr-decay={decay}", *pulled]
+    trace = on_toy(3, *settings, n=(3, 7))
     p = np.array([0.3, 0.7])
-    tau_eff = np.sum(p * [summed_weights(3, momentum), summed_weights(7, momentum)])
-    step = -toy.LR * tau_eff * np.sum(p * toy.A)
-    assert trace.w == pytest.approx(step * np.arange(4), abs=1e-12)
+    for lr, step in zip(toy.LR * decay ** np.arange(3), np.diff(trace.w), strict=True):
+        a = [summed_weights(3, momentum, lr * mu), summed_weights(7, momentum, lr * mu)]
+        assert step == pytest.approx(-lr * np.sum(p * a) * np.sum(p * toy.A), abs=1e-12)
 
 
-def summed_weights(steps: int, momentum: float) -> float:
-    """What all gradients together weigh in Delta_i / -eta: SGD on gradients of 1."""
-    moved = velocity = 0.0
-    for _ in range(steps):
-        velocity = momentum * velocity + 1.0
-        moved += velocity
-    return moved
+def summed_weights(steps: int, momentum: float, pull: float = 0.0) -> float:
+    """What all gradients together weigh in Delta_i / -eta: from the powers of the matrix that takes
+    (velocity, way) over a step of gradient 1."""
+    step = np.array([[momentum, -pull], [momentum, 1 - pull]])
+    powers = (np.linalg.matrix_power(step, k) for k in range(steps))
+    return float((sum(powers) @ np.ones(2))[1])
 
 
 @pytest.mark.parametrize(
     ("steps", "momentum"), list(itertools.product([1, 2, 7, 100], [0.0, 0.1, 0.9, 0.99]))
 )
 def test_a_is_the_sum_of_the_weights_of_all_gradients(steps, momentum):
-    assert effective_steps(steps, momentum) == pytest.approx(
-        summed_weights(steps, momentum), rel=1e-12
+    """Gradient k = 1 ... K counts (1 - rho^(K - k + 1)) / (1 - rho)."""
+    powers = momentum ** np.arange(1, steps + 1)
+    expected = np.sum((1 - powers) / (1 - momentum))
+    assert effective_steps(steps, momentum) == pytest.approx(expected, rel=1e-12)
+    assert summed_weights(steps, momentum) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_a_of_a_proximal_term(steps):
+    """(1 - (1 - eta mu)^K) / (eta mu), as published."""
+    expected = (1 - 0.8**steps) / 0.2
+    assert effective_steps(steps, 0.0, pull=0.2) == pytest.approx(expected, rel=1e-12)
+    assert effective_steps(steps, 0.9, 0.2) == pytest.approx(
+        summed_weights(steps, 0.9, 0.2), rel=1e-12
     )
 
 
