@@ -285,7 +285,7 @@ class Clients:
 
     def _norms(self, norms: torch.Tensor, settings: ConfigRecord) -> dict[str, list[float]]:
         active = tuple(settings.get(wire.ACTIVE, self.layers.names))
-        parts = self.layers.norms(norms, active)
+        parts = self.layers.norms(norms, active, self.net)
         found = {f"{wire.GRAD_NORM}.{name}": part.tolist() for name, part in parts.items()}
         return {wire.GRAD_NORM: norms.square().sum(1).sqrt().tolist(), **found}
 

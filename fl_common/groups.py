@@ -54,7 +54,8 @@ class Groups:
         goes through them; layers that it does not meet come last.
 
         FedPart's grouping (FLAIR-Community/Fling): a convolution with its BatchNorm, a block's
-        shortcut after its other layers, the classifier last.
+        shortcut after its other layers, the classifier last.  Layers of which the network trains
+        nothing are in the group of the next one that it trains, or of the last.
         """
         place = {id(p): i for i, p in enumerate(net.parameters())}
         names = {module: name for name, module in net.named_modules()}
@@ -71,8 +72,17 @@ class Groups:
             if last is None or not isinstance(module, NORMS):
                 last = names[module] or "model"
             members.setdefault(last, []).extend(mine)
+        trained = _trained(net)
+        joined: dict[str, list[int]] = {}
+        held: list[int] = []
+        for name, mine in members.items():
+            held += mine
+            if not trained.isdisjoint(mine):
+                joined[name], held = held, []
+        if held:
+            joined.setdefault(next(reversed(joined), name), []).extend(held)
         return cls(
-            {name: tuple(sorted(mine)) for name, mine in members.items()},
+            {name: tuple(sorted(mine)) for name, mine in joined.items()},
             tuple(p.numel() for p in net.parameters()),
         )
 
@@ -80,8 +90,8 @@ class Groups:
     def matching(cls, net: nn.Module, patterns: str) -> Groups:
         """Groups by the names of parameters: "conv1.*, layer1.*+layer2.*, fc.*" has three.
 
-        Raises ValueError for a pattern without a parameter, and for a parameter in no group or
-        in two.
+        Raises ValueError for a pattern without a parameter, for a parameter in no group or in two,
+        and for a group of which the network trains nothing.
         """
         names = [name for name, _ in net.named_parameters()]
         owner: dict[str, str] = {}
@@ -99,6 +109,10 @@ class Groups:
         if left := [name for name in names if name not in owner]:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise ValueError(f"{', '.join(left[:3])}{more}: in no group")
+        trained = _trained(net)
+        for group, mine in members.items():
+            if trained.isdisjoint(mine):
+                raise ValueError(f"{group}: the network trains none of it; join it to another by +")
         return cls(
             {name: tuple(sorted(mine)) for name, mine in members.items()},
             tuple(p.numel() for p in net.parameters()),
@@ -123,15 +137,18 @@ class Groups:
         """Every group's `part` (d_g,) of a vector (d,)."""
         return {name: self.part(name, vector) for name in self.members}
 
-    def norms(self, norms: torch.Tensor, active: Sequence[str]) -> dict[str, torch.Tensor]:
+    def norms(
+        self, norms: torch.Tensor, active: Sequence[str], net: nn.Module
+    ) -> dict[str, torch.Tensor]:
         """Norms of groups (K,) from those of their parameters, (K, P) for the P parameters of the
-        active groups in order."""
-        trained = sorted(i for name in active for i in self.members[name])
-        column = {i: k for k, i in enumerate(trained)}
+        active groups that `net` trains, in order."""
+        trained = _trained(net)
+        parts = {name: [i for i in self.members[name] if i in trained] for name in active}
+        column = {i: k for k, i in enumerate(sorted(i for part in parts.values() for i in part))}
         squares = norms.square()
         return {
-            name: squares[:, [column[i] for i in self.members[name]]].sum(1).sqrt()
-            for name in active
+            name: squares[:, [column[i] for i in part]].sum(1).sqrt()
+            for name, part in parts.items()
         }
 
     def put(self, vector: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
@@ -201,6 +218,10 @@ class Groups:
                 p.requires_grad_(True)
             for norm in norms:
                 norm.train()
+
+
+def _trained(net: nn.Module) -> set[int]:
+    return {i for i, p in enumerate(net.parameters()) if p.requires_grad}
 
 
 def _met(net: nn.Module, shape: Sequence[int]) -> list[nn.Module]:

@@ -243,6 +243,53 @@ def test_patterns_that_are_wrong(patterns):
     assert "\n" not in str(wrong.value)
 
 
+# Networks that train a part of themselves
+
+
+def frozen(*layers: str) -> Crossed:
+    net = Crossed()
+    for layer in layers:
+        net.get_submodule(layer).requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (["first", "last", "late_norm"], [["model"], ["first", "last", "fc"], ["unused"]]),
+        # The last ones go with the one before; of a layer that trains its norm it trains something.
+        (["fc", "unused", "unused_norm"], [["model"], ["first"], ["last", "fc", "unused"]]),
+        (["last"], [["model"], ["first"], ["last"], ["fc"], ["unused"]]),
+        ([""], [["model", "first", "last", "fc", "unused"]]),
+    ],
+)
+def test_what_a_network_does_not_train_is_no_group_of_its_own(layers, names):
+    apart = members(Crossed(), Groups.of(Crossed(), (3,)))
+    joined = members(frozen(*layers), Groups.of(frozen(*layers), (3,)))
+    assert [set(found) for found in joined.values()] == [
+        {parameter for name in together for parameter in apart[name]} for together in names
+    ]
+
+
+def test_a_group_of_which_the_network_trains_nothing_is_refused():
+    why = re.escape("fc.bias+last.*: the network trains none of it; join it to another by +")
+    with pytest.raises(ValueError, match=why):
+        Groups.matching(
+            frozen("fc", "last"), "fc.bias+last.*, fc.weight+first.*+scale, *norm*, unused.*"
+        )
+
+
+def test_norms_are_of_the_parameters_that_are_trained():
+    net = frozen("first", "last")
+    groups = Groups.of(net, (3,))
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    lengths = {name: float(k + 1) for k, name in enumerate(names)}
+    found = groups.norms(torch.tensor([list(lengths.values())]), groups.names, net)
+    for group, own in members(net, groups).items():
+        square = sum(lengths.get(name, 0.0) ** 2 for name in own)
+        assert found[group].item() ** 2 == pytest.approx(square, rel=1e-6)
+
+
 # Parts of a vector
 
 

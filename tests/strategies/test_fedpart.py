@@ -783,6 +783,34 @@ def test_patterns_that_do_not_fit_the_model_are_refused_with_a_line(runner, caps
     assert line.startswith('error: fedpart.groups = "conv1.*, fc.*": ') and "in no group" in line
 
 
+PARTLY = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self, shape, classes):
+        super().__init__(
+            nn.Linear(*shape, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, classes)
+        )
+        self[0].requires_grad_(False)
+"""
+
+
+def test_a_network_that_trains_a_part_of_itself(runner, tmp_path, monkeypatch):
+    """Every round trains something, and every gradient that there is has its norm recorded."""
+    (tmp_path / "partly.py").write_text(PARTLY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = runner(
+        "data.source=breast-cancer", "model.name=partly:Net", "clients.number=2", "run.rounds=3",
+        "strategy.name=fedpart", "fedpart.warm-up=1", "fedpart.rounds-per-group=1",
+        "eval.grad-norm=true", "train.device=cpu",
+    )  # fmt: skip
+    assert result.code == 0
+    recorded = [sorted(row["grad_norm"]) for row in result.history]
+    assert recorded == [["2", "4", "all"], ["2", "all"], ["4", "all"]]
+    assert all(min(norms) > 0 for row in result.history for norms in row["grad_norm"].values())
+
+
 # A run that is cut
 
 
