@@ -9,10 +9,11 @@ global.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
+from pydantic import Field
 
 from fl_common import wire
 from fl_common.config import Group
@@ -38,6 +39,18 @@ stays in its cache."""
 
 class NoParams(Group):
     """The group of a method without hyper-parameters."""
+
+
+class Weighting(Group):
+    """How much a client counts where models are averaged without weights."""
+
+    weighting: Literal["omega", "uniform"] = Field(
+        "omega", description="omega: clients count by their samples; uniform: all alike"
+    )
+
+    def omega(self, work: Work) -> float:
+        """omega_i, or 1."""
+        return work.omega if self.weighting == "omega" else 1.0
 
 
 class ClientRule(LocalMethod):

@@ -16,7 +16,7 @@ from pydantic import Field
 from fl_common.layout import PARAMS
 from fl_common.local import Affine
 from strategies.base import ClientRule, FederatedStrategy, WeightedMean
-from strategies.feddyn import DUAL, DriftParams
+from strategies.feddyn import DUAL
 from strategies.scaffold import PLAIN_SGD, ControlParams, control_delta, control_warnings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from strategies.base import Reply
 
 
-class FedDCParams(DriftParams, ControlParams):
+class FedDCParams(ControlParams):
     alpha: float = Field(0.01, ge=0, description="weight alpha of the drift's pull")
     gradient_correction: bool = Field(True, description="the term G, SCAFFOLD's control variates")
     drift: bool = Field(
@@ -42,10 +42,10 @@ class FedDCRule(ClientRule):
     def correction(self, sent: Flat, memory: Flat) -> Affine:
         """grad += alpha_i (theta - w + h_i) + c / omega_i - c_i."""
         params, work = self.params, self.work
-        alpha_i = params.scaled(params.alpha, work)
-        terms = Affine.pull(alpha_i, sent[PARAMS] - memory["h"]) or Affine()
+        omega_i = params.omega(work)
+        terms = Affine.pull(params.alpha / omega_i, sent[PARAMS] - memory["h"]) or Affine()
         if params.gradient_correction:
-            terms = terms.then(Affine(constant=sent["c"] / params.omega(work) - memory["c"]))
+            terms = terms.then(Affine(constant=sent["c"] / omega_i - memory["c"]))
         return terms
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:

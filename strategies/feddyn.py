@@ -13,32 +13,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from fl_common.config import Group
 from fl_common.layout import PARAMS
 from fl_common.local import Affine
-from strategies.base import ClientRule, FederatedStrategy, WeightedMean
+from strategies.base import ClientRule, FederatedStrategy, WeightedMean, Weighting
 
 if TYPE_CHECKING:
     import torch
 
     from fl_common.layout import Flat
-    from fl_common.local import Work
     from strategies.base import Reply
 
 DUAL = "the drift term pulls already; the fixed point stays, the way there is slower"
 
 
-class DriftParams(Group):
-    weighting: Literal["omega", "uniform"] = Field(
-        "omega", description="omega: clients count by their samples; uniform: all alike"
-    )
-
-    def scaled(self, alpha: float, work: Work) -> float:
-        """alpha_i = alpha / omega_i."""
-        return alpha / work.omega if self.weighting == "omega" else alpha
-
-
-class ClippedDriftParams(DriftParams):
+class DriftParams(Weighting):
     clip_scope: Literal["all", "official"] = Field(
         "all",
         description="what train.clip-norm bounds; all: the whole gradient; official: all but "
@@ -53,7 +41,7 @@ class ClippedDriftParams(DriftParams):
         return pull
 
 
-class FedDynParams(ClippedDriftParams):
+class FedDynParams(DriftParams):
     alpha: float = Field(
         0.01, gt=0, description="weight alpha of the regularizer; published: 0.1, 0.01, 0.001"
     )
@@ -69,7 +57,7 @@ class FedDynRule(ClientRule):
 
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:
         """grad += alpha_i (theta - w + h_i)."""
-        alpha_i = self.params.scaled(self.alpha, self.work)
+        alpha_i = self.alpha / self.params.omega(self.work)
         return self.params.pull(alpha_i, memory["h"], sent[PARAMS])
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:

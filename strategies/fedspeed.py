@@ -13,12 +13,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from fl_common.local import Perturbation
-from strategies.feddyn import ClippedDriftParams, FedDyn, FedDynRule
+from strategies.feddyn import DriftParams, FedDyn, FedDynRule
 
 ASCENT = "FedSpeed perturbs already (fedspeed.rho); choose another strategy, or leave it out"
 
 
-class FedSpeedParams(ClippedDriftParams):
+class FedSpeedParams(DriftParams):
     lambda_: float = Field(0.1, gt=0, description="weight of the prox term (the paper's 1/lambda)")
     rho: float = Field(0.1, ge=0, description="length rho of the ascent step; 0 is FedDyn")
     alpha: float = Field(

@@ -9,14 +9,13 @@ of the data-weighted loss; `weighting = "uniform"` is the paper as printed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fl_common.config import Group
 from fl_common.layout import PARAMS, STATS
 from fl_common.local import Affine
-from strategies.base import ClientRule, FederatedStrategy, WeightedMean
+from strategies.base import ClientRule, FederatedStrategy, WeightedMean, Weighting
 
 if TYPE_CHECKING:
     import torch
@@ -29,19 +28,12 @@ if TYPE_CHECKING:
 PLAIN_SGD = "control variates are measured as Delta_i / (K_i eta), the mean gradient of plain SGD"
 
 
-class ControlParams(Group):
-    weighting: Literal["omega", "uniform"] = Field(
-        "omega",
-        description="omega: clients count by their samples; uniform: all alike, as in the paper",
-    )
+class ControlParams(Weighting):
     legacy_beta: bool = Field(
         False,
         description="control variates divided as in FedDC's code: by the nominal number of steps "
         "and the undecayed learning rate",
     )
-
-    def omega(self, work: Work) -> float:
-        return work.omega if self.weighting == "omega" else 1.0
 
 
 class ScaffoldParams(ControlParams):
