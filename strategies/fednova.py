@@ -32,6 +32,11 @@ def effective_steps(steps: int, momentum: float, pull: float = 0.0) -> float:
     return way
 
 
+def mu_of(config: CoreConfig) -> float:
+    """mu of the proximal term, 0 without one."""
+    return config.proximal.mu if "proximal" in config.regularizer_names else 0.0
+
+
 class FedNova(FederatedStrategy):
     """w <- w + tau_eff sum_S p_i Delta_i / a_i, with tau_eff = sum_S p_i a_i."""
 
@@ -41,7 +46,14 @@ class FedNova(FederatedStrategy):
     def check(cls, config: CoreConfig) -> list[str]:
         train = config.train
         known = "a_i is known for SGD, with momentum that starts anew each round"
-        return super().check(config) + [
+        errors = super().check(config)
+        if train.lr * mu_of(config) + train.momentum > 1:
+            errors.append(
+                f"proximal.mu = {mu_of(config):g}: with strategy.name=fednova, train.lr * "
+                "proximal.mu + train.momentum is at most 1, or clients may swing back to where "
+                "they began; lower it"
+            )
+        return errors + [
             f"{key}: not with strategy.name=fednova: {known}; leave it at {default}"
             for key, given, default in (
                 ("train.optimizer", train.optimizer != "sgd", "sgd"),
@@ -56,9 +68,8 @@ class FedNova(FederatedStrategy):
         self.answered, self.weighted_steps = 0, 0.0  # sums of n_i and of n_i a_i
 
     def add(self, reply: Reply) -> None:
-        config = self.config
-        mu = config.proximal.mu if "proximal" in config.regularizer_names else 0.0
-        a = effective_steps(reply.steps, config.train.momentum, self.work(reply).lr * mu)
+        pull = self.work(reply).lr * mu_of(self.config)
+        a = effective_steps(reply.steps, self.config.train.momentum, pull)
         self.directions.add(self.delta(reply), reply.samples / a)
         self.answered += reply.samples
         self.weighted_steps += reply.samples * a

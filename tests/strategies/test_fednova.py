@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fl_common import assembly
+from fl_common.config import ConfigError, resolve
 from strategies.fednova import FedNova, effective_steps
 from tests import toy
 
@@ -97,7 +98,7 @@ class Slope(toy.Quadratic):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("mu", [0.0, 2.0])
+@pytest.mark.parametrize("mu", [0.0, 1.0])
 def test_constant_gradients(on_toy, monkeypatch, momentum, mu):
     """Delta_i / a_i is -eta g_i, however many steps were taken: w moves by the weighted mean
     gradient, tau_eff eta times."""
@@ -145,6 +146,16 @@ def test_a_of_a_proximal_term(steps):
     assert effective_steps(steps, 0.9, 0.2) == pytest.approx(
         summed_weights(steps, 0.9, 0.2), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+def test_a_pull_that_brings_clients_back_is_refused(momentum):
+    """At the bound all clients are still a step away or more."""
+    assert min(effective_steps(k, momentum, 1 - momentum) for k in range(1, 500)) > 0.999
+    chosen = {"strategy.name": "fednova", "regularizers": "proximal", "train.momentum": momentum}
+    resolve({**chosen, "proximal.mu": (1 - momentum) / 0.1 - 1e-9, "train.lr": 0.1})
+    with pytest.raises(ConfigError, match=r"^proximal.mu = .*fednova.*at most 1.*lower it$"):
+        resolve({**chosen, "proximal.mu": (1 - momentum) / 0.1 + 0.1, "train.lr": 0.1})
 
 
 def test_plain_sgd_counts_its_steps():
