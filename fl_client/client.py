@@ -319,14 +319,14 @@ class Clients:
     def curvature(self, partition: int, content: RecordDict) -> RecordDict:
         """The diagonal of this client's Hessian at the received model, never its data: two
         estimates from different probes, per parameter or per tensor."""
-        from fl_flatness.diagonals import estimate
+        from fl_flatness.diagonals import as_sent, estimate
 
         server_round = int(content[wire.CONFIG]["server-round"])
         self._install(self._model(wire.vectors(content)))
         data = self.local_data(partition)
         halves = estimate(self.net, data.x, data.y, self.transform.eval, self.config, server_round)
         numbers = {"server-round": server_round, "num-examples": len(data.y)}
-        arrays = wire.pack({wire.DIAGONAL: halves})
+        arrays = wire.pack({wire.DIAGONAL: as_sent(halves, self.config.flatness.match, self.net)})
         return RecordDict({wire.ARRAYS: arrays, wire.METRICS: MetricRecord(numbers)})
 
     @staticmethod

@@ -26,8 +26,8 @@ def estimate(
     config: CoreConfig,
     server_round: int,
 ) -> torch.Tensor:
-    """Two independent estimates, (2, d) or (2, tensors) float32 on the CPU, over the client's
-    samples x (n, ...) and y (n,), at most `flatness.samples` of them.
+    """Two independent estimates, (2, d) float64, over the client's samples x (n, ...) and y (n,),
+    at most `flatness.samples` of them.
 
     All clients take the same probes in a round, so that clients alike give the same.
     """
@@ -35,9 +35,14 @@ def estimate(
     chosen = subsample(len(y), flatness.samples, seed).to(y.device)
     curvature = Curvature(net, cut(transform(x[chosen]), y[chosen], BATCH))
     probes = seed_of("match", seed, server_round)
-    halves = diagonal(curvature, probes=flatness.match_probes, seed=probes).halves
-    if flatness.match == "fedalign-code":
-        parts = halves.split(curvature.sizes, dim=1)
+    return diagonal(curvature, probes=flatness.match_probes, seed=probes).halves
+
+
+def as_sent(halves: torch.Tensor, mode: str, net: torch.nn.Module) -> torch.Tensor:
+    """What a client answers with, float32 on the CPU: the estimates (2, d) as they are, or with
+    fedalign-code their sums over each tensor (2, tensors)."""
+    if mode == "fedalign-code":
+        parts = halves.split([p.numel() for p in net.parameters() if p.requires_grad], dim=1)
         halves = torch.stack([part.sum(1) for part in parts], dim=1)
     return halves.to("cpu", torch.float32)
 

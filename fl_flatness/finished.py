@@ -18,7 +18,7 @@ from fl_common.deferred import torch
 from fl_common.evaluation import evaluate
 from fl_common.files import write_atomically
 from fl_common.wire import model_sha256
-from fl_flatness.diagonals import estimate, subsample
+from fl_flatness.diagonals import as_sent, estimate, subsample
 from fl_flatness.landscape import filter_normalised, plane
 from fl_flatness.match import match
 from fl_flatness.measure import Settings, measure
@@ -148,18 +148,19 @@ def _match(run: Stored, options: Options, say: Callable[[str], None]) -> dict[st
     """As in the last round of the run itself, for equal settings and seeds."""
     config, train = _asking(run.config, options), run.data.train
     transform = assembly.transform(config, run.device).eval
-    diagonals = []
+    sent: dict[str, list[torch.Tensor]] = {"paper": [], "fedalign-code": []}
     for k, share in enumerate(run.shares):
         say(f"diagonal of client {k}, {len(share.train):,} samples")
         x, y = (torch.from_numpy(a[share.train]).to(run.device) for a in (train.x, train.y))
-        diagonals.append(estimate(run.net, x, y, transform, config, config.run.rounds))
-    sizes = [p.numel() for p in run.net.parameters() if p.requires_grad]
-    return {mode: asdict(match(diagonals, mode, sizes)) for mode in ("paper", "fedalign-code")}
+        halves = estimate(run.net, x, y, transform, config, config.run.rounds)
+        for mode, diagonals in sent.items():
+            diagonals.append(as_sent(halves, mode, run.net))
+    return {mode: asdict(match(diagonals, mode)) for mode, diagonals in sent.items()}
 
 
 def _asking(config: CoreConfig, options: Options) -> CoreConfig:
     """What a client is asked by: its partition does not depend on this."""
-    how = {"samples": options.samples, "match_probes": options.match_probes, "match": "paper"}
+    how = {"samples": options.samples, "match_probes": options.match_probes}
     flatness = config.flatness.model_copy(update=how)
     run = config.run.model_copy(update={"seed": options.seed})
     return config.model_copy(update={"flatness": flatness, "run": run})

@@ -37,15 +37,13 @@ class Match:
 def match(
     diagonals: Sequence[torch.Tensor],
     mode: Literal["paper", "fedalign-code"] = "paper",
-    sizes: Sequence[int] | None = None,
 ) -> Match:
     """H_N and H_D of K >= 2 clients.
 
     diagonals: each D_k (d,), or two independent estimates of it, (2, d), as `trace.Diagonal` has
         them: then the paper's products are of different halves, and have no bias by the noise.
-        Estimate all clients' with the same seed, so that like clients are exactly alike.
-    sizes: for fedalign-code, numbers of the entries that belong together, of sum d (those of
-        `Curvature.sizes`); without them the entries stand for themselves.
+        Estimate all clients' with the same seed, so that like clients are exactly alike.  For
+        fedalign-code an entry stands for a tensor, as `diagonals.as_sent` gives it.
 
     Raises ValueError where a diagonal is zero or lost in the noise of its estimate.
     """
@@ -53,7 +51,7 @@ def match(
         raise ValueError(f"{len(diagonals)} client: a match needs two or more")
     halves = [(d, d) if d.dim() == 1 else (d[0], d[1]) for d in diagonals]
     if mode == "fedalign-code":
-        means = [_tensor_sums((a + b) / 2, sizes) for a, b in halves]
+        means = [(a + b) / 2 for a, b in halves]
         halves = [(d, d) for d in means]
     squares = [_product(h, h) for h in halves]
     for k, square in enumerate(squares):
@@ -75,7 +73,3 @@ def _product(k: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.
     """D_k . D_j from different halves, whose noise is independent even for common probes."""
     first, second = (float(a.double() @ b.double()) for a, b in ((k[0], j[1]), (k[1], j[0])))
     return (first + second) / 2
-
-
-def _tensor_sums(d: torch.Tensor, sizes: Sequence[int] | None) -> torch.Tensor:
-    return d if sizes is None else torch.stack([part.sum() for part in d.split(list(sizes))])

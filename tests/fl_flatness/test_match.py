@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_nets import curvature_of, relu_mlp
 
+from fl_flatness.diagonals import as_sent
 from fl_flatness.match import match
 from fl_flatness.trace import diagonal, exact_diagonal
 
@@ -32,8 +33,11 @@ def test_three_vectors_as_in_the_code():
 
 def test_the_code_adds_up_the_entries_of_a_tensor():
     """(1, 2 | 3) and (0, 3 | 3) both become (3, 3)."""
-    pair = [torch.tensor([1.0, 2, 3]), torch.tensor([0.0, 3, 3])]
-    found = match(pair, "fedalign-code", sizes=[2, 1])
+    net = torch.nn.Linear(2, 1)
+    pair = [torch.tensor([d, d], dtype=torch.float64) for d in ((1, 2, 3), (0, 3, 3))]
+    sent = [as_sent(halves, "fedalign-code", net) for halves in pair]
+    assert all(torch.equal(halves, torch.tensor([[3.0, 3], [3, 3]])) for halves in sent)
+    found = match(sent, "fedalign-code")
     assert (found.h_n, found.h_d) == (0, 1)
     assert match(pair, "fedalign-code").h_d < 1
 
@@ -43,9 +47,9 @@ def test_like_clients_give_exactly_zero_and_one(mode):
     clients = [curvature_of(relu_mlp, batch_size=13)[0] for _ in range(3)]
     for estimates in (
         [exact_diagonal(c) for c in clients],
-        [diagonal(c, probes=16).halves for c in clients],
+        [as_sent(diagonal(c, probes=16).halves, mode, c.net) for c in clients],
     ):
-        found = match(estimates, mode, clients[0].sizes)
+        found = match(estimates, mode)
         assert (found.h_n, found.h_d) == (0, 1)
 
 

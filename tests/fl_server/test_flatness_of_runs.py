@@ -222,13 +222,13 @@ SPOILT = {
 def test_a_wrong_diagonal_is_refused(runner, monkeypatch, spoilt):
     """Client 1's; the others' count, as if there were no client 1."""
     change, reason = SPOILT[spoilt]
-    right, answers = fl_flatness.diagonals.estimate, []
+    right, answers = fl_flatness.diagonals.as_sent, []
 
     def wrong(*args):
         answers.append(right(*args))
         return change(answers[-1]) if len(answers) % 3 == 2 else answers[-1]
 
-    monkeypatch.setattr(fl_flatness.diagonals, "estimate", wrong)
+    monkeypatch.setattr(fl_flatness.diagonals, "as_sent", wrong)
     done = runner(*BASE, ALWAYS, "flatness.match=paper", "flatness.match-probes=60")
     assert done.code == 0
     for row, own in zip(done.history, (answers[:3], answers[3:]), strict=True):
