@@ -95,14 +95,7 @@ def load(
     root = Path(cache_dir or default_cache_dir())
     entry = cache.fetch(root / "datasets", name, make)
     splits = {s: Split(entry.arrays[f"{s}_x"], entry.arrays[f"{s}_y"]) for s in ("train", "test")}
-    shape = _sample_shape(**splits)
-    content = [sorted(entry.sha256.items()), shape, entry.facts["classes"]]
-    return Dataset(
-        **splits,
-        classes=tuple(entry.facts["classes"]),
-        shape=shape,
-        fingerprint=_digest(content),
-    )
+    return _dataset(splits, tuple(entry.facts["classes"]), sorted(entry.sha256.items()))
 
 
 def _load_own(source: str, path: str, seed: int) -> Dataset:
@@ -132,13 +125,15 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
             f"data.source = {source}: train x is {x.dtype} {x.shape}, test x {other.dtype} "
             f"{other.shape}; give samples of one dtype and shape"
         )
-    content = [[name, _array_digest(s.x), _array_digest(s.y)] for name, s in splits.items()]
-    return Dataset(
-        **splits,
-        classes=names,
-        shape=_sample_shape(**splits),
-        fingerprint=_digest([content, names]),
-    )
+    digests = [[name, _array_digest(s.x), _array_digest(s.y)] for name, s in splits.items()]
+    return _dataset(splits, names, digests)
+
+
+def _dataset(splits: dict[str, Split], classes: tuple[str, ...], digests: object) -> Dataset:
+    """digests: of the splits' arrays."""
+    shape = _sample_shape(**splits)
+    return Dataset(**splits, classes=classes, shape=shape,
+                   fingerprint=_digest([digests, shape, classes]))  # fmt: skip
 
 
 def _check_own(source: str, name: str, split: Split, classes: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fl_common.data.sources import load
+
 MODULE = '''
 import numpy as np
 from torch import nn
@@ -62,6 +64,11 @@ def number_of_classes(path, seed):
 def wider_test(path, seed):
     train, (x, y), classes = load(path, seed)
     return train, (np.concatenate([x, x], 1), y), classes
+
+def zeros(path, seed):
+    shape = tuple(map(int, path.split("x")))
+    part = np.zeros((6, *shape), np.uint8), np.zeros(6, np.int64)
+    return part, part, ("a", "b")
 
 def larger_tokens(path, seed):
     y = np.zeros(6, np.int64)
@@ -154,6 +161,12 @@ def test_frozen_and_unused_parameters(method, mine, runner):
     for name in ("frozen.weight", "frozen.bias", "unused.weight", "unused.bias"):
         assert (after[name] == before[name]).all(), name
     assert (after["fc.weight"] != before["fc.weight"]).any()
+
+
+def test_a_fingerprint_knows_the_shape(mine):
+    shapes = ("16", "1x2x8", "1x8x2", "1x4x4")
+    found = {load("my_research:zeros", shape).fingerprint for shape in shapes}
+    assert len(found) == len(shapes)
 
 
 def test_a_model_that_cannot_be_made(mine, runner):
