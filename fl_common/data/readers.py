@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fl_common.data.errors import DataError
-from fl_common.data.layouts import IMAGE_SUFFIXES, Layout, images, images_of_class
+from fl_common.data.layouts import Layout, images, images_of_class
 from fl_common.data.splits import Raw, RawSplit, held_out
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _tree(source: str, layout: Layout, info: SourceInfo, seed: int, image_size: 
 
 def _class_of(top: Path) -> str:
     """A tree's parts are class folders or images in them."""
-    return top.parent.name if top.suffix.lower() in IMAGE_SUFFIXES else top.name
+    return top.name if top.is_dir() else top.parent.name
 
 
 def _encoded(files: list[Path]) -> Iterator[Encoded]:

@@ -303,6 +303,17 @@ def test_folder_with_train_and_test(tmp_path):
     assert_batch(data, "folder", [2, 1], x)
 
 
+def test_classes_named_like_images(tmp_path):
+    x = pixels(4, 4)
+    names = ["train/logo.png/a.png", "train/photo.JPG/b.png", "test/photo.JPG/c.png"]
+    for name, image in zip(names, x, strict=False):
+        write(tmp_path / name, image)
+    data = load("folder", tmp_path, cache_dir=tmp_path / "cache")
+    assert data.classes == ("logo.png", "photo.JPG")
+    assert_split(data.train, x[:2], [0, 1])
+    assert_split(data.test, x[2:3], [1])
+
+
 def test_flat_folder_holds_a_fifth_out(tmp_path):
     root = tmp_path / "flat"
     for name, n in (("a", 10), ("b", 6)):
