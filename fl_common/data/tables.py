@@ -181,7 +181,7 @@ class _Images:
         for batch in self._raw.iter(1000):
             for cell in batch.column(self._column).to_pylist():
                 name = f"{self._where} row {row}"
-                if cell is None:
+                if cell is None or cell["bytes"] is cell["path"] is None:
                     raise DataError(f"{name} has no image; remove it")
                 yield name, cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
                 row += 1

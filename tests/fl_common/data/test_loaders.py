@@ -626,6 +626,17 @@ def test_tables_that_cannot_be_read(tmp_path, table, words):
         assert load("huggingface", tmp_path / "t.parquet", cache_dir=tmp_path / "c").shape == (2,)
 
 
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
+def test_a_row_without_an_image_is_named(tmp_path, cell):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": png(image), "path": "x.png"} for image in pixels(29, 4)]
+    table = {"image": [*cells[:9], cell, *cells[9:]], "label": [0, 1] * 15}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    assert "has no image; remove it" in failure("huggingface", tmp_path / "t.parquet")
+
+
 def test_unlabelled_samples_are_refused(tmp_path):
     features = datasets.Features(
         {"a": datasets.Value("float32"), "label": datasets.ClassLabel(names=["n", "p"])}
