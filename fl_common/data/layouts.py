@@ -141,7 +141,8 @@ def _folders(root: Path) -> tuple[Path, ...]:
 
 
 def _parquet(root: Path) -> Layout | None:
-    """Parquet files at most two folders deep, told apart by the words in their names.
+    """Parquet files at most two folders deep, told apart by the words in their names; hidden ones
+    are not seen, as in a tree.
 
     Where no name says train, every file that does not say test or validation is train.
     """
@@ -150,7 +151,10 @@ def _parquet(root: Path) -> Layout | None:
     splits: dict[str, list[Path]] = {}
     for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"):
         for file in sorted(root.glob(pattern)):
-            words = re.findall("[a-z]+", file.relative_to(root).as_posix().lower())
+            place = file.relative_to(root)
+            if any(part.startswith(".") for part in place.parts):
+                continue
+            words = re.findall("[a-z]+", place.as_posix().lower())
             name = next((word for word in words if word in ("train", *TEST_NAMES)), "")
             splits.setdefault(name, []).append(file)
     train = splits.get("train") or splits.get("")

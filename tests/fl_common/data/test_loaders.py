@@ -669,6 +669,15 @@ def test_two_image_columns_without_a_usual_name(tmp_path):
     assert "image columns left, right; keep one" in failure("huggingface", tmp_path / "t.parquet")
 
 
+def test_hidden_parquet_files_are_passed_over(tmp_path):
+    for name in ("train", "test", ".trash/train", "._train", ".cache/data/train"):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(points(10)).to_parquet(path)
+    data = load("huggingface", tmp_path, cache_dir=tmp_path / "c")
+    assert (len(data.train), len(data.test)) == (10, 10)
+
+
 def test_no_parquet_file_at_all(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"not parquet")
     assert "cannot load" in failure("huggingface", tmp_path / "t.parquet")
