@@ -20,10 +20,10 @@ from itertools import combinations
 from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
-from fl_common.deferred import torch
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
 
 @dataclass(frozen=True)
