@@ -322,15 +322,13 @@ def _number(value: float) -> str:
 def groups_table(plan: Plan) -> RenderableType:
     """The groups, in the order in which rounds train them, and what travels in every round."""
     from rich.console import Group
-    from rich.text import Text
 
     made = _table("group", "parameters", "elements", "bytes", "share")
     sizes, tensors = plan.sizes, tensors_of(plan.net)
     total = sum(sizes[name] for name in plan.groups.names)
 
     def add(name: str, what: str, elements: int, size: int) -> None:
-        cells = f"{elements:,}", f"{size:,}", f"{size / total:.2%}"
-        made.add_row(Text(name), Text(what), *cells)  # no markup: patterns may have [brackets]
+        made.add_row(name, what, f"{elements:,}", f"{size:,}", f"{size / total:.2%}")
 
     for name in plan.groups.names:
         add(name, _patterns(plan, name), plan.groups.numel(name), sizes[name])

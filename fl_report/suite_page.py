@@ -56,14 +56,13 @@ def terminal(table: Mapping[str, Any]) -> Table:
     """For the terminal (rich)."""
     from rich.box import SIMPLE
     from rich.table import Table
-    from rich.text import Text
 
     made = Table(box=SIMPLE, pad_edge=False, title=table["title"], caption=_caption(table))
     for heading in _columns(table):
         left = heading in ("setting", "method", "metric")
         made.add_column(heading, justify="left" if left else "right")
     for line in _lines(table):
-        made.add_row(*map(Text, line))
+        made.add_row(*line)
     return made
 
 

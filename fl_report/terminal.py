@@ -26,7 +26,8 @@ def text(shown: RenderableType) -> str:
     """As the standard output would show it: with colours on a terminal, else plain."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, emoji=False)
+    width = None if sys.stdout.isatty() else WIDTH
+    console = Console(width=width, emoji=False, markup=False)  # names may have [brackets]
     with console.capture() as captured:
         console.print(shown)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

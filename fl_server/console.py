@@ -57,7 +57,8 @@ def show(table: RenderableType) -> None:
     """Print what rich draws: as wide as the terminal, or 120 columns."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120, emoji=False).print(table)
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, emoji=False, markup=False).print(table)  # names may have [brackets]
 
 
 def failed(why: str) -> int:

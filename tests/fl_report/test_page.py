@@ -265,6 +265,17 @@ def test_several_runs_in_a_table(tmp_path: Path):
                for line in text(table).splitlines() if line)  # fmt: skip
 
 
+def test_brackets_are_no_markup_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    told = {"status": "failed", "error": "expected [batch, 3], found [/data/x]"}
+    one, two = (folder_of(tmp_path / n, [row(1, 0.5)], **told) for n in ("a[lr=0.1]", "b[red]"))
+    assert main(["report", str(one), "--out", str(tmp_path / "page.html")]) == 0
+    assert f"failed: {told['error']}" in capsys.readouterr().out
+    assert main(["report", str(one), str(two), "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["compare", str(one), str(two)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n a[lr=0.1] ") == out.count("\n b[red] ") == 2
+
+
 def seeded(folder: Path, seed: int, accuracies: list[float], **more: Any) -> Path:
     rows = [row(t, accuracy, **more) for t, accuracy in enumerate(accuracies, 1)]
     return folder_of(folder, rows, CONFIG | {"run.seed": seed, "run.name": folder.name}, wall_s=2.0)
