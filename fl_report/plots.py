@@ -205,7 +205,8 @@ def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) 
     for panel, (label, rounds) in zip(panes, panels.items(), strict=True):
         start, width = 0, min(1, 40 / len(rounds))
         for norms in rounds:
-            panel.plot(range(start, start + len(norms)), norms, color=BLUE, linewidth=0.8)
+            steps, marker = range(start, start + len(norms)), "." if len(norms) == 1 else None
+            panel.plot(steps, norms, color=BLUE, linewidth=0.8, marker=marker)
             start += len(norms)
             panel.axvline(start - 0.5, color=GREY, linewidth=width, linestyle=":", zorder=0)
         panel.set(ylabel="gradient norm", yscale="log")

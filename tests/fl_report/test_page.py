@@ -349,6 +349,14 @@ def test_many_methods_have_names_below_and_a_colour_each(tmp_path: Path):
     assert len({*plots.COLOURS}) == 20 and {*plots.COLOURS} <= hexes
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradient_norms_show_however_few_the_steps(steps: int, tmp_path: Path):
+    plots.gradient_norms({"x": [[1.0, 2.0][:steps], [3.0, 4.0][:steps]]}, tmp_path / "norms.png")
+    pixels = np.asarray(Image.open(tmp_path / "norms.png").convert("RGB")).reshape(-1, 3)
+    blue = tuple(int(plots.BLUE[i : i + 2], 16) for i in (1, 3, 5))
+    assert (pixels == blue).all(axis=1).any()
+
+
 def test_lines_that_coincide_all_show(tmp_path: Path):
     x = [float(t) for t in range(100)]
     plots.lines(dict.fromkeys("abc", (x, x)), "round", "loss", tmp_path / "same.png")
