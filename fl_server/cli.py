@@ -1,7 +1,7 @@
 """The `flatfed` command: one front door to every engine.
 
 Exit codes: 0 done, 2 a mistake in the call (nothing was started), 3 the run failed, 130 Ctrl-C,
-141 nobody reads on, 143 SIGTERM to a run.
+141 nobody reads on, 143 SIGTERM to a run or a suite.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fl_server.console import FAILED, INTERRUPTED, OK, complain, settings_of, show
+from fl_server.console import FAILED, INTERRUPTED, OK, TERMINATED, complain, settings_of, show
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -66,9 +66,9 @@ def suite(args: argparse.Namespace) -> int:
             print(path)
     except (OSError, SuiteError) as error:
         return complain(str(error).splitlines())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         print(f"interrupted; go on with: {suite.command(places=True)}", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(end, SystemExit) else INTERRUPTED
     for name in failed:
         print(f"error: {name} failed; its log: {suite.log(name)}", file=sys.stderr)
     return FAILED if failed else OK

@@ -28,6 +28,7 @@ from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
 from fl_report.suite import SuiteError, load
+from fl_server.console import TERMINATED
 from fl_server.progress import duration
 from fl_server.recorder import CONFIG, HISTORY, REPORT, RESUMABLE, read_summary
 
@@ -201,7 +202,7 @@ class Runner:
 
     def run(self, jobs: int) -> list[Cell]:
         """All cells; gives those that failed.  Ends the children if it is interrupted."""
-        before = processes.at_signal(signal.SIGTERM, processes.interrupt)
+        before = processes.at_signal(signal.SIGTERM, lambda: sys.exit(TERMINATED))
         try:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < jobs:

@@ -198,8 +198,8 @@ def test_a_suite_in_the_background_takes_its_cells_with_it(number, tmp_path):
     [child] = children(process)
     started = processes.identify(child)
     process.send_signal(number)
-    process.wait(60)
     try:
+        assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
         assert wait_for(lambda: child not in processes.living(), 20)
     finally:
         processes.end({child: started})
