@@ -56,7 +56,7 @@ def curves(runs: Sequence[Run], pictures: Pictures) -> Markup:
 
 def flatness_seconds(runs: Sequence[Run]) -> Markup:
     """That seconds are not those of training alone, where it is so."""
-    names = [run.label for run in runs if measured(run)]
+    names = [run.label for run in runs if any(map(measured, run.rows))]
     of = f" of {', '.join(names)}" if len(names) < len(runs) else ""
     told = element("p", f"Seconds{of} include the measuring of flatness during the run.")
     return told if names else Markup("")

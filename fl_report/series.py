@@ -177,17 +177,15 @@ def local_gain(run: Run) -> list[tuple[int, float, float]]:
     return [(t, *pair) for t, pair in pairs if pair]
 
 
-def measured(run: Run) -> bool:
-    """Whether flatness was measured in any round, in the seconds of that round."""
-    return any(key in row for row in run.rows for key in OF_FLATNESS)
+def measured(row: Mapping[str, Any]) -> bool:
+    """Whether flatness was measured in this round, in its seconds."""
+    return any(key in row for key in OF_FLATNESS)
 
 
 def measurements(run: Run) -> list[tuple[int | str, dict[str, Any]]]:
     """How flat the loss is: the round, and a row of the history, of every one that measured it;
     at last what `flatfed flatness` found of the final model."""
-    found: list[Any] = [
-        (row["round"], row) for row in run.rows if any(key in row for key in OF_FLATNESS)
-    ]
+    found: list[Any] = [(row["round"], row) for row in run.rows if measured(row)]
     path = run.folder / "flatness.json" if run.folder else None
     if path and path.exists():
         afterwards = parsed(path.read_bytes(), path)

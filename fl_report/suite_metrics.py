@@ -91,12 +91,15 @@ def _tmacs_until(run: Run, t: float, _: Any) -> float | None:
     return published_tmacs(run.config, fmean(samples), int(t))
 
 
-def _over_rounds(key: str, mean: Callable[[list[float]], float]) -> Callable[..., float | None]:
-    def read(run: Run, _: float, __: Any) -> float | None:
-        found = [row[key] for row in run.rows if row.get(key) is not None]
-        return mean(found) if found else None
+def _seconds(run: Run, _: float, __: Any) -> float | None:
+    """Measuring flatness can take longer than the round that it ends."""
+    found = [row["seconds"] for row in run.rows if not series.measured(row)]
+    return fmean(found) if found else None
 
-    return read
+
+def _client_cpu(run: Run, _: float, __: Any) -> float | None:
+    found = [row["client_cpu_s"] for row in run.rows if row.get("client_cpu_s") is not None]
+    return median(found) if found else None
 
 
 def _memory(_: Run, __: float, measured: Mapping[str, Any]) -> float | None:
@@ -144,13 +147,11 @@ KINDS: dict[str, Kind] = {
     ),
     "seconds": Kind("wall time [s]", 1, _summed("wall_s", 1), of_machine=True),
     "cpu-seconds": Kind("processor time [s]", 1, _summed("cpu_s", 1), of_machine=True),
-    "seconds-per-round": Kind(
-        "wall time per round [s], mean", 2, _over_rounds("seconds", fmean), of_machine=True
-    ),
+    "seconds-per-round": Kind("wall time per round [s], mean", 2, _seconds, of_machine=True),
     "client-cpu-per-round": Kind(
         "clients' processor time per round [s], median",
         2,
-        _over_rounds("client_cpu_s", median),
+        _client_cpu,
         of_machine=True,
     ),
     "memory-mb": Kind("peak memory [MB]", 0, _memory, of_machine=True),
