@@ -240,6 +240,7 @@ summary { cursor: pointer; padding: 0.3rem 0; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; background: none; }
   table { font-size: 8.5pt; }
+  .soft, figcaption, small { font-size: 8pt; }
   .cards, .cards small { font-size: 6.5pt; }
   .cards th, .cards td { padding-right: 0.25rem; }
   .cards tbody th, .cards code { overflow-wrap: anywhere; }

@@ -777,6 +777,15 @@ def test_what_is_folded_away_is_printed(report: Path, browser: Browser, tmp_path
         assert "package" in made.stdout  # the head of the table of versions
 
 
+def test_remarks_are_no_larger_in_print_than_what_they_are_of(report: Path, browser: Browser):
+    browser.show(report, 800)
+    browser("Emulation.setEmulatedMedia", media="print")
+    size = "(it) => parseFloat(getComputedStyle(it).fontSize)"
+    pairs = f"[...document.querySelectorAll('th small')].map(it => [it, it.parentNode].map({size}))"
+    found = browser.value(pairs)
+    assert found and all(remark <= cell for remark, cell in found)
+
+
 def test_the_command(runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from fl_server.cli import main
 
