@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
     from fl_report.compare import Run
 
+WIDE = 8
+"""More columns are not to be read on paper."""
+
 
 def heading(title: str, runs: Sequence[Run]) -> Markup:
     """The title; for one run, its folder and how it ended."""
@@ -274,6 +277,8 @@ def _different(runs: Sequence[Run]) -> Markup:
     if not rows:
         return section("Settings that differ", element("p", "None."))
     head = ["setting", *(run.label for run in runs)]
+    if len(runs) > WIDE:
+        head, *rows = map(list, zip(*[["run", *head[1:]], *rows], strict=True))
     return section("Settings that differ", element("p", told), table(head, rows))
 
 

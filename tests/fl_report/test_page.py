@@ -316,6 +316,19 @@ def test_means_over_seeds_by_hand(tmp_path: Path):
     assert colours[0] != colours[1]
 
 
+@pytest.mark.parametrize("number", [8, 9])
+def test_settings_of_many_runs_go_down_the_page(tmp_path: Path, number: int):
+    rates = [0.1 * (k + 1) for k in range(number)]
+    runs = [folder_of(tmp_path / f"r{k}", [row(1)], CONFIG | {"train.lr": rates[k]})
+            for k in range(number)]  # fmt: skip
+    found = Page(write(runs, tmp_path / "page.html").read_text()).tables["Settings that differ"]
+    down = [list(line) for line in zip(*found, strict=True)] if number <= 8 else found
+    assert len(found) == (2 if number <= 8 else 1 + number)
+    assert down[0][0] == ("setting" if number <= 8 else "run")
+    assert down[0][1].startswith("train.lr")
+    assert down[1:] == [[f"r{k}", str(rate)] for k, rate in enumerate(rates)]
+
+
 def test_what_is_alike(tmp_path: Path):
     """Not runs of the same seed, which are no sample; and names tell groups apart."""
     same = [seeded(tmp_path / name, 1, [0.5]) for name in ("a", "b")]
