@@ -238,7 +238,8 @@ class Recorder:
     def rewind(self, server_round: int, facts: Mapping[str, Any]) -> None:
         """Back to what `facts` told after this round; later rows are played again.
 
-        Raises RunFailed if the history is not what it was.
+        Raises RunFailed if the history is not what it was, or if nothing is left to play and the
+        last round's model was not evaluated.
         """
         path, length = self.folder / HISTORY, facts["history"]["bytes"]
         text = path.read_bytes()[:length] if path.exists() else b""
@@ -248,10 +249,15 @@ class Recorder:
                 f"{path}: its first {length} bytes are not what round {server_round} left; "
                 "this run cannot be resumed"
             )
+        rows = [json.loads(line) for line in text.splitlines()]
+        if server_round == self._config["run.rounds"] and "accuracy" not in rows[-1]:
+            raise RunFailed(
+                f"run.rounds = {server_round}: round {server_round} is done, and was not evaluated "
+                f"(eval.every = {self._config['eval.every']}); give more"
+            )
         if path.exists():
             os.truncate(path, length)
-        self._length = length
-        self.rows = [json.loads(line) for line in text.splitlines()]
+        self._length, self.rows = length, rows
         self._resumed_rows = len(self.rows)
         self.earlier = {key: facts[key] for key in self.earlier}
         for key in GATHERED:

@@ -581,6 +581,22 @@ def test_fewer_rounds_than_are_done(runs: Runs, capsys: pytest.CaptureFixture[st
     assert reached(killed) == reached(done)
 
 
+def test_no_run_ends_with_a_round_that_was_not_evaluated(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+):
+    """Its accuracy would be an earlier model's."""
+    whole = runs("whole", "eval.every=2", "run.rounds=4")
+    folder = runs.crashed("killed", "eval.every=2", after=3)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert runs.resume(folder, "run.rounds=3") == 3
+    why = "run.rounds = 3: round 3 is done, and was not evaluated (eval.every = 2); give more"
+    assert why in failure(capsys)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert runs.resume(folder, "run.rounds=4") == 0
+    assert reached(folder) == reached(whole)
+
+
 def test_resume_is_a_setting_of_run_too(runs: Runs, capsys: pytest.CaptureFixture[str]):
     whole = runs("whole")
     folder = runs.crashed("killed", after=2)
