@@ -321,7 +321,7 @@ class Recorder:
         try:
             return self._close()
         except OSError as error:  # the disk may be what failed; the caller tells the reason
-            print(f"{SUMMARY} and pictures could not be written: {error.strerror}", flush=True)
+            print(f"{SUMMARY} could not be written: {error.strerror}", flush=True)
             return self.summary
 
     def _close(self) -> dict[str, Any]:
@@ -360,15 +360,15 @@ class Recorder:
         from fl_report import page
         from fl_report.plots import curves, label_distribution
 
-        if self.rows:
-            curves(self.rows, self.folder / "curves.png")
-        if self.labels:
-            counts, classes = self.labels["label_counts"], self.labels["classes"]
-            label_distribution(counts, classes, self.folder / "clients.png")
         try:
+            if self.rows:
+                curves(self.rows, self.folder / "curves.png")
+            if self.labels:
+                counts, classes = self.labels["label_counts"], self.labels["classes"]
+                label_distribution(counts, classes, self.folder / "clients.png")
             page.write([self.folder], self.folder / REPORT)
-        except (OSError, ValueError) as error:  # a run is no worse for its page
-            print(f"{REPORT}: {error}", flush=True)
+        except (OSError, ValueError) as error:  # a run is no worse for its pictures
+            print(f"pictures and {REPORT}: {error}", flush=True)
 
 
 def _data_of(members: Sequence[Member]) -> str:

@@ -7,6 +7,7 @@ label counts in clients.json: NumPy then gives the model of a whole federated ru
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -852,3 +853,15 @@ def test_every_run_leaves_its_page(plain):
     text = (plain / "report.html").read_text()
     assert sha(plain) in text
     assert list((plain / "report").glob("*.png"))
+
+
+def test_a_run_without_room_for_its_pictures_is_completed(tmp_path, monkeypatch, capsys):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "curves.png")
+
+    monkeypatch.setattr("fl_report.plots.curves", full)
+    place = [f"run.output-dir={tmp_path}", "run.name=mine", "engine.workers=1"]
+    assert main(["run", *place, *SMALL]) == 0
+    assert strict((tmp_path / "mine" / "summary.json").read_text())["status"] == "completed"
+    told = "pictures and report.html: [Errno 28] No space left on device: 'curves.png'\n"
+    assert told in capsys.readouterr().out
