@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,27 +206,14 @@ class _Told:
 
 
 def _run_ray(config: CoreConfig, folder: Path) -> int:
-    from fl_server.bundle import app_directory
     from fl_server.flower_run import run_simulation
-    from fl_server.progress import Screen
 
-    told = _Told()
-    try:
-        with app_directory() as app_dir, Screen(config.run.rounds) as screen:
-            told.screen = screen
-            status = run_simulation(
-                app_dir, config.flat(), clients=config.clients.number, on_line=told
-            )
-    except RuntimeError as error:
-        return _broken_off(str(error), folder, told)
-    return _outcome(status, folder, told)
+    return _on_flower(config, folder, partial(run_simulation, clients=config.clients.number))
 
 
 def _run_grpc(config: CoreConfig, folder: Path) -> int:
-    from fl_server.bundle import app_directory
     from fl_server.federation import UsageError, connection
     from fl_server.flower_run import run_on_connection
-    from fl_server.progress import Screen
 
     try:
         link = connection(config.engine.connection)
@@ -237,24 +225,43 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
             "client's place",
             flush=True,
         )
+    submit = partial(run_on_connection, connection=link.name, flower_home=link.flower_home)
+    return _on_flower(config, folder, submit, elsewhere=not link.on_this_machine)
+
+
+def _on_flower(
+    config: CoreConfig,
+    folder: Path,
+    submit: Callable[..., FlowerStatus],
+    *,
+    elsewhere: bool = False,
+) -> int:
+    from fl_server.bundle import app_directory
+    from fl_server.progress import Screen
+
     told = _Told()
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
             told.screen = screen
-            status = run_on_connection(
-                app_dir, config.flat(), link.name, flower_home=link.flower_home, on_line=told
-            )
+            status = submit(app_dir, config.flat(), on_line=told)
     except RuntimeError as error:
         return _broken_off(str(error), folder, told)
-    return _outcome(status, folder, told, elsewhere=not link.on_this_machine)
+    except (KeyboardInterrupt, SystemExit):
+        print(end=_continued(folder), flush=True)
+        raise
+    return _outcome(status, folder, told, elsewhere=elsewhere)
+
+
+def _continued(folder: Path) -> str:
+    """The line that says how, of a run that has a checkpoint here."""
+    begun = any((folder / "checkpoints").glob("*"))
+    return f"continue it with: flatfed resume {folder}\n" if begun else ""
 
 
 def _broken_off(why: str, folder: Path, told: _Told) -> int:
     """Nobody on the server was left to tell how the run ended."""
     told.put_down(folder)
-    if any((folder / "checkpoints").glob("*")):
-        why += f"\ncontinue it with: flatfed resume {folder}"
-    return failed(why)
+    return failed(f"{why}\n{_continued(folder)}".rstrip())
 
 
 def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool = False) -> int:

@@ -11,7 +11,7 @@ from fl_common.config import resolve
 from fl_server import federation, flower_run
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
-from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _Told
+from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _run_ray, _Told
 
 FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
 REASON = "roll call: clients.number = 3, but 2 can take part; no reply within 8 s"
@@ -87,6 +87,23 @@ def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint
     hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
     why = "error: the run failed: the SuperLink does not answer\n"
     assert capsys.readouterr().err == why + hint
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_run_that_is_interrupted_can_go_on(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flower_run, "run_simulation", interrupted)
+    if checkpoint:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "000001-a.safetensors").touch()
+    with pytest.raises(KeyboardInterrupt):
+        _run_ray(resolve({"engine.name": "ray"}), tmp_path)
+    hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
+    assert capsys.readouterr().out == hint
 
 
 def test_the_class_of_an_error_is_not_its_reason():
