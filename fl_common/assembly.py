@@ -84,7 +84,7 @@ def share_of(config: CoreConfig, data: Dataset, partitions: Partition | None, i:
     if count >= len(indices):
         raise DataError(
             f"client {i} has {len(indices)} samples, too few to train and to hold out; raise "
-            "data.min-size or lower clients.number"
+            "data.min-size or data.max-samples, or lower clients.number or eval.holdout"
         )
     order = np.random.default_rng(seed_of("holdout", config.run.seed, i)).permutation(indices)
     return Share(np.sort(order[count:]), np.sort(order[:count]), data.train)

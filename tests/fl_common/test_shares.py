@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from fl_common import assembly
 from fl_common.config import resolve
+from fl_common.data.errors import DataError
 
 
 def shares(*clients: int, **settings) -> list[np.ndarray]:
@@ -38,3 +40,9 @@ def test_the_roll_call_tells_of_what_is_kept(runner):
 
     clients = json.loads((done.folder / "clients.json").read_text())
     assert [sum(counts) for counts in clients["label_counts"]] == [40, 40, 40]
+
+
+@pytest.mark.parametrize("setting", [{"eval.holdout": 0.999}, {"max_samples": 1}])
+def test_a_share_that_leaves_nothing_to_train_on_names_the_settings_that_made_it_so(setting):
+    with pytest.raises(DataError, match=r"data\.max-samples, or .* eval\.holdout$"):
+        shares(0, **{"eval.on": "clients"}, **setting)
