@@ -105,7 +105,8 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
     except OSError:  # told when something is to be written
         pass
     for key, value in values.items():
-        if key not in RESUMABLE and key in stored and stored[key] != value:
+        # A count that a file gives as a number is stored as text.
+        if key not in RESUMABLE and key in stored and stored[key] not in (value, str(value)):
             return (
                 f"{key} = {value}: the run in {folder} has {stored[key]}, and a resumed run keeps "
                 "its settings; leave it out"

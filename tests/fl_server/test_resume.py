@@ -559,6 +559,13 @@ def test_the_settings_come_from_a_file_too(runs: Runs, capsys: pytest.CaptureFix
     assert "train.lr = 0.5" in refusal(capsys)
 
 
+def test_a_count_in_a_file_is_the_one_that_the_run_has(runs: Runs):
+    (runs.base / "two.toml").write_text("[engine]\ncohort = 2\n")
+    file = ["--config", str(runs.base / "two.toml")]
+    folder = runs("two", *file, "run.rounds=1")
+    assert runs.resume(folder, *file, "run.rounds=2") == 0
+
+
 @pytest.mark.parametrize("method", ["scaffold", "flwr:FedAdam", "averages"])
 def test_more_rounds_are_a_longer_run(runs: Runs, method: str):
     whole = runs("whole", *METHODS[method], "run.rounds=8")
