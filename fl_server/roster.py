@@ -56,8 +56,9 @@ class Member:
 
     @classmethod
     def of(cls, reply: Message) -> Member:
+        """Raises KeyError, OverflowError, TypeError or ValueError for what is no such answer."""
         numbers, words = reply.content[wire.METRICS], reply.content[wire.CONFIG]
-        return cls(
+        member = cls(
             node_id=reply.metadata.src_node_id,
             partition=int(numbers["partition-id"]),
             samples=int(numbers["num-examples"]),
@@ -69,6 +70,11 @@ class Member:
             code=str(words["code"]),
             versions=tuple((name, str(words[name])) for name in versions()),
         )
+        counts = member.label_counts
+        whole = len(counts) == len(member.classes) and sum(counts) == member.samples
+        if not whole or min(counts, default=0) < 0:
+            raise ValueError("its label counts are not those of its samples")
+        return member
 
 
 @dataclass(frozen=True)

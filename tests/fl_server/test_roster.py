@@ -230,6 +230,25 @@ def test_an_answer_that_cannot_be_read_is_a_refusal(grid, monkeypatch, samples):
         Roster(Exchange(grid, 1.0), 3).assemble(nodes_may_come=False)
 
 
+@pytest.mark.parametrize("counts", [[], [1, 428], [43] * 10, [-1, 430, *[0] * 8], [math.nan] * 10])
+def test_label_counts_of_other_samples_are_a_refusal(grid, monkeypatch, counts):
+    """Pictures of them would end the run when all its rounds are done."""
+    import fl_client.client
+
+    describe = fl_client.client.Clients.describe
+
+    def broken(self, partition):
+        content = describe(self, partition)
+        if partition == 1:
+            assert sum(content["metrics"]["label-counts"]) == 429
+            content["metrics"]["label-counts"] = counts
+        return content
+
+    monkeypatch.setattr(fl_client.client.Clients, "describe", broken)
+    with pytest.raises(RunFailed, match=r"but 2 can take part; .* label counts are not those of"):
+        Roster(Exchange(grid, 1.0), 3).assemble(nodes_may_come=False)
+
+
 def test_an_error_that_passes_keeps_nobody_out(grid, monkeypatch):
     """Client 1 answers twice with an error, of which the log has one line; then it is taken."""
     import fl_client.client
