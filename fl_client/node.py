@@ -49,6 +49,8 @@ LOGGERS = ("flwr", "uvicorn.error")
 """Into which a SuperNode logs."""
 REFUSED = "Exit Code: 305\n"
 """Begins what a SuperNode logs when the server has not taken it."""
+CLOCKS = "Invalid timestamp"
+"""All that a server says of a request whose signed time is not its own."""
 IDLE_S, REPLY_S = 3, 0.5
 """Flower's literal pauses: between two questions for a message, and for the ClientApp's reply."""
 
@@ -391,6 +393,7 @@ def serve(node: Node) -> int:
     processes.adopt_orphans()
     sys.argv = ["flower-supernode", *_arguments(node)]
     opening = Opening()
+    hear_denials(opening)
     for name in LOGGERS:
         logging.getLogger(name).addFilter(opening)
     from flwr.supercore.exit import add_exit_handler
@@ -410,11 +413,32 @@ def serve(node: Node) -> int:
         except RuntimeError as error:
             raise NodeError(f"the SuperNode did not start: {error}; try again") from None
         except SystemExit as end:
-            if end.code:
-                raise NodeError(_why_refused(node, opening.refusal)) from None
+            if end.code or opening.denial:
+                raise NodeError(_why_refused(node, opening)) from None
         finally:
             processes.end_descendants()
     return 0
+
+
+def hear_denials(opening: Opening) -> None:
+    """Tell `opening` why the server takes no request of this SuperNode: Flower ends it without a
+    word then, as if Ctrl-C had been typed."""
+    module = importlib.import_module(SUPERNODE)
+    make = module.make_simple_grpc_retry_invoker
+
+    def listening() -> object:
+        invoker = make()
+        gives_up = invoker.should_giveup
+
+        def heard(error: Exception) -> bool:
+            if error.code().name == "UNAUTHENTICATED":
+                opening.denial = error.details()
+            return gives_up(error)
+
+        invoker.should_giveup = heard
+        return invoker
+
+    module.make_simple_grpc_retry_invoker = listening
 
 
 class Opening(logging.Filter):
@@ -423,7 +447,7 @@ class Opening(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.refusal = ""
+        self.refusal = self.denial = ""
         self._over = False
         self._held: list[logging.LogRecord] = []
 
@@ -442,17 +466,28 @@ class Opening(logging.Filter):
         return False
 
 
-def _why_refused(node: Node, reason: str) -> str:
+def _why_refused(node: Node, opening: Opening) -> str:
     """A server to which this node could talk has not taken it; Flower does not say which is so."""
+    where = f"SuperLink {node.superlink}"
+    if opening.denial == CLOCKS:
+        return (
+            f"{where} did not take this node's requests, as its clock and this machine's differ "
+            "(a node's may be 5 s ahead, 5 minutes behind); set both by NTP"
+        )
+    if opening.denial:
+        return (
+            f"{where} takes this node's requests no more ({opening.denial}): its key is no longer "
+            "registered; register it, or a new one, and start the node again"
+        )
     if not node.auth_key:
         return (
-            f"SuperLink {node.superlink} did not take this node ({reason or 'see above'}); if it "
-            "asks for keys, give this node's as --auth-key"
+            f"{where} did not take this node ({opening.refusal or 'see above'}); if it asks for "
+            "keys, give this node's as --auth-key"
         )
     return (
-        f"SuperLink {node.superlink} did not take this node's key: register it with `flwr "
-        f"supernode register {node.auth_key}.pub CONNECTION`; if it is registered, another node "
-        "has it, or had it within the last minute"
+        f"{where} did not take this node's key: register it with `flwr supernode register "
+        f"{node.auth_key}.pub CONNECTION`; if it is registered, another node has it, or had it "
+        "within the last minute"
     )
 
 

@@ -301,6 +301,40 @@ def test_a_refusal_is_one_line(caplog: pytest.LogCaptureFixture, logged: list, s
     logger.removeFilter(opening)
 
 
+class Denying(grpc.GenericRpcHandler):
+    """Has a reason against every request."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def service(self, handler_call_details):
+        def deny(request: bytes, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, self.reason)
+
+        return grpc.unary_unary_rpc_method_handler(deny)
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("Invalid timestamp", "as its clock and this machine's differ"),
+        ("Invalid node ID", "(Invalid node ID): its key is no longer registered"),
+    ],
+)
+def test_a_denied_request_is_told(reason: str, told: str):
+    """Flower sends itself Ctrl-C then, and ends with 0."""
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Denying(reason)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    command = [Path(sys.executable).with_name("flatfed"), "node", "--insecure", "--partition", "0"]
+    command += ["--no-preload", "--superlink", f"127.0.0.1:{port}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    server.stop(0)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: SuperLink 127.0.0.1:{port} ") and told in line
+
+
 def test_the_line_of_flower_that_tells_of_a_refusal():
     """It is known by its exit code and its loggers' names."""
     from flwr.supercore.exit import ExitCode
