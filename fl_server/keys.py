@@ -98,7 +98,7 @@ def register(
     """Tell the SuperLink of `link` of every key that it has not yet, one line each.
 
     With `remove`, nodes whose key is not among `keys` are unregistered.
-    Raises KeysError if the SuperLink does not do it.
+    Raises KeysError if the SuperLink does not do it, or, before anything is changed, would not.
     """
     import click
     import httpx
@@ -119,7 +119,15 @@ def register(
             client = init_http_client_from_connection(way)
             try:
                 listed = client.ListNodes(ListNodesRequest()).nodes_info
-                there = {of_flower(n.public_key): n for n in listed if n.status != "unregistered"}
+                known = {of_flower(node.public_key): node for node in listed}
+                there = {k: node for k, node in known.items() if node.status != "unregistered"}
+                for partition in sorted(keys):
+                    if keys[partition] in known.keys() - there.keys():
+                        raise ValueError(
+                            f"node {partition}: its key was unregistered, and Flower takes none "
+                            f"twice; delete nodes/{partition} and nodes/{partition}.pub, make new "
+                            "ones with `flatfed certs --nodes N`, and bring the node its new key"
+                        )
                 for partition in sorted(keys):
                     key, name = keys[partition], names[keys[partition]]
                     if key in there:

@@ -193,3 +193,19 @@ def test_registering_at_the_port_for_nodes(tmp_path: Path, monkeypatch, keys):
             register(dict(enumerate(keys)), link, remove=False)
     finally:
         server.stop(0)
+
+
+def test_a_key_that_was_unregistered_is_told_before_any_is_registered(tmp_path, monkeypatch, keys):
+    """Flower's own word is "Public key already in use", after the keys before it."""
+    nodes = [SimpleNamespace(public_key=pem(keys[1]), status="unregistered", node_id=7)]
+    client = SimpleNamespace(
+        ListNodes=lambda request: SimpleNamespace(nodes_info=nodes),
+        RegisterNode=lambda request: pytest.fail("a key was registered"),
+        close=lambda: None,
+    )
+    monkeypatch.setattr("flwr.cli.utils.init_http_client_from_connection", lambda way: client)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text('[superlink.lab]\naddress = "h:1"\ninsecure = true\n')
+    link = Connection("lab", "h:1", tmp_path)
+    with pytest.raises(KeysError, match=r"node 1: its key was unregistered.*delete nodes/1 and"):
+        register(dict(enumerate(keys)), link, remove=False)
