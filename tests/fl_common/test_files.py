@@ -14,7 +14,7 @@ import pytest
 from fl_common.files import read_checked, remove_unfinished, write_atomically, write_checked
 
 NEW = bytes(range(256)) * 40
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
 
 
 class FullDisk(io.FileIO):
@@ -24,7 +24,7 @@ class FullDisk(io.FileIO):
 
     def write(self, data) -> int:
         if self.taken:
-            raise FULL
+            raise OSError(*FULL)
         self.taken = True
         return super().write(bytes(data)[: len(data) // 2])
 
@@ -34,7 +34,7 @@ def opening(self: Path, mode: str = "r", *rest, **more):
 
 
 def raising(*args, **kwargs) -> None:
-    raise FULL
+    raise OSError(*FULL)
 
 
 FAILURES = {
@@ -57,7 +57,7 @@ def test_a_write_that_fails_leaves_what_was(
         patch.setattr(*FAILURES[where])
         with pytest.raises(OSError, match="No space left") as caught:
             write_atomically(path, NEW)
-    assert caught.value.errno == errno.ENOSPC
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert os.listdir(tmp_path) == ([] if old is None else ["file"])
     assert old is None or path.read_bytes() == old
 
