@@ -145,13 +145,13 @@ def _like_first(
         first = good[min(good)] if good else member
         if member.classes != first.classes:
             refused[member.node_id] = (
-                f"its classes {_few(member.classes)} differ from client {first.partition}'s "
-                f"{_few(first.classes)}; name and order them alike"
+                f"client {member.partition}'s classes {_few(member.classes)} differ from client "
+                f"{first.partition}'s {_few(first.classes)}; name and order them alike"
             )
         elif member.shape != first.shape:
             refused[member.node_id] = (
-                f"its samples have shape {list(member.shape)}, client {first.partition}'s "
-                f"{list(first.shape)}"
+                f"client {member.partition}'s samples have shape {list(member.shape)}, client "
+                f"{first.partition}'s {list(first.shape)}"
             )
         else:
             good[partition] = member
@@ -231,7 +231,7 @@ class Roster:
             time.sleep(POLL_S)
 
     def _absence(self, waited: bool) -> str:
-        reasons = list(dict.fromkeys(self.refused.values()))
+        reasons = [f"{who}: {reason}" for reason, who in by_reason(self.refused, "node")]
         if waited:
             reasons.append(f"no reply within {self.exchange.deadline_s:g} s (clients.deadline-s)")
         return (

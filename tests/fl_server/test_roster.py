@@ -62,9 +62,12 @@ def test_a_member_keeps_its_place_before_a_newcomer():
     ("changes", "reason"),
     [
         ({"code": "xyz"}, "package code differs"),
-        ({"classes": ("cat", "cow")}, "its classes (cat, cow) differ from client 0's (cat, dog)"),
+        (
+            {"classes": ("cat", "cow")},
+            "client 1's classes (cat, cow) differ from client 0's (cat, dog)",
+        ),
         ({"classes": ("dog", "cat")}, "name and order them alike"),
-        ({"shape": (1, 8, 8)}, "shape [1, 8, 8], client 0's [3, 8, 8]"),
+        ({"shape": (1, 8, 8)}, "client 1's samples have shape [1, 8, 8], client 0's [3, 8, 8]"),
         ({"samples": 0}, "no training samples"),
     ],
 )
