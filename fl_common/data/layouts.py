@@ -59,7 +59,7 @@ def find(source: str, path: str, hub: str = "") -> Layout:
     if source not in _FINDERS:
         return Layout("embedded", source)
     if not path and not hub:
-        raise DataError(f"{source} has no path; set data.path")
+        raise DataError(f"{source} has no path; set data.path, or each node's --data-path")
     if not path:
         return Layout("hub", hub)
     if source == "huggingface" and is_hub_name(path):

@@ -689,5 +689,5 @@ def test_an_unknown_source():
 
 
 def test_a_source_without_its_path():
-    with pytest.raises(DataError, match=r"folder has no path; set data\.path"):
+    with pytest.raises(DataError, match=r"no path; set data\.path, or each node's --data-path"):
         load("folder")
