@@ -34,6 +34,7 @@ def load_data(config: CoreConfig) -> Dataset:
         cache_dir=data.cache_dir or None,
         seed=config.run.seed,
         image_size=data.image_size,
+        every_class=data.partition != "local",
     )
 
 

@@ -153,7 +153,7 @@ def check(
         errors.append(
             ("data.image-size", f"{source} has its own size; leave it at 0, or use folder")
         )
-    if not errors and source == "folder" and not on_nodes:
+    if not errors and source == "folder" and partition != "local" and not on_nodes:
         try:
             info = replace(info, train_size=layouts.train_size(path))
         except DataError as error:

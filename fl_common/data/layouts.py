@@ -75,6 +75,7 @@ def fingerprint(layout: Layout) -> str:
     digest = hashlib.sha256(f"{layout.kind}\n{layout.root}\n".encode())
     with _readable():
         for top in (*layout.train, *layout.test, *layout.extra):
+            digest.update(f"{top}\n".encode())  # a class without images, too
             for file in _walk(top):
                 stat = file.stat()
                 line = f"{os.fspath(file)}\t{stat.st_size}\t{stat.st_mtime_ns}\n"
@@ -92,7 +93,10 @@ def images_of_class(top: Path) -> list[Path]:
     """The same of a class that is trained on.  Raises DataError if there is none."""
     if found := images(top):
         return found
-    raise DataError(f"{top} has no images; fill this class folder, or remove it")
+    raise DataError(
+        f"{top} has no images; fill this class folder, or remove it (with data.partition=local a "
+        "node may have none of a class)"
+    )
 
 
 def train_size(path: str) -> int:

@@ -22,10 +22,18 @@ _IMAGENET_SIDE = 256
 
 
 def read(
-    source: str, layout: Layout, info: SourceInfo, scratch: Path, *, seed: int, image_size: int
+    source: str,
+    layout: Layout,
+    info: SourceInfo,
+    scratch: Path,
+    *,
+    seed: int,
+    image_size: int,
+    every_class: bool = True,
 ) -> Raw:
     """Labels at once, samples as they are asked for; `scratch` must stay until then.
 
+    every_class: a class folder without images is a mistake, not a class that is not held here.
     Raises DataError for files that are not what the layout promises.
     """
     if layout.kind == "embedded":
@@ -33,7 +41,7 @@ def read(
     elif layout.kind == "binary":
         raw = _cifar_binary(layout, coarse_first=source == "cifar100")
     elif layout.kind in ("tree", "annotated"):
-        raw = _tree(source, layout, info, seed, image_size)
+        raw = _tree(source, layout, info, seed, image_size, every_class)
     else:
         from fl_common.data import tables
 
@@ -113,11 +121,16 @@ def _records(file: Path, length: int) -> np.ndarray:
     return np.memmap(file, np.uint8, mode="r").reshape(-1, length)
 
 
-def _tree(source: str, layout: Layout, info: SourceInfo, seed: int, image_size: int) -> Raw:
+def _tree(
+    source: str, layout: Layout, info: SourceInfo, seed: int, image_size: int, every_class: bool
+) -> Raw:
     from fl_common.data.images import Frame, decode, survey
 
     classes = tuple(dict.fromkeys(map(_class_of, layout.train)))
-    train = [(file, _class_of(top)) for top in layout.train for file in images_of_class(top)]
+    found = images_of_class if every_class else images
+    train = [(file, _class_of(top)) for top in layout.train for file in found(top)]
+    if not train:
+        raise DataError(f"{layout.root} has no images in its class folders; fill them")
     if layout.kind == "annotated":
         test = _annotated(layout.test[0])
     else:

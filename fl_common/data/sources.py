@@ -58,12 +58,15 @@ def load(
     cache_dir: str | Path | None = None,
     seed: int = 0,
     image_size: int = 0,
+    every_class: bool = True,
 ) -> Dataset:
     """The data set `source`, decoded from `path` or, from the second time on, mapped.
 
     seed: draws the held-out fifth of a data set without a test split, and the synthetic samples;
         others do not depend on it.
     image_size: side that images are resized and cut to (folder, huggingface); 0: as they are.
+    every_class: refuse a class folder without images, which is a mistake but for a node that has
+        its own data.
     Raises DataError. A data set of the hub is asked for once: name a revision to change it.
     """
     if ":" in source:
@@ -82,7 +85,13 @@ def load(
             raw = text.read()
         else:
             raw = readers.read(
-                source, layout, info, writer.scratch, seed=seed, image_size=image_size
+                source,
+                layout,
+                info,
+                writer.scratch,
+                seed=seed,
+                image_size=image_size,
+                every_class=every_class,
             )
         for name, split in (("train", raw.train), ("test", raw.test)):
             writer.add(f"{name}_x", split.blocks, len(split.y))

@@ -447,6 +447,15 @@ def test_a_class_folder_without_images(refused, images: Path):
     refusal.names("data.path", "train/emu has no images", "fill|remove")
 
 
+def test_a_node_may_have_a_class_folder_without_images(runner, images: Path):
+    (images / "train" / "emu").mkdir()
+    own = ["data.source=folder", f"data.path={images}", "data.partition=local", "model.name=cnn"]
+    run = runner(*own, "clients.number=1", "run.rounds=1", "train.batch-size=2")
+    assert run.summary["status"] == "completed"
+    clients = json.loads((run.folder / "clients.json").read_text())
+    assert 0 in clients["label_counts"][0] and "emu" in clients["classes"]
+
+
 def test_config_file_nested_tables_and_dotted_keys(tmp_path: Path, capsys):
     file = tmp_path / "mine.toml"
     file.write_text('train.lr = 0.5\n\n[clients]\nper-round = 3\n\n[data]\npartition = "iid"\n')

@@ -575,6 +575,28 @@ def test_folders_without_images(tmp_path):
     assert "f/a has no images; fill this class folder" in failure("folder", tmp_path / "f")
 
 
+@pytest.mark.parametrize("test", ["test", ""])
+def test_a_node_may_have_no_images_of_a_class(tmp_path, test):
+    """But one at least; and a class that is added, or gets its first image, is not missed."""
+    root, places = tmp_path / "f", ("train", test) if test else ("",)
+    for place in places:
+        for name, n in (("a", 5), ("c", 5)):
+            for i in range(n):
+                write(root / place / name / f"{i}.png", pixels(1, 4)[0])
+    read = lambda: load("folder", root, cache_dir=tmp_path / "cache", every_class=False)  # noqa: E731
+    assert read().classes == ("a", "c")
+    (root / places[0] / "b").mkdir()
+    data = read()
+    assert data.classes == ("a", "b", "c")
+    assert np.bincount(data.train.y, minlength=3).tolist() == ([5, 0, 5] if test else [4, 0, 4])
+    write(root / places[0] / "b" / "0.png", pixels(1, 4)[0])
+    assert 1 in read().train.y
+    for file in root.rglob("*.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="f has no images in its class folders; fill them"):
+        read()
+
+
 def test_a_class_that_only_test_has(tmp_path):
     for name in ("train/a", "train/b", "test/c"):
         write(tmp_path / "f" / name / "0.png", pixels(1, 4)[0])
