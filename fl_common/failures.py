@@ -10,3 +10,13 @@ class Failed(Exception):
 def reason(error: Exception) -> str:
     """Its class and its text, as the last line of a traceback has them."""
     return str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+
+
+LONGEST = 500
+"""Characters of what a client says of itself, in a line for people."""
+
+
+def harmless(text: str) -> str:
+    """A stranger's words: of bounded length, and with nothing that a terminal obeys."""
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

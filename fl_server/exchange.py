@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fl_common import wire
+from fl_common.failures import harmless
 from fl_common.guards import objection
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Exchange:
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
             elif expected and (problem := objection(reply.content, expected(name))):
-                outcome.rejected[name] = problem
+                outcome.rejected[name] = harmless(problem)
             else:
                 early[name] = reply
             del reply  # here as below: a large model is not held on to while the next one comes
@@ -342,7 +343,7 @@ def reason_of(reply: Message) -> str:
     text = next((line for line in reversed(lines) if ": " in line), lines[-1] if lines else "")
     text = text.removeprefix("Exception ClientAppException occurred. Message: ")
     text = re.sub(r"^<class '[\w.]+'>:<'", "", text).removesuffix("'>")
-    return text or f"error code {reply.error.code}"
+    return harmless(text) or f"error code {reply.error.code}"
 
 
 def _shortage(phase: str, outcome: Outcome, at_least: int) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -136,6 +137,17 @@ def _lock(folder: Path) -> IO[bytes]:
     except BlockingIOError:
         raise RunFailed(f"{folder}: another process is at work on this run") from None
     return file
+
+
+def ended(folder: Path, reason: str) -> None:
+    """For a run whose process went without a word: its summary says so, unless somebody is still
+    at work on it."""
+    with suppress(RunFailed, OSError):
+        summary = read_summary(folder)
+        if summary.get("status") == "running":
+            with _lock(folder):
+                failed = summary | {"status": "failed", "error": reason}
+                write_atomically(folder / SUMMARY, _json(failed))
 
 
 def _json(value: Any) -> bytes:

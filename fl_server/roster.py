@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fl_common import wire
 from fl_common.determinism import seed_of
+from fl_common.failures import harmless
 from fl_common.fingerprint import code_sha256, versions
 from fl_server.exchange import AWAITED, POLL_S, RunFailed, by_reason, reason_of
 from fl_server.keys import of_flower
@@ -66,9 +67,9 @@ class Member:
             label_counts=tuple(numbers["label-counts"]),
             classes=tuple(words["classes"]),
             shape=tuple(words["shape"]),
-            data=str(words["data"]),
-            code=str(words["code"]),
-            versions=tuple((name, str(words[name])) for name in versions()),
+            data=harmless(str(words["data"])),
+            code=harmless(str(words["code"])),
+            versions=tuple((name, harmless(str(words[name]))) for name in versions()),
         )
         counts = member.label_counts
         whole = len(counts) == len(member.classes) and sum(counts) == member.samples
@@ -159,7 +160,7 @@ def _like_first(
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:6])
+    shown = ", ".join(map(harmless, names[:6]))
     return f"({shown}, ... {len(names)} in all)" if len(names) > 6 else f"({shown})"
 
 

@@ -238,6 +238,7 @@ def _on_flower(
 ) -> int:
     from fl_server.bundle import app_directory
     from fl_server.progress import Screen
+    from fl_server.recorder import ended
 
     told = _Told()
     try:
@@ -246,7 +247,8 @@ def _on_flower(
             status = submit(app_dir, config.flat(), on_line=told)
     except RuntimeError as error:
         return _broken_off(str(error), folder, told)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as left:
+        ended(folder, "interrupted" if isinstance(left, KeyboardInterrupt) else "stopped")
         print(end=_continued(folder), flush=True)
         raise
     return _outcome(status, folder, told, elsewhere=elsewhere)
@@ -260,6 +262,9 @@ def _continued(folder: Path) -> str:
 
 def _broken_off(why: str, folder: Path, told: _Told) -> int:
     """Nobody on the server was left to tell how the run ended."""
+    from fl_server.recorder import ended
+
+    ended(folder, why)
     told.put_down(folder)
     return failed(f"{why}\n{_continued(folder)}".rstrip())
 

@@ -160,6 +160,7 @@ def test_a_node_that_left_before_it_was_asked(returns: bool):
         ("Exception ClientAppException occurred. Message: KeyError: 'odd'", "KeyError: 'odd'"),
         ("<class 'fl_common.failures.Failed'>:<'KeyError: 'odd''>", "KeyError: 'odd'"),
         ("<class 'ValueError'>:<'no luck'>", "no luck"),
+        ("ValueError: \x1b[2J\x07" + "x" * 10**6, rf"ValueError: \x1b[2J\x07{'x' * 483} ..."),
         ("", "error code 2"),
     ],
 )

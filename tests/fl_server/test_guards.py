@@ -115,6 +115,7 @@ ATTACKS = {
     "inf": (changed(params=poisoned(float("-inf"))), "NaN or infinite"),
     "missing key": (changed(params=None), "instead of (params)"),
     "extra key": (changed(c=lambda _: Array(np.ones(3, np.float32))), "arrays (c, params)"),
+    "what a terminal obeys": (changed(**{"\x1b[2J": lambda _: Array(np.ones(3))}), r"(\x1b[2J, "),
     "wrong key": (changed(params=None, weights=lambda _: Array(np.ones(3))), "(weights)"),
     "extra record": (with_extra_record, "records (arrays, metrics, more)"),
     "shorter": (changed(params=of(lambda t: t[:-1])), "[10025] instead of float32 [10026]"),

@@ -69,6 +69,11 @@ def test_a_member_keeps_its_place_before_a_newcomer():
         ({"classes": ("dog", "cat")}, "name and order them alike"),
         ({"shape": (1, 8, 8)}, "client 1's samples have shape [1, 8, 8], client 0's [3, 8, 8]"),
         ({"samples": 0}, "no training samples"),
+        # What a terminal would obey, and what would fill it, is shown as it is written.
+        (
+            {"classes": ("\x1b[2J", "b" * 10**6)},
+            rf"classes (\x1b[2J, {'b' * 500} ...) differ from",
+        ),
     ],
 )
 def test_who_differs_is_refused_with_the_reason(changes, reason):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from fl_common.config import resolve
 from fl_server import federation, flower_run
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
+from fl_server.recorder import ended, read_summary
 from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _run_ray, _Told
 
 FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
@@ -34,7 +37,7 @@ def told(*lines: str) -> _Told:
     return told
 
 
-def write_summary(folder: Path, **values: str) -> None:
+def write_summary(folder: Path, **values: Any) -> None:
     (folder / "summary.json").write_text(json.dumps(values))
 
 
@@ -80,10 +83,13 @@ def test_a_server_that_said_nothing(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint: bool):
+    write_summary(tmp_path, status="running", rounds=3)
     (tmp_path / "checkpoints").mkdir()
     if checkpoint:
         (tmp_path / "checkpoints" / "round-1.safetensors").touch()
     assert _broken_off("the SuperLink does not answer", tmp_path, told()) == 3
+    error = "the SuperLink does not answer"
+    assert read_summary(tmp_path) == {"status": "failed", "rounds": 3, "error": error}
     hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
     why = "error: the run failed: the SuperLink does not answer\n"
     assert capsys.readouterr().err == why + hint
@@ -97,6 +103,7 @@ def test_a_run_that_is_interrupted_can_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(flower_run, "run_simulation", interrupted)
+    write_summary(tmp_path, status="running")
     if checkpoint:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "000001-a.safetensors").touch()
@@ -104,6 +111,22 @@ def test_a_run_that_is_interrupted_can_go_on(
         _run_ray(resolve({"engine.name": "ray"}), tmp_path)
     hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
     assert capsys.readouterr().out == hint
+    assert read_summary(tmp_path) == {"status": "failed", "error": "interrupted"}
+
+
+def test_a_run_that_goes_on_or_has_ended_is_not_told_to_have_ended(tmp_path: Path):
+    write_summary(tmp_path, status="completed")
+    ended(tmp_path, "interrupted")
+    assert read_summary(tmp_path) == {"status": "completed"}
+    write_summary(tmp_path, status="running")
+    with (tmp_path / ".lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ended(tmp_path, "interrupted")
+        assert read_summary(tmp_path) == {"status": "running"}
+    ended(tmp_path, "interrupted")
+    assert read_summary(tmp_path)["error"] == "interrupted"
+    ended(tmp_path / "elsewhere", "interrupted")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_the_class_of_an_error_is_not_its_reason():
