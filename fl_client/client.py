@@ -215,7 +215,6 @@ class Clients:
         except BeginAnew:
             pass
         # Here, where what the first try held is let go of.
-        self.net.zero_grad()
         torch.cuda.empty_cache()
         return self._local_round(job, settings)
 
@@ -242,6 +241,7 @@ class Clients:
                     graphs=self.graphs,
                 )
             finally:
+                self.net.zero_grad()  # a step that failed has left some
                 for regularizer in regularizers:
                     regularizer.finish()
 

@@ -1,0 +1,27 @@
+"""Clients of one process leave nothing to each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fl_client.test_cohort import Federation, difference
+
+
+@pytest.mark.parametrize("regularizer", ["", "sam"])
+def test_a_client_that_failed_leaves_nothing(monkeypatch, regularizer: str):
+    """Its backward pass ends half-way, as where a card is full: some gradients are there."""
+    settings = {"regularizers": regularizer, "model__norm": "batch"}
+    federation = Federation(monkeypatch, **settings)
+    message, states = federation.messages()[0], federation.states()
+    expected = Federation(monkeypatch, **settings).clients.train(0, message, states[0])
+    clients = federation.clients
+    clients.train(2, message, states[1])  # makes the network
+
+    def full(parameter):
+        raise MemoryError
+
+    handle = clients.net.conv2.weight.register_post_accumulate_grad_hook(full)
+    with pytest.raises(MemoryError):
+        clients.train(1, message, states[2])
+    handle.remove()
+    assert difference(clients.train(0, message, states[3]), expected) == 0.0
