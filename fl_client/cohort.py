@@ -26,6 +26,7 @@ from fl_client.trainer import (
     Step,
     batches,
     frozen_statistics,
+    handed_on,
     overriding,
     perturbation_of,
     precision_of,
@@ -204,10 +205,9 @@ class _Cohort:
         self.step = Step(
             perturbation=perturbation,
             correct=Corrections(
-                [member.correction for member in members],
+                [handed_on(member.correction, settings) for member in members],
                 self._stack_params,
                 self.stacks[PARAMS][0],
-                clips=bool(settings.clip_norm),
             ),
             clip_norm=settings.clip_norm,
             optimizer=optimizer,

@@ -126,7 +126,6 @@ class Corrections:
         terms: Sequence[Affine],
         stacked: Callable[[Tensors], Tensors],
         like: torch.Tensor,
-        clips: bool,
     ) -> None:
         def number(values: list[float]) -> float | torch.Tensor:
             if len(set(values)) == 1:
@@ -134,9 +133,8 @@ class Corrections:
             return numbers(values, like.device, like.dtype)
 
         self.scale = number([term.scale for term in terms])
-        # Without clipping it is all the same who adds it, and the optimizer does for nothing.
-        self.slope = number([term.slope if clips else 0.0 for term in terms])
-        self.decay = number([term.decay + (0.0 if clips else term.slope) for term in terms])
+        self.slope = number([term.slope for term in terms])
+        self.decay = number([term.decay for term in terms])
         self.constant: Tensors = []
         if any(term.constant is not None for term in terms):
             zero = next(torch.zeros_like(t.constant) for t in terms if t.constant is not None)

@@ -6,7 +6,7 @@ Ray, gRPC and the in-process engine are ways to call it; it knows none of them.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ def local_round(
     halves = halved(net, settings, methods)
     step = Step(
         perturbation=perturbation_of(methods),
-        correct=Correction(correction, net, clips=bool(settings.clip_norm)),
+        correct=Correction(handed_on(correction, settings), net),
         clip_norm=settings.clip_norm,
         optimizer=optimizer,
         lr=settings.lr_of(server_round),
@@ -248,14 +248,22 @@ def perturbation_of(methods: Sequence[LocalMethod]) -> Perturbation | None:
     return next(filter(None, (method.perturbation() for method in methods)), None)
 
 
+def handed_on(terms: Affine, settings: Train) -> Affine:
+    """With the slope as decay, which SGD adds for nothing; without clipping that is all the same.
+
+    Not to Adam: slope theta + constant is 0 exactly where weights have not moved, as of words that
+    a client does not have; the other way round it is a rounding error, of which Adam makes a step.
+    """
+    if settings.clip_norm or settings.optimizer == "adam":
+        return terms
+    return replace(terms, slope=0.0, decay=terms.decay + terms.slope)
+
+
 class Correction:
     """An `Affine` on the training device, applied to one step's gradients after the other."""
 
-    def __init__(self, terms: Affine, net: torch.nn.Module, clips: bool) -> None:
-        self.scale = terms.scale
-        # Without clipping it is all the same who adds it, and the optimizer does for nothing.
-        self.slope = terms.slope if clips else 0.0
-        self.decay = terms.decay + (0.0 if clips else terms.slope)
+    def __init__(self, terms: Affine, net: torch.nn.Module) -> None:
+        self.scale, self.slope, self.decay = terms.scale, terms.slope, terms.decay
         self.constant: list[torch.Tensor] = []
         if terms.constant is not None:
             device = next(net.parameters()).device

@@ -202,6 +202,9 @@ METHODS = {
     "fedprox": {"fedprox__mu": 0.1},
     "scaffold": {},
     "feddyn": {"feddyn__alpha": 0.1},
+    "feddyn with adam": {
+        "train__optimizer": "adam", "train__lr": 0.003, "model__norm": "group",
+    },
     "feddyn clipped": {"feddyn__alpha": 0.1, "train__clip_norm": 0.3},
     "feddyn as published": {
         "feddyn__alpha": 0.1, "train__clip_norm": 0.3, "feddyn__clip_scope": "official",

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fl_client import trainer
-from fl_client.optimizers import SGD
+from fl_client.optimizers import SGD, Adam
 from fl_client.trainer import LocalData, batches, local_round
 from fl_common.config import Train
 from fl_common.data.transforms import pipeline
@@ -195,6 +195,19 @@ def test_closed_form_terms_are_clipped_and_decay_is_not(clip):
         gradient *= min(1.0, clip / (gradient.norm() + 1e-6))
     expected = theta - settings.lr * (gradient + (0.2 + 0.3) * theta)
     torch.testing.assert_close(weights(ours), expected)
+
+
+def test_what_has_no_gradient_is_not_moved_by_a_pull():
+    """Adam would make a whole step of a rounding error of mu theta - mu w."""
+    model, whole, settings = net(), data(), Train(optimizer="adam", batch_size=4, epochs=3)
+    whole.x[:, 0] = 0.0  # a feature that this client does not have
+    before = model[0].weight.detach().clone()
+    local_round(
+        model, whole, (), Affine.pull(0.1, weights(model)), Adam(), settings,
+        seed=5, server_round=3, partition=2,
+    )  # fmt: skip
+    assert torch.equal(model[0].weight[:, 0], before[:, 0])
+    assert not torch.equal(model[0].weight[:, 1:], before[:, 1:])
 
 
 def test_terms_add_up_in_their_order():
