@@ -221,7 +221,7 @@ def _how(status: int) -> str:
 def _serve(connection: socket.socket, answer: Answer) -> None:
     """Until the other side is gone."""
     slots, maps = shared.Slots(SLOTS), {}
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             header, (content, state), tensors = shared.receive(connection, kept=maps)
             slots.free += header["released"]

@@ -263,6 +263,26 @@ def test_what_cannot_be_sent_is_told(monkeypatch) -> None:
         pool.close()
 
 
+def test_a_reply_that_cannot_be_laid_out_is_told(monkeypatch, capfd) -> None:
+    """By the worker, which ends of it."""
+
+    def full(name: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def answer(header, content, own):
+        monkeypatch.setattr(os, "memfd_create", full)  # in the worker alone
+        return RecordDict({"arrays": wire.pack({"w": torch.ones(3)})}), own
+
+    pool = workers.Pool(1, answer)
+    try:
+        pool.put([workers.Job("1", {}, RecordDict(), RecordDict())])
+        (done,) = pool.collect()
+    finally:
+        pool.close()
+    assert done.error == "its worker process died (exit code 0)"
+    assert "Too many open files" in capfd.readouterr().err
+
+
 def test_nothing_is_left_of_a_run(runner: Runner) -> None:
     runner.always = ["run.pictures=false"]
     runner("run.rounds=1", "engine.workers=2")  # what is opened once for all
