@@ -47,8 +47,8 @@ class Together:
         self.clients: Clients = weakref.proxy(clients)  # or both would outlive their last use
         self.most = sys.maxsize
         """How many clients can be trained at once, as far as is known."""
-        self.batch = 0
-        """The largest batch that this was measured for."""
+        self.measured: dict[tuple[str, ...], int] = {}
+        """The largest batch that this was measured for, by the groups that were trained."""
         self.known = Known()
         self.said: set[str] = set()
 
@@ -119,10 +119,10 @@ class Together:
         clients, largest = self.clients, max(jobs, key=lambda job: len(job.data.y))
         free = free_bytes(clients.device)
         batch = min(clients.config.train.batch_size, len(largest.data.y))
-        if batch > self.batch and free < sys.maxsize:
+        if batch > self.measured.get(largest.active, 0) and free < sys.maxsize:
             with clients.training(largest):
                 each = bytes_of(clients.net, largest.data, clients.config.train)
-            self.batch = batch
+            self.measured[largest.active] = batch
             self.most = min(self.most, max(1, int(SHARE * free / each)))
             if self.most < min(at_once, len(jobs)):
                 self._say(f"memory holds {self.most} of these clients at once, not {at_once}")

@@ -542,6 +542,22 @@ def test_what_onednn_keeps_is_counted_too(monkeypatch):
     assert 0 < found[1] < found[0] < 1.5 * found[1]
 
 
+def test_a_full_round_after_a_partial_one_is_measured_too(monkeypatch):
+    """Its pass keeps more: what holds after both is what a full round alone would say."""
+    monkeypatch.setattr(together, "free_bytes", lambda device: 1 << 30)
+    found = []
+    for rounds in (["fc"], []), ([],):
+        federation = Federation(
+            monkeypatch, sizes=(8, 8), strategy__name="fedpart", model__norm="group"
+        )
+        for active in rounds:
+            more = {wire.ACTIVE: active} if active else {}
+            federation.together(federation.messages(**more), federation.states())
+            found.append(federation.clients.together.most)
+    partial, after, full = found
+    assert partial > after == full
+
+
 def test_what_memory_holds(monkeypatch, caplog):
     """Half of what is free, by what one client's pass keeps."""
     federation = Federation(monkeypatch, model__name="mlp")
