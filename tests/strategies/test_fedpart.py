@@ -687,8 +687,9 @@ def test_a_layer_that_is_never_met_has_its_rounds_too(watched):
     assert np.array_equal(run.trace.w[3], run.trace.w[4])
 
 
-def test_the_means_of_the_clients_models_are_of_whole_models(watched, monkeypatch):
-    """eval.models: sel is the plain mean of the cohort's, all of everyone's last."""
+@pytest.fixture
+def evaluated(monkeypatch) -> list[Arrays]:
+    """The models that the server evaluates, one after the other."""
     seen: list[Arrays] = []
     evaluate = ServerNetwork.evaluate
 
@@ -697,13 +698,18 @@ def test_the_means_of_the_clients_models_are_of_whole_models(watched, monkeypatc
         return evaluate(self, model)
 
     monkeypatch.setattr(ServerNetwork, "evaluate", on_server)
+    return seen
+
+
+def test_the_means_of_the_clients_models_are_of_whole_models(watched, evaluated):
+    """eval.models: sel is the plain mean of the cohort's, all of everyone's last."""
     run = watched(
         3, *TINY, SMALL, *SHORT, "clients.per-round=2", "run.rounds=8", "eval.models=cloud,sel,all"
     )
     first = as_tensors(run.trace.moments[0].model)
     last = {i: {**first} for i in range(3)}
     for t in range(1, 9):
-        cloud, sel, all_ = seen[3 * t - 3 : 3 * t]
+        cloud, sel, all_ = evaluated[3 * t - 3 : 3 * t]
         assert same(cloud, as_tensors(run.trace.moments[t].model))
         last |= {i: local.after for i, local in run.of(t)}
         for found, models in ((sel, [m.after for _, m in run.of(t)]), (all_, [*last.values()])):
@@ -712,21 +718,13 @@ def test_the_means_of_the_clients_models_are_of_whole_models(watched, monkeypatc
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedpart"])
-def test_the_global_model_with_the_first_clients_statistics(watched, monkeypatch, strategy):
+def test_the_global_model_with_the_first_clients_statistics(watched, evaluated, strategy):
     """eval.models=first, with a cohort that the clients take turns in."""
-    seen: list[Arrays] = []
-    evaluate = ServerNetwork.evaluate
-
-    def on_server(self, model):
-        seen.append({kind: vector.clone() for kind, vector in model.items()})
-        return evaluate(self, model)
-
-    monkeypatch.setattr(ServerNetwork, "evaluate", on_server)
     own = [*TINY, SMALL, "clients.per-round=2", "run.rounds=6", f"strategy.name={strategy}"]
     run = watched(3, *own, *SHORT * (strategy == "fedpart"), "eval.models=first")
     assert {run.of(t)[0][0] for t in range(1, 7)} == {0, 1}
     for t, row in enumerate(run.trace.result.history, start=1):
-        cloud, first = seen[2 * t - 2 : 2 * t]
+        cloud, first = evaluated[2 * t - 2 : 2 * t]
         assert same(cloud, as_tensors(run.trace.moments[t].model))
         assert same(first, cloud | {STATS: run.of(t)[0][1].after[STATS]})
         assert not torch.equal(first[STATS], cloud[STATS])
