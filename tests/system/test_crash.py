@@ -349,7 +349,8 @@ def test_a_server_app_that_is_killed(nodes: Place):
     assert run.returncode == 3, output
     assert "error: the run failed: its process ended" in output
     assert f"continue it with: flatfed resume {folder}" in output
-    assert summary(folder)["status"] == "running"
+    told = summary(folder)
+    assert told["status"] == "failed" and told["error"].startswith("its process ended")
     assert_resumed(nodes, "app-killed")
 
 
