@@ -25,11 +25,17 @@ from fl_server.exchange import AWAITED, Exchange, Outcome, reason_of
 GOOD = MetricRecord({"server-round": 1, "num-examples": 3})
 
 
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose messages these are, which Flower wants to know."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
 class Grid:
     """Answers by `answer`, which sees the message; a node in `unknown` is not there when asked."""
 
     def __init__(self, answer: Callable[[Message], RecordDict]) -> None:
-        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self.answer, self.unknown, self.sent = answer, set(), {}
         self.pulled: list[int] = []
         """How many replies came at each look."""
