@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from fl_common.config import (
     AUTO,
     TRACKERS,
-    Client,
     dashed,
+    fields,
     is_device,
     methods,
     shown,
@@ -22,7 +22,7 @@ from fl_common.layout import PARAMS, tensors_of
 from fl_common.models import catalogue as model_catalogue
 
 if TYPE_CHECKING:
-    from fl_common.config import CoreConfig
+    from fl_common.config import CoreConfig, Group
 
 
 def checks(config: CoreConfig) -> list[str]:
@@ -63,6 +63,7 @@ def checks(config: CoreConfig) -> list[str]:
     errors += _check_flatness(config)
     errors += _check_privacy(config)
     errors += _check_tracking(config)
+    errors += _check_needs(config)
     if config.run.resume and not config.run.name:
         errors.append("run.resume = true: needs the run.name of the run to continue")
     errors += _check_engine(config)
@@ -114,13 +115,7 @@ def _check_privacy(config: CoreConfig) -> list[str]:
     """Noise goes onto a reply that is nothing but a model, beside a message that holds one."""
     given = f"client.dp-clip = {config.client.dp_clip:g}"
     if not config.client.dp_clip:
-        default = Client()
-        return [
-            f"client.{dashed(key)} = {shown(getattr(config.client, key))}: has no effect without "
-            "client.dp-clip; leave it out or set that"
-            for key in ("dp_epsilon", "dp_delta")
-            if getattr(config.client, key) != getattr(default, key)
-        ]
+        return []
     errors, name = [], config.strategy.name
     if name not in ("fedavg", "fedprox") and not name.startswith("flwr:"):
         errors.append(
@@ -168,13 +163,6 @@ def _check_flatness(config: CoreConfig) -> list[str]:
             f'flatness.match = "{flatness.match}": compares clients, and clients.number = 1; '
             "leave it at none"
         )
-    if not flatness.every:
-        errors += [
-            f"flatness.{dashed(key)} = {shown(value)}: has no effect without flatness.every; "
-            "leave it out or set that"
-            for key, value in flatness
-            if value != type(flatness).model_fields[key].default
-        ]
     return errors
 
 
@@ -240,15 +228,51 @@ def _check_methods(config: CoreConfig) -> list[str]:
     for name in [*strategies, *regularizers]:
         if name in (config.strategy.name, *chosen) or ":" in name:
             continue
-        params = config.params_of(name)
         where = "strategy.name" if name in strategies else "regularizers"
-        errors += [
-            f"{name}.{dashed(key)} = {shown(value)}: has no effect without {where}={name}; "
-            "leave it out or set that"
-            for key, value in params
-            if value != type(params).model_fields[key].default
-        ]
+        errors += _without_effect(name, config.params_of(name), f"{where}={name}")
     return list(dict.fromkeys(errors))
+
+
+def _check_needs(config: CoreConfig) -> list[str]:
+    """What was set, and does nothing without something else."""
+    errors = []
+    if not config.flatness.every:
+        errors += _without_effect("flatness", config.flatness, "flatness.every")
+    if not config.client.dp_clip:
+        needed = "client.dp-clip"
+        errors += _without_effect("client", config.client, needed, "dp_epsilon", "dp_delta")
+    return errors
+
+
+def _without_effect(name: str, group: Group, needed: str, *keys: str) -> list[str]:
+    """A line for each of a group's `keys`, or of all its keys, that is not as by default."""
+    return [
+        f"{name}.{dashed(key)} = {shown(value)}: has no effect without {needed}; leave it out or "
+        "set that"
+        for key, value in group
+        if (key in keys or not keys) and value != type(group).model_fields[key].default
+    ]
+
+
+def unused(config: CoreConfig) -> list[str]:
+    """What does nothing beside the other settings, one line each.  No mistake: the base of a suite
+    may have what only some of its runs use."""
+    split, on = config.data.partition, config.eval.on
+    idle = {
+        "data.alpha": not split.startswith("dirichlet") and f"with data.partition={split}",
+        "data.min-size": split != "dirichlet" and f"with data.partition={split}",
+        "data.classes-per-client": split != "pathological" and f"with data.partition={split}",
+        "eval.holdout": (on == "server" and "with eval.on=server")
+        or (split == "local" and "with data.partition=local"),
+        "train.keep-optimizer": not config.train.keeps_state
+        and "without train.momentum or train.optimizer=adam",
+    }
+    values, defaults = config.flat(), {key: field.default for key, field in fields()}
+    return [
+        f"{key} = {shown(values[key])} has no effect {why}"
+        for key, why in idle.items()
+        if why and values[key] != defaults[key]
+    ]
 
 
 def _check_engine(config: CoreConfig) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from flwr.serverapp import ServerApp
 
 from fl_common import wire
+from fl_common.checks import unused
 from fl_common.config import ConfigError, methods, resolve
 from fl_common.layout import on
 from fl_server import tracking
@@ -116,7 +117,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
             progress.resumed(run.done)
         else:
             run.recorder.checkpoints.write(run.checkpoint())
-        warnings = run.strategy.warnings(config, run.model)
+        warnings = unused(config) + run.strategy.warnings(config, run.model)
         for name in config.regularizer_names:
             warnings += methods("regularizers")[name].warnings(config)
         for warning in [*warnings, *_unresumable(config)]:

@@ -322,6 +322,8 @@ def _status(listing: str) -> FlowerStatus | None:
     try:
         run = json.loads(listing)["runs"][0]
     except (ValueError, LookupError, TypeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            listing = json.loads(listing)["error-message"].rpartition("\n")[2]
         raise ValueError(" ".join(listing.split())) from None
     if not run["status"].startswith("finished"):
         return None

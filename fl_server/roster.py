@@ -232,12 +232,10 @@ class Roster:
             time.sleep(POLL_S)
 
     def _absence(self, waited: bool) -> str:
-        reasons = [f"{who}: {reason}" for reason, who in by_reason(self.refused, "node")]
-        if waited:
-            reasons.append(f"no reply within {self.exchange.deadline_s:g} s (clients.deadline-s)")
+        when = f" after {self.exchange.deadline_s:g} s (clients.deadline-s)" if waited else ""
         return (
             f"roll call: clients.number = {self.number}, but {len(self.members)} can take part"
-            + "".join(f"; {reason}" for reason in reasons)
+            f"{when}" + "".join(f"; {who}: {why}" for why, who in by_reason(self.refused, "node"))
         )
 
     def refresh(self) -> None:

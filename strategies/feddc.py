@@ -75,7 +75,8 @@ class FedDC(FederatedStrategy):
 
     def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
         corrects = self.params.gradient_correction
-        return super().warnings(config, model) + (control_warnings(model) if corrects else [])
+        told = super().warnings(config, model) if self.params.alpha else []  # else nothing pulls
+        return told + (control_warnings(model) if corrects else [])
 
     def begin(self, w: torch.Tensor) -> None:
         self.deltas, self.controls = WeightedMean(), WeightedMean()

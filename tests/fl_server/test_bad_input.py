@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fl_common.checks import unused
+from fl_common.config import from_text, resolve
 from fl_report.terminal import text
 from fl_server.cli import main
 from fl_server.console import show
@@ -617,6 +619,49 @@ class Net(nn.Module):
             time.sleep(1.0)
         return self.body(x)
 """
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            ["data.partition=iid", "data.alpha=0.1", "data.min-size=2", "eval.holdout=0.3"],
+            [
+                "data.alpha = 0.1 has no effect with data.partition=iid",
+                "data.min-size = 2 has no effect with data.partition=iid",
+                "eval.holdout = 0.3 has no effect with eval.on=server",
+            ],
+        ),
+        (
+            ["data.partition=dirichlet-balanced", "data.alpha=0.1", "data.min-size=2"],
+            ["data.min-size = 2 has no effect with data.partition=dirichlet-balanced"],
+        ),
+        (
+            ["data.classes-per-client=3", "train.keep-optimizer=true"],
+            [
+                "data.classes-per-client = 3 has no effect with data.partition=dirichlet",
+                "train.keep-optimizer = true has no effect without train.momentum or "
+                "train.optimizer=adam",
+            ],
+        ),
+        (
+            ["data.partition=local", "engine.name=grpc", "eval.on=clients", "eval.holdout=0.3"],
+            ["eval.holdout = 0.3 has no effect with data.partition=local"],
+        ),
+        (["data.alpha=0.1", "data.min-size=2", "eval.on=both", "eval.holdout=0.3"], []),
+        (["data.partition=pathological", "data.classes-per-client=3", "data.alpha=0.5"], []),
+        (["train.keep-optimizer=true", "train.momentum=0.9"], []),
+    ],
+)
+def test_what_has_no_effect_beside_the_other_settings(settings, told):
+    assert unused(resolve(from_text(dict(pair.split("=") for pair in settings)))) == told
+
+
+def test_what_has_no_effect_is_told_once(runner, capsys):
+    done = runner("clients.number=2", "run.rounds=2", "data.partition=iid", "data.alpha=0.1")
+    assert done.code == 0
+    line = "warning: data.alpha = 0.1 has no effect with data.partition=iid"
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def test_no_client_within_the_deadline_of_the_roll_call(runner, capsys):

@@ -196,7 +196,8 @@ def test_missing_nodes_are_waited_for_and_both_numbers_said(grid):
     grid.listed = grid.all[:2]
     roster = Roster(Exchange(grid, 1.0, lambda text: None), 3)
     with pytest.raises(
-        RunFailed, match=r"clients.number = 3, but 2 can take part; no reply within 1 s"
+        RunFailed,
+        match=r"clients.number = 3, but 2 can take part after 1 s \(clients.deadline",
     ):
         roster.assemble(nodes_may_come=True)
 

@@ -17,7 +17,7 @@ from fl_server.recorder import ended, read_summary
 from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _run_ray, _Told
 
 FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
-REASON = "roll call: clients.number = 3, but 2 can take part; no reply within 8 s"
+REASON = "roll call: clients.number = 3, but 2 can take part after 8 s (clients.deadline-s)"
 TRACEBACK = (
     "ERROR: ServerApp raised an exception",
     "Traceback (most recent call last):",
@@ -148,3 +148,12 @@ def test_nodes_that_may_take_any_place(
     settings = {"engine.name": "grpc", "engine.connection": connection, "clients.keys": keys}
     assert _run_grpc(resolve(settings), tmp_path) == 0
     assert capsys.readouterr().out.count("warning: clients.keys is not set: ") == warned
+
+
+def test_what_flwr_says_of_a_superlink_that_is_gone_is_told_without_its_json():
+    message = "Using SuperLink: up (127.0.0.1:9093)\n...\n\nConnection to it is unavailable."
+    listing = json.dumps({"success": False, "error-message": message}, indent=2)
+    with pytest.raises(ValueError, match=r"^Connection to it is unavailable\.$"):
+        flower_run._status(listing)
+    with pytest.raises(ValueError, match=r"^no JSON at all$"):
+        flower_run._status("no JSON\n  at all\n")

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from fl_common.config import resolve
+from strategies.feddc import FedDC
 from tests import toy
 from tests.strategies.test_feddyn import clipped
 
@@ -159,3 +161,11 @@ def test_drifts_and_controls_balance_between_clients(on_toy):
     c, h = (np.diff(trace.memory(name), axis=1)[:, 0] for name in "ch")
     assert np.abs(h[1:]).min() > 0.1
     np.testing.assert_allclose(c + h / (7 * 0.05), 0, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0])
+def test_a_proximal_term_is_too_much_only_where_alpha_pulls(alpha):
+    settings = {"strategy.name": "feddc", "regularizers": "proximal", "feddc.alpha": alpha}
+    config = resolve(settings)
+    told = [line for line in FedDC(config).warnings(config, {}) if "pulls already" in line]
+    assert len(told) == (alpha > 0)
