@@ -57,6 +57,7 @@ def suite(args: argparse.Namespace) -> int:
     except SuiteError as error:
         return complain(error.errors)
     failed: list[str] = []
+    code = OK
     try:
         if not (args.table or args.publish):
             failed = suite.run()
@@ -64,14 +65,14 @@ def suite(args: argparse.Namespace) -> int:
         show(suite.picture(table))
         for path in suite.write(table, args.publish):
             print(path)
-    except (OSError, SuiteError) as error:
-        return complain(str(error).splitlines())
+    except (OSError, SuiteError) as error:  # of cells that failed, a full disk may be the reason
+        code = complain(str(error).splitlines())
     except (KeyboardInterrupt, SystemExit) as end:
         print(f"interrupted; go on with: {suite.command(places=True)}", file=sys.stderr)
         return TERMINATED if isinstance(end, SystemExit) else INTERRUPTED
     for name in failed:
         print(f"error: {name} failed; its log: {suite.log(name)}", file=sys.stderr)
-    return FAILED if failed else OK
+    return FAILED if failed else code
 
 
 def grad_norm(args: argparse.Namespace) -> int:

@@ -260,6 +260,14 @@ def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path, capfd):
     assert suite.call("--publish", str(docs)) == 0
     assert (docs / "mini.md").read_text() == (suite.folder / "table.md").read_text()
     assert str(tmp_path) not in json.loads((docs / "mini.json").read_text())["about"]
+    capfd.readouterr()
+
+    # Cells that failed are named where the table cannot be written either.
+    (suite.folder / "table.md").unlink()
+    (suite.folder / "table.md").mkdir()
+    assert suite.call() == 3
+    told = capfd.readouterr().err
+    assert "table.md" in told and "error: broken_seed0 failed; its log: " in told
 
 
 def test_cells_whose_data_cannot_be_read_are_not_tried_one_after_the_other(tmp_path, capfd):
