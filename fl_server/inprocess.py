@@ -125,8 +125,8 @@ class InProcessGrid(Grid):
         stale = {m.metadata.message_id for m in waiting if _phase(m) != _phase(work)}
         self._queue = {key: m for key, m in self._queue.items() if key not in stale}
         if self._pool:
-            for key in self._pool.withdraw(stale):
-                del self._out[key]
+            self._out = {key: m for key, m in self._out.items() if key not in stale}
+            self._pool.withdraw(stale)
 
     def _to_workers(self) -> None:
         """All work that is queued."""

@@ -112,11 +112,15 @@ class Pool:
         self.jobs.extend(jobs)
         self._hand_out()
 
-    def withdraw(self, keys: Collection[str]) -> list[str]:
-        """Take back those of these jobs that no worker has yet; gives their keys."""
-        taken = [job.key for job in self.jobs if job.key in keys]
+    def withdraw(self, keys: Collection[str]) -> None:
+        """Forget these jobs, for which nobody waits any more.  A worker that is at one of them may
+        be so for ever: a new one takes its place."""
+        for worker in self.workers:
+            if worker.jobs and worker.jobs[0][0].key in keys:
+                worker.jobs.popleft()
+                self._replace(worker)
         self.jobs = deque(job for job in self.jobs if job.key not in keys)
-        return taken
+        self._hand_out()
 
     def collect(self) -> list[Done]:
         """What is done, at least one if a job is under way, unless it takes longer than WAIT_S."""
@@ -158,8 +162,7 @@ class Pool:
         except (BrokenPipeError, ConnectionResetError):
             if worker.jobs:
                 return False
-            self._end(worker)
-            self.workers[i] = self._fork()
+            self._replace(worker)
             return True
         del worker.released[: len(released)]
         worker.jobs.append((self.jobs.popleft(), sent))
@@ -172,11 +175,15 @@ class Pool:
                 worker.connection, sent, worker.released.append
             )
         except (EOFError, OSError):
-            status = self._end(worker)
-            self.jobs.extendleft(job for job, _ in reversed(worker.jobs))  # it had not begun them
-            self.workers[self.workers.index(worker)] = self._fork()
-            return Done(job.key, error=f"its worker process died ({_how(status)})")
+            return Done(job.key, error=f"its worker process died ({_how(self._replace(worker))})")
         return Done(job.key, content, state, header.get("error", ""))
+
+    def _replace(self, worker: _Worker) -> int:
+        """End it and start another, which is given what it had not begun; gives its status."""
+        status = self._end(worker)
+        self.jobs.extendleft(job for job, _ in reversed(worker.jobs))
+        self.workers[self.workers.index(worker)] = self._fork()
+        return status
 
     def _fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
