@@ -17,6 +17,10 @@ HEAD = """\
 `python -m fl_report.methods` writes this page from the code. A strategy is chosen with
 `strategy.name`, regularizers with `regularizers=one,another`; each has the keys listed with it.
 `flatfed run` refuses what has no meaning together, with the reason, before anything starts.
+
+N is the number of clients and S a round's cohort. Of a round, w is the model that is sent, theta_i
+what client i has trained, and Delta_i = theta_i - w. Client i has n_i samples, which are p_i of the
+cohort's and omega_i times the mean of all clients'; it takes K_i steps with the learning rate eta.
 """
 WORKS, NEEDLESS, REFUSED, PART = "yes", "needless", "no", "part of it"
 
@@ -39,7 +43,10 @@ def _section(name: str, cls: type[Any], last: str) -> str:
     table = [f"| `{key}` | {_default(field)} | {_cell(meaning(field))} |" for key, field in keys]
     if table:
         table = ["| key | default | |", "|---|---|---|", *table, ""]
-    own = f"```\n{inspect.getdoc(cls)}\n```\n"
+    rules, plain = [inspect.getdoc(cls)], methods("strategies")["fedavg"].Rule
+    if (rule := getattr(cls, "Rule", plain)) is not plain:
+        rules.append(f"Client: {inspect.getdoc(rule)}")
+    own = "\n".join(["```", *rules, "```\n"])
     return "\n".join([f"### `{name}`\n", f"{module}\n", own, *table, f"{last}\n"])
 
 
@@ -70,9 +77,10 @@ def _kept(cls: type[Any]) -> str:
 
 def _held(cls: type[Any]) -> str:
     remembered = ", ".join(cls.memory) or "nothing"
+    models = f"{cls.copies or 'no'} model{'s' * (cls.copies > 1)}"
     return (
-        f"Neutral, the plain run bit for bit: `{cls.neutral}`. A client holds {cls.copies} "
-        f"models more in a round, and remembers {remembered}. Nothing more travels."
+        f"Neutral, the plain run bit for bit: `{cls.neutral}`. A client holds {models} more in a "
+        f"round, and remembers {remembered}. Nothing more travels."
     )
 
 

@@ -36,11 +36,13 @@ class FedDCParams(ControlParams):
 
 
 class FedDCRule(ClientRule):
+    """grad += alpha_i (theta - w + h_i) + c / omega_i - c_i, alpha_i = alpha / omega_i;
+    h_i <- h_i + Delta_i;  c_i <- c_i - c / omega_i - Delta_i / (K_i eta)."""
+
     params: FedDCParams
     memory = ("h", "c")
 
     def correction(self, sent: Flat, memory: Flat) -> Affine:
-        """grad += alpha_i (theta - w + h_i) + c / omega_i - c_i."""
         params, work = self.params, self.work
         omega_i = params.omega(work)
         terms = Affine.pull(params.alpha / omega_i, sent[PARAMS] - memory["h"]) or Affine()

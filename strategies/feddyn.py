@@ -48,6 +48,8 @@ class FedDynParams(DriftParams):
 
 
 class FedDynRule(ClientRule):
+    """grad += alpha_i (theta - w + h_i);  h_i <- h_i + Delta_i."""
+
     params: FedDynParams
     memory = ("h",)
 
@@ -56,7 +58,6 @@ class FedDynRule(ClientRule):
         return self.params.alpha
 
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:
-        """grad += alpha_i (theta - w + h_i)."""
         alpha_i = self.alpha / self.params.omega(self.work)
         return self.params.pull(alpha_i, memory["h"], sent[PARAMS])
 

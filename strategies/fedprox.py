@@ -28,6 +28,8 @@ class FedProxParams(Group):
 
 
 class FedProxRule(ClientRule):
+    """grad += mu (theta - w), before clipping."""
+
     params: FedProxParams
 
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:
@@ -35,7 +37,7 @@ class FedProxRule(ClientRule):
 
 
 class FedProx(FedAvg):
-    """The server's rule is FedAvg's; grad += mu (theta - w), before clipping."""
+    """The server's rule is FedAvg's."""
 
     name = "fedprox"
     Params = FedProxParams

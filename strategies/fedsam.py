@@ -47,19 +47,18 @@ class MoFedSAMParams(Group):
 
 
 class MoFedSAMRule(ClientRule):
+    """grad <- beta grad + (1 - beta) m."""
+
     params: MoFedSAMParams
 
     def correction(self, sent: Flat, memory: Flat) -> Affine:
-        """grad <- beta grad + (1 - beta) m."""
         beta = self.params.beta
         return Affine(constant=(1 - beta) * sent["m"], scale=beta)
 
 
 class MoFedSAM(FederatedStrategy):
-    """w <- w + mean_S Delta_i;  m <- -mean_S Delta_i / (K_i eta), the cohort's mean direction.
-
-    The authors' code takes one nominal K; K_i is client i's own.
-    """
+    """w <- w + mean_S Delta_i;  m <- -mean_S Delta_i / (K_i eta), the cohort's mean direction, with
+    client i's own K_i where the authors' code has one nominal K."""
 
     name = "mofedsam"
     Params = MoFedSAMParams

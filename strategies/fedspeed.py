@@ -27,7 +27,8 @@ class FedSpeedParams(DriftParams):
 
 
 class FedSpeedRule(FedDynRule):
-    """grad = (1 - alpha) g(theta) + alpha g(theta + eps) + lambda_i (theta - w + h_i)."""
+    """grad = (1 - alpha) g(theta) + alpha g(theta + eps) + lambda_i (theta - w + h_i), with
+    lambda_i = lambda / omega_i and eps = rho g / ||g||;  h_i <- h_i + Delta_i."""
 
     params: FedSpeedParams
 

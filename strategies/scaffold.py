@@ -62,11 +62,12 @@ def control_warnings(model: Flat) -> list[str]:
 
 
 class ScaffoldRule(ClientRule):
+    """grad += c / omega_i - c_i;  c_i <- c_i - c / omega_i - Delta_i / (K_i eta)."""
+
     params: ScaffoldParams
     memory = ("c",)
 
     def correction(self, sent: Flat, memory: Flat) -> Affine:
-        """grad += c / omega_i - c_i."""
         return Affine(constant=sent["c"] / self.params.omega(self.work) - memory["c"])
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
