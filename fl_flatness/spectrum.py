@@ -11,7 +11,6 @@ eigenvalue that occurs several times counts once, until the basis spans the whol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import pi, sqrt
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
@@ -155,11 +154,6 @@ class Density:
     """(m,) float64, in ascending order."""
     weights: torch.Tensor
     """(m,) float64, of sum 1."""
-
-    def smooth(self, grid: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The density at `grid` (n,), each node a Gaussian of width `sigma`."""
-        z = (grid[:, None] - self.nodes) / sigma
-        return torch.exp(-(z**2) / 2) @ self.weights / (sigma * sqrt(2 * pi))
 
 
 def density(curvature: Curvature, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:

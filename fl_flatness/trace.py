@@ -17,7 +17,7 @@ from fl_common.deferred import torch
 from fl_common.determinism import seed_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from fl_flatness.products import Curvature
     from fl_flatness.spectrum import Lanczos
@@ -41,32 +41,9 @@ def hutchinson(
     within: a basis whose share of the trace is known, the sum of its alpha.  Once the largest
         eigenvalues were computed this makes a Hutch++ of the probes, for no further product.
     """
-    known, basis = (sum(within.alpha), within.basis) if within else (0.0, [])
-    return _rest(curvature, probes, seed, known, basis)
-
-
-def hutch_pp(curvature: Curvature, *, products: int, seed: int = 0) -> Estimate:
-    """tr H from `products` products, at least 4: a third for Q, a third for tr Q H Q^T.
-
-    It beats as many probes of `hutchinson` where the largest eigenvalues make most of the sum of
-    squares, and loses where the spectrum is flat: there a third of the probes is left.
-    """
-    if products < 4:
-        raise ValueError(f"{products} products: hutch++ needs 4 or more")
-    rank = min(products // 3, curvature.d)
-    drawn = list(signs(curvature, rank, seed_of("flatness-sketch", seed)))
-    sketch = torch.cat([curvature.products(v) for v in drawn])
-    basis = torch.linalg.qr(sketch.T).Q.T.contiguous()
-    known = sum(float((q * curvature.products(q)).sum()) for q in basis.split(BLOCK))
-    return _rest(curvature, products - 2 * rank, seed, known, list(basis))
-
-
-def _rest(
-    curvature: Curvature, probes: int, seed: int, known: float, basis: Sequence[torch.Tensor]
-) -> Estimate:
-    """`known`, and the trace of what is orthogonal to `basis`."""
     if probes < 2:
         raise ValueError(f"{probes} probes: a trace with its standard error needs 2 or more")
+    known, basis = (sum(within.alpha), within.basis) if within else (0.0, [])
     values = []
     for vectors in signs(curvature, probes, seed):
         for q in basis:
@@ -106,15 +83,6 @@ def diagonal(curvature: Curvature, *, probes: int, seed: int = 0) -> Diagonal:
     mean = sums.sum(0) / probes
     variance = (squares / probes - mean**2).clamp_min(0) * probes / (probes - 1)
     return Diagonal(sums * 2 / probes, (variance / probes).sqrt())
-
-
-def exact_diagonal(curvature: Curvature) -> torch.Tensor:
-    """diag H (d,) from d products; for small networks, or a few of the parameters."""
-    found = torch.zeros(curvature.d, dtype=torch.float64, device=curvature.device)
-    for rows in torch.arange(curvature.d, device=curvature.device).split(BLOCK):
-        units = torch.nn.functional.one_hot(rows, curvature.d).double()
-        found[rows] = (units * curvature.products(units)).sum(1)
-    return found
 
 
 def signs(curvature: Curvature, count: int, seed: int) -> Iterator[torch.Tensor]:

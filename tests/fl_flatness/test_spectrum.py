@@ -129,8 +129,7 @@ def test_density_of_three_eigenvalues():
 
 
 def test_density_of_a_network():
-    """A start vector v and m steps integrate v^T H^p v exactly up to p = 2 m - 1.  Smoothed, the
-    mass stays 1."""
+    """A start vector v and m steps integrate v^T H^p v exactly up to p = 2 m - 1."""
     curvature, h = curvature_of(relu_mlp)
     seen = density(curvature, probes=1, steps=4)
     lanczos = Lanczos(curvature, seed_of("flatness-density", 0, 0))
@@ -141,7 +140,5 @@ def test_density_of_a_network():
         assert moment == pytest.approx((v @ power).item(), rel=1e-9)
         power = h @ power
     assert moment != pytest.approx((v @ power).item(), rel=1e-9)
-    grid = torch.linspace(-3, 3, 6001, dtype=torch.float64)
-    assert torch.trapezoid(seen.smooth(grid, 0.05), grid).item() == pytest.approx(1)
     again = density(curvature, probes=1, steps=4)
     assert torch.equal(seen.weights, again.weights)

@@ -7,7 +7,7 @@ import torch
 from small_nets import NETS, curvature_of, quadratic, relu_mlp
 
 from fl_flatness.spectrum import Lanczos, eigenpairs
-from fl_flatness.trace import diagonal, exact_diagonal, hutch_pp, hutchinson
+from fl_flatness.trace import diagonal, hutchinson
 
 
 @pytest.mark.parametrize("factory", NETS)
@@ -19,7 +19,6 @@ def test_traces_are_within_three_standard_errors(factory):
     for found in (
         hutchinson(curvature, probes=200),
         hutchinson(curvature, probes=50, within=lanczos),
-        hutch_pp(curvature, products=60),
     ):
         assert abs(found.value - exact) < 3 * found.error
         assert found.error < 0.2 * h.norm()
@@ -62,18 +61,6 @@ def test_a_known_subspace_lowers_the_error_for_the_same_products():
     assert known.error < 0.7 * plain.error
 
 
-def test_when_hutch_pp_is_the_cheaper_one():
-    """Ten outliers of 100 and 90 ones: a third of 60 products finds all outliers.  With +-1 alone
-    there is nothing to find, and a third of the probes has sqrt(3) times the error."""
-    outliers, h = rotated(*[100.0] * 10, *[1.0] * 90)
-    assert hutch_pp(outliers, products=60).error < 0.05 * hutchinson(outliers, probes=60).error
-    found = hutch_pp(outliers, products=60)
-    assert abs(found.value - h.trace().item()) < 3 * found.error
-    flat, _ = rotated(*[1.0, -1.0] * 50)
-    ratio = hutch_pp(flat, products=60).error / hutchinson(flat, probes=60).error
-    assert 1.1 < ratio < 2.3
-
-
 def test_within_the_whole_space_it_is_exact():
     curvature, h = curvature_of(relu_mlp)
     lanczos = Lanczos(curvature, 0)
@@ -88,7 +75,6 @@ def test_within_the_whole_space_it_is_exact():
 def test_diagonals_are_within_three_standard_errors(factory):
     """Chance leaves 1 in 370 entries outside; of about 100, at most two."""
     curvature, h = curvature_of(factory)
-    torch.testing.assert_close(exact_diagonal(curvature), h.diagonal(), rtol=1e-9, atol=1e-13)
     found = diagonal(curvature, probes=400)
     off = (found.mean - h.diagonal()).abs() > 3 * found.error + 1e-13
     assert off.sum() <= 2
@@ -121,7 +107,6 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
     curvature, _ = curvature_of(relu_mlp)
     for estimate in (
         lambda seed: hutchinson(curvature, probes=11, seed=seed).value,
-        lambda seed: hutch_pp(curvature, products=11, seed=seed).value,
         lambda seed: float(diagonal(curvature, probes=12, seed=seed).mean[0]),
     ):
         assert estimate(0) == estimate(0) != estimate(1)
@@ -131,7 +116,5 @@ def test_too_few_probes_are_refused():
     curvature = quadratic(1, 2)
     with pytest.raises(ValueError, match=r"1 probes: .* needs 2"):
         hutchinson(curvature, probes=1)
-    with pytest.raises(ValueError, match=r"3 products: .* needs 4"):
-        hutch_pp(curvature, products=3)
     with pytest.raises(ValueError, match=r"3 probes: .* even number"):
         diagonal(curvature, probes=3)
