@@ -274,9 +274,9 @@ def stack(vectors: Tensors, slots: Sequence[Slot], device: torch.device) -> Tens
     ]
 
 
-def padded(parts: Tensors, value: int = 0, length: int = 0) -> torch.Tensor:
-    """Tensors (n_i, ...) side by side, filled up to the longest, or to `length`."""
-    length = max(length, *map(len, parts))
+def padded(parts: Tensors, value: int = 0) -> torch.Tensor:
+    """Tensors (n_i, ...) side by side, filled up to the longest."""
+    length = max(map(len, parts))
     if all(len(part) == length for part in parts):
         return torch.stack(parts)
     whole = parts[0].new_full((len(parts), length, *parts[0].shape[1:]), value)

@@ -1,8 +1,8 @@
 """The configuration: every key, its default, range, unit and meaning, in one typed model.
 
 Keys are `group.name` with dashes (`clients.per-round`); the methods' own groups come from their
-files in strategies/ and regularizers/.  `resolve` turns raw values into a `Config` or raises one
-`ConfigError` that holds every mistake.
+files in strategies/ and regularizers/.  `resolve` turns raw values into a `CoreConfig` or raises
+one `ConfigError` that holds every mistake.
 """
 
 from __future__ import annotations
@@ -386,9 +386,6 @@ class CoreConfig(Group):
         """All keys with their values, as in Flower's run config."""
         values = flatten(self.model_dump(by_alias=True))
         return {key: values[key] for key, _ in fields()}
-
-
-Config = CoreConfig
 
 
 class ConfigError(ValueError):

@@ -46,9 +46,7 @@ LOOPBACK = ("localhost", "127.0.0.1")
 """The SuperLink's own processes call it so."""
 
 
-def make_certificates(
-    folder: Path, hosts: Sequence[str], *, days: float = 365, name: str = "FlatFed"
-) -> None:
+def make_certificates(folder: Path, hosts: Sequence[str], *, days: float = SERVER_DAYS) -> None:
     """Write a CA's certificate and the certificate and key of a server that is reached as `hosts`
     (names or IP addresses) into `folder`.
 
@@ -56,9 +54,9 @@ def make_certificates(
     Raises KeysError for a host that is none, OSError.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    ca, ca_key = _authority(days, name)
+    ca, ca_key = _authority(days)
     _write(folder / CA, ca.public_bytes(Encoding.PEM), 0o644)
-    _write_server(folder, hosts, days, name, ca, ca_key)
+    _write_server(folder, hosts, days, ca, ca_key)
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,12 @@ def issue(
         (folder / NODES).mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         if ca is None:
-            ca, ca_key = _authority(max(days, CA_DAYS), "FlatFed")
+            ca, ca_key = _authority(max(days, CA_DAYS))
             _write(folder / CA_KEY, _pem(ca_key), 0o600)
             _write(folder / CA, ca.public_bytes(Encoding.PEM), 0o644)
         if hosts:
             names = dict.fromkeys([*hosts, *LOOPBACK])
-            _write_server(folder, list(names), days, "FlatFed", ca, ca_key)
+            _write_server(folder, list(names), days, ca, ca_key)
         new = sorted(set(range(nodes)) - set(keys))
         for partition in new:
             make_node_key(folder / NODES / str(partition))
@@ -155,9 +153,9 @@ def make_node_key(path: Path) -> Path:
     return public
 
 
-def _authority(days: float, name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def _authority(days: float) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """A new CA."""
-    key, issuer = _key(), _name(f"{name} CA")
+    key, issuer = _key(), _name("FlatFed CA")
     ca = (
         _certificate(issuer, issuer, key.public_key(), key, datetime.now(UTC) + _days(days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -171,14 +169,13 @@ def _write_server(
     folder: Path,
     hosts: Sequence[str],
     days: float,
-    name: str,
     ca: x509.Certificate,
     ca_key: ec.EllipticCurvePrivateKey,
 ) -> None:
     """A new key and certificate of the server, which holds no longer than the CA."""
     key, end = _key(), min(datetime.now(UTC) + _days(days), ca.not_valid_after_utc)
     server = (
-        _certificate(_name(f"{name} SuperLink"), ca.subject, key.public_key(), ca_key, end)
+        _certificate(_name("FlatFed SuperLink"), ca.subject, key.public_key(), ca_key, end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)

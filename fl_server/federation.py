@@ -24,7 +24,7 @@ from fl_common import files, processes
 from fl_server.flower_run import BIN, ENVIRONMENT, without_colours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 CONNECTION = "up"
 MARK = "FLATFED_UP"
@@ -121,7 +121,6 @@ def up(
     insecure: bool = False,
     data_paths: Sequence[str] = (),
     node_options: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> None:
     """Start a federation of `clients` nodes and wait until all are online.
 
@@ -145,13 +144,13 @@ def up(
         starting = Federation(home(), clients, insecure)
         starting.start(data_paths, node_options)
     safety = "no encryption" if insecure else "TLS, one key per node"
-    say(f"{_nodes(clients)} online on SuperLink {starting.address} ({safety})")
-    say(f"logs: {starting.folder / 'logs'}")
-    say(f"next: flatfed run engine.name=grpc clients.number={clients}")
-    say("      flatfed down")
+    print(f"{_nodes(clients)} online on SuperLink {starting.address} ({safety})")
+    print(f"logs: {starting.folder / 'logs'}")
+    print(f"next: flatfed run engine.name=grpc clients.number={clients}")
+    print("      flatfed down")
 
 
-def down(say: Callable[[str], None] = print) -> None:
+def down() -> None:
     """End what `up` started, with all below it, and wait until it is gone.
 
     Raises:
@@ -168,7 +167,7 @@ def down(say: Callable[[str], None] = print) -> None:
         if left := processes.end(known, STOP_GRACE):
             raise FederationError(f"processes {sorted(left)} cannot be ended")
         (home() / "state.json").unlink(missing_ok=True)
-    say(f"the federation is down: SuperLink and {_nodes(state['clients'])} ended")
+    print(f"the federation is down: SuperLink and {_nodes(state['clients'])} ended")
 
 
 def _nodes(count: int) -> str:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from fl_server.federation import Connection
@@ -92,9 +92,7 @@ def of_flower(pem: bytes) -> str:
         return ""
 
 
-def register(
-    keys: Mapping[int, str], link: Connection, *, remove: bool, say: Callable[[str], None] = print
-) -> None:
+def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None:
     """Tell the SuperLink of `link` of every key that it has not yet, one line each.
 
     With `remove`, nodes whose key is not among `keys` are unregistered.
@@ -131,18 +129,18 @@ def register(
                 for partition in sorted(keys):
                     key, name = keys[partition], names[keys[partition]]
                     if key in there:
-                        say(f"{name}: is registered already ({there[key].status})")
+                        print(f"{name}: is registered already ({there[key].status})")
                     else:
                         pem = load_ssh_public_key(key.encode()).public_bytes(
                             Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
                         )
                         made = client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
-                        say(f"{name}: registered, Flower's node {made.node_id}")
+                        print(f"{name}: registered, Flower's node {made.node_id}")
                 for key in there if remove else ():
                     if key not in names:
                         id_ = there[key].node_id
                         client.UnregisterNode(UnregisterNodeRequest(node_id=id_))
-                        say(f"Flower's node {id_}: unregistered, its key is not in the file")
+                        print(f"Flower's node {id_}: unregistered, its key is not in the file")
             finally:
                 client.close()
     except (click.ClickException, httpx.HTTPError, OSError, ValueError) as error:

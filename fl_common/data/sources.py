@@ -14,12 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fl_common.data import cache, layouts
-from fl_common.data.cache import default_cache_dir
 from fl_common.data.catalogue import SOURCES
 from fl_common.data.errors import DataError
 from fl_common.own import told
-
-__all__ = ["Dataset", "Split", "default_cache_dir", "load"]
 
 _DECODER = 1  # part of every key: to be raised when the same files give other arrays
 
@@ -101,7 +98,7 @@ def load(
     drawn = source == "synthetic" or (info.resizable and not layout.test)
     key = [_DECODER, source, layouts.fingerprint(layout), seed if drawn else 0, image_size]
     name = f"{source}-{_digest(key)[:16]}"
-    root = Path(cache_dir or default_cache_dir())
+    root = Path(cache_dir or cache.default_cache_dir())
     entry = cache.fetch(root / "datasets", name, make)
     splits = {s: Split(entry.arrays[f"{s}_x"], entry.arrays[f"{s}_y"]) for s in ("train", "test")}
     return _dataset(splits, tuple(entry.facts["classes"]), sorted(entry.sha256.items()))
