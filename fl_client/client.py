@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fl_client.graphs import BeginAnew, Graphs, records
 from fl_client.optimizers import SGD, Adam
@@ -333,8 +333,8 @@ class Clients:
     def _reply(up: Flat, content: RecordDict, metrics: dict[str, Any]) -> RecordDict:
         """The vectors in the records in which they came; those that are new to it, in the first."""
         records: dict[str, Flat] = {wire.ARRAYS: dict(up)}
-        for name, record in content.items():
-            if isinstance(record, ArrayRecord) and name not in (wire.ARRAYS, wire.MEMORY):
+        for name, record in wire.array_records(content).items():
+            if name not in (wire.ARRAYS, wire.MEMORY):
                 records[name] = {key: records[wire.ARRAYS].pop(key) for key in record if key in up}
         packed = {name: wire.pack(vectors) for name, vectors in records.items()}
         return RecordDict({**packed, wire.METRICS: MetricRecord(metrics)})

@@ -40,11 +40,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)  # the new name too
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk.  Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name too
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def read_object(path: Path) -> dict[str, Any]:

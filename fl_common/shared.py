@@ -102,8 +102,7 @@ def tensors_in(records: Sequence[RecordDict]) -> list[torch.Tensor]:
     return [
         array.tensor
         for record_dict in records
-        for record in record_dict.values()
-        if isinstance(record, ArrayRecord)
+        for record in wire.array_records(record_dict).values()
         for array in record.values()
         if isinstance(array, wire.TensorArray)
     ]

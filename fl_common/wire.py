@@ -172,8 +172,7 @@ def _arrays(messages: Iterable[Message]) -> list[tuple[TensorArray, ArrayRecord,
     return [
         (array, record, key)
         for message in messages
-        for record in message.content.values()
-        if isinstance(record, ArrayRecord)
+        for record in array_records(message.content).values()
         for key, array in record.items()
         if isinstance(array, TensorArray)
     ]
@@ -197,14 +196,15 @@ def unpack(record: ArrayRecord) -> dict[str, torch.Tensor]:
 
 def vectors(content: RecordDict) -> dict[str, torch.Tensor]:
     """All tensors of a message but a memory given back, to be read only."""
+    records = [record for name, record in array_records(content).items() if name != MEMORY]
+    return {name: tensor for record in records for name, tensor in unpack(record).items()}
+
+
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """The records of a message that hold arrays, by name."""
     # Not content.array_records: that view and its content would keep each other, and the model in
     # them, alive until the next sweep of the garbage collector.
-    records = [
-        record
-        for name, record in content.items()
-        if isinstance(record, ArrayRecord) and name != MEMORY
-    ]
-    return {name: tensor for record in records for name, tensor in unpack(record).items()}
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def payload_bytes(record: ArrayRecord) -> int:

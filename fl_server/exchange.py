@@ -8,7 +8,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fl_common import wire
@@ -331,10 +331,7 @@ def _accept(name: int, early: dict[int, Message], outcome: Outcome) -> Iterator[
 
 def payload_bytes(message: Message) -> int:
     """numel x itemsize of all arrays of a message."""
-    # Not content.array_records: that view and its content would keep each other, and the model in
-    # them, alive until the next sweep of the garbage collector.
-    records = (record for record in message.content.values() if isinstance(record, ArrayRecord))
-    return sum(map(wire.payload_bytes, records))
+    return sum(map(wire.payload_bytes, wire.array_records(message.content).values()))
 
 
 def reason_of(reply: Message) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_common.config import AUTO
 from fl_common.failures import reason
+from fl_common.wire import array_records
 from fl_server.workers import Job, Pool
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class InProcessGrid(Grid):
 
 def _is_work(message: Message) -> bool:
     """The roll call, which has no arrays, is answered at once."""
-    return any(isinstance(record, ArrayRecord) for record in message.content.values())
+    return bool(array_records(message.content))
 
 
 def _phase(message: Message) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fl_common.data.errors import DataError
-from fl_common.files import absolute_path
+from fl_common.files import absolute_path, sync_folder
 
 _log = logging.getLogger(__name__)
 _META = "meta.json"
@@ -83,7 +83,7 @@ class Writer:
         with (self._folder / _META).open("w") as file:
             json.dump({"arrays": self._meta, "facts": facts}, file, indent=1)
             _sync(file)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
 
 def fetch(root: Path, name: str, make: Callable[[Writer], dict[str, Any]]) -> Entry:
@@ -142,7 +142,7 @@ def _make(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> None:
         writer.close(make(writer))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -150,11 +150,3 @@ def _make(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> None:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
