@@ -31,6 +31,8 @@ from fl_report.series import (
     OF_CLIENTS,
     SHARE_OF_BEST,
     curve,
+    evaluated,
+    final_loss,
     last,
     reached,
     refusal_counts,
@@ -81,9 +83,9 @@ def _status(run: Run) -> Markup:
 def numbers(run: Run) -> Markup:
     """The headline numbers of one run."""
     summary, config = run.summary, run.config
-    evaluated = [row for row in run.rows if row.get("accuracy") is not None]
-    best = max(evaluated, key=lambda row: row["accuracy"], default={})
-    end = evaluated[-1] if evaluated else {}
+    rows = evaluated(run)
+    best = max(rows, key=lambda row: row["accuracy"], default={})
+    end = rows[-1] if rows else {}
     up, down = sent(run)
     rounds, drawn = config.get("run.rounds"), config.get("clients.per-round")
     cells = [
@@ -137,7 +139,7 @@ def side_by_side(runs: Sequence[Run]) -> Markup:
             _status(run),
             accuracy(accuracies[-1] if accuracies else None),
             accuracy(max(accuracies, default=None)),
-            loss(last(run, "loss")),
+            loss(final_loss(run)),
             number(len(run.rows)),
             *map(size, sent(run)),
             seconds(run.summary.get("wall_s")),
@@ -165,7 +167,7 @@ def _means(groups: Sequence[Alike]) -> Markup:
     for i, group in enumerate(groups):
         known = [curve(run, "accuracy")[1] for run in group.counted]
         known = [accuracies for accuracies in known if accuracies]
-        losses = [found for run in group.counted if (found := last(run, "loss")) is not None]
+        losses = [final_loss(run) for run in group.counted if evaluated(run)]
         up, down = (mean(sizes) for sizes in zip(*map(sent, group.counted), strict=True))
         times = [run.summary["wall_s"] for run in group.counted if "wall_s" in run.summary]
         rows.append([
@@ -173,7 +175,7 @@ def _means(groups: Sequence[Alike]) -> Markup:
             number(len(group.counted)) + _out_of(group),
             _spread([accuracies[-1] for accuracies in known]),
             _spread([max(accuracies) for accuracies in known]),
-            _spread(losses),
+            _spread([] if None in losses else losses),
             size(round(up)),
             size(round(down)),
             seconds(mean(times) if times else None),

@@ -69,6 +69,16 @@ def last(run: Run, key: str) -> Any:
     return next((row[key] for row in reversed(run.rows) if row.get(key) is not None), None)
 
 
+def evaluated(run: Run) -> list[dict[str, Any]]:
+    """The rows of rounds that were evaluated."""
+    return [row for row in run.rows if row.get("accuracy") is not None]
+
+
+def final_loss(run: Run) -> float | None:
+    """The loss of the last evaluation; None without one, and where it was not finite."""
+    return next((row.get("loss") for row in reversed(evaluated(run))), None)
+
+
 def sized(count: float) -> str:
     """Bytes, as three digits and a unit of powers of ten."""
     scaled, unit = float(count), "B"

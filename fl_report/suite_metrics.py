@@ -132,7 +132,7 @@ KINDS: dict[str, Kind] = {
     ),
     "accuracy-sel": Kind("accuracy of the cohort's mean [%]", 1, _accuracy("accuracy_sel")),
     "accuracy-all": Kind("accuracy of all last models' mean [%]", 1, _accuracy("accuracy_all")),
-    "loss": Kind("test loss", 3, _column("loss")),
+    "loss": Kind("test loss", 3, lambda run, _, __: series.final_loss(run)),
     "lambda-max": Kind("lambda_max", 2, _column("lambda_max")),
     "trace": Kind("trace", 0, _column("trace")),
     "h-n": Kind("H_N", 1, _column("h_n")),

@@ -52,8 +52,7 @@ def _lines(run: Run, target: float | None) -> list[tuple[str, str]]:
     status = str(summary.get("status", "unknown"))
     if status != "completed":
         found["status"] = f"{status}: {summary['error']}" if "error" in summary else status
-    evaluated = [row for row in run.rows if row.get("accuracy") is not None]
-    if evaluated:
+    if evaluated := series.evaluated(run):
         best = max(evaluated, key=lambda row: row["accuracy"])
         last = evaluated[-1]["accuracy"]
         found["accuracy"] = f"{last:.4f}, best {best['accuracy']:.4f} in round {best['round']}"
@@ -81,8 +80,8 @@ def _lines(run: Run, target: float | None) -> list[tuple[str, str]]:
 def several_runs(runs: Sequence[Run], target: float | None = None) -> Table:
     """What `compare.table` tells, and loss, time, when the target was reached, what was refused,
     the model, and the folder where it is not what one would think."""
-    losses = [series.loss_told(series.last(run, "loss")) if run.rows else "" for run in runs]
-    more = {"loss": losses}
+    told = series.loss_told
+    more = {"loss": [told(series.final_loss(r)) if series.evaluated(r) else "" for r in runs]}
     more["s"] = [f"{run.summary['wall_s']:.0f}" if "wall_s" in run.summary else "" for run in runs]
     if target is not None:
         found = [series.reached(run, target) for run in runs]

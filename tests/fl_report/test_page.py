@@ -29,6 +29,7 @@ from fl_report.page import summary_table, write
 from fl_report.seeds import alike
 from fl_report.series import curve, local_gain, reached, states_of
 from fl_report.settings import command, different_data
+from fl_report.suite_metrics import KINDS as METRICS
 from fl_report.terminal import text
 from fl_server.cli import main
 
@@ -263,6 +264,21 @@ def test_several_runs_in_a_table(tmp_path: Path):
     }  # fmt: skip
     assert all(line.split()[0] in ("run", "fedavg", "feddyn", "accuracy:") or "──" in line
                for line in text(table).splitlines() if line)  # fmt: skip
+
+
+def test_a_loss_is_that_of_the_last_evaluation(tmp_path: Path):
+    """Not of an earlier one where it was not finite; nothing where there was none."""
+    diverged = folder_of(tmp_path / "diverged", [row(1, 0.8), row(2, 0.1, loss=None)])
+    other = CONFIG | {"strategy.name": "feddyn"}
+    early = folder_of(tmp_path / "early", [row(1)], other, status="failed")
+    runs = read([diverged, early])
+    cells = {str(column.header): list(column.cells) for column in summary_table(runs).columns}
+    assert cells["loss"] == ["not finite", ""]
+    assert METRICS["loss"].read(runs[0], 0, {}) is None
+    seeded = folder_of(tmp_path / "seed", [row(1, 0.9)], CONFIG | {"run.seed": 5})
+    page = Page(write([diverged, early, seeded], tmp_path / "page.html").read_text())
+    assert [line[4] for line in page.tables["Runs"]] == ["loss", "—", "—", "1.0000"]
+    assert [line[4] for line in page.tables["Means over seeds"]] == ["loss", "—", "—"]
 
 
 def test_brackets_are_no_markup_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
