@@ -98,14 +98,14 @@ def engine_of(grid: Grid) -> str:
 def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progress) -> None:
     """All rounds of a run, from the roll call to the final model."""
     try:
-        exchange = Exchange(grid, config.clients.deadline_s, progress.note)
-        if engine_of(grid) == "grpc":
+        engine, clients = engine_of(grid), config.clients
+        exchange = Exchange(grid, clients.deadline_s, progress.note)
+        if engine == "grpc":
             exchange.held_bytes = HELD_BYTES
             wire.receive_in_pieces()
-        clients = config.clients
-        keys = _keys(clients.keys, engine_of(grid)) if clients.keys else None
+        keys = _keys(clients.keys, engine) if clients.keys else None
         roster = Roster(exchange, clients.number, clients.return_s, keys)
-        roster.assemble(nodes_may_come=engine_of(grid) == "grpc")
+        roster.assemble(nodes_may_come=engine == "grpc")
         exchange.locate = roster.locate
         first = roster.members[0]
         _check_data(config, roster)
@@ -120,7 +120,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         warnings = unused(config) + run.strategy.warnings(config, run.model)
         for name in config.regularizer_names:
             warnings += methods("regularizers")[name].warnings(config)
-        for warning in [*warnings, *_unresumable(config)]:
+        for warning in [*warnings, *_unresumable(config, engine)]:
             progress.note(f"warning: {warning}")
         recorder.track(config, progress.note)
         run.play()
@@ -134,9 +134,10 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
     progress.note(_closing(summary, recorder.folder))
 
 
-def _unresumable(config: CoreConfig) -> list[str]:
-    """What this run would lose in a crash, if anything."""
-    if config.client.state_dir or config.engine.name == "grpc":
+def _unresumable(config: CoreConfig, engine: str) -> list[str]:
+    """What this run would lose in a crash, if anything; nodes on their own have state directories,
+    by `flwr run` too, where `engine.name` says nothing."""
+    if config.client.state_dir or engine == "grpc":
         return []
     rule = methods("strategies")[config.strategy.name].rule
     known = [methods("regularizers")[name] for name in config.regularizer_names]

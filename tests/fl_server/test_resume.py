@@ -25,7 +25,9 @@ import torch
 from fl_client.app import release
 from fl_client.client import Clients
 from fl_common import assembly, snapshots, wire
+from fl_common.config import resolve
 from fl_server import rounds
+from fl_server.app import _unresumable
 from fl_server.checkpoint import Checkpoints
 from fl_server.cli import main
 from fl_server.progress import Progress
@@ -784,6 +786,13 @@ def test_what_could_not_be_resumed_is_told_at_the_start(
         runs(f"run{i}", *settings)
         told = [line for line in capsys.readouterr().out.splitlines() if "be resumed" in line]
         assert told == ([f"warning: {why}: this run cannot be resumed"] if why else [])
+
+
+def test_nodes_on_their_own_can_go_on_by_flwr_run_too():
+    """Which leaves `engine.name` at its default."""
+    config = resolve({"train.momentum": 0.9, "train.keep-optimizer": True})
+    assert len(_unresumable(config, "inprocess")) == len(_unresumable(config, "ray")) == 1
+    assert _unresumable(config, "grpc") == []
 
 
 def test_clients_with_other_data(
