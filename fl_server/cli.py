@@ -273,7 +273,7 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
         "worker-socket=PATH; `flatfed node --worker` starts one by itself.")  # fmt: skip
     worker.add_argument("--socket", type=Path, required=True, metavar="PATH", help="where the "
         "node's messages come in; for this user alone")  # fmt: skip
-    worker.set_defaults(function=node_commands.worker, values=[])
+    worker.set_defaults(function=node_commands.worker)
 
 
 def _add_key_commands(commands: argparse._SubParsersAction) -> None:
@@ -291,7 +291,7 @@ def _add_key_commands(commands: argparse._SubParsersAction) -> None:
     add("--nodes", type=int, default=0, metavar="N", help="keys for partitions 0 to N-1")
     add("--days", type=float, default=365, metavar="D", help="how long the server's certificate "
         "holds (default: 365)")  # fmt: skip
-    certs.set_defaults(function=node_commands.certs, values=[])
+    certs.set_defaults(function=node_commands.certs)
 
     register = commands.add_parser(
         "register", help="tell a SuperLink which nodes' keys it may let in"
@@ -300,7 +300,7 @@ def _add_key_commands(commands: argparse._SubParsersAction) -> None:
     add("keys", type=Path, metavar="keys.json", help="public keys by partition, of `flatfed certs`")
     add("connection", metavar="CONNECTION", help="the SuperLink's name in Flower's configuration")
     add("--remove", action="store_true", help="unregister all other nodes")
-    register.set_defaults(function=node_commands.register, values=[])
+    register.set_defaults(function=node_commands.register)
 
 
 def entry_point() -> None:

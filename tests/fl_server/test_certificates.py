@@ -194,6 +194,23 @@ def test_wrong_calls_change_nothing(folder: Path, tmp_path: Path, capsys):
     refused(capsys, "ca.crt: is gone; restore it", folder, "--host", "h")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["certs", "keys", "--host", "a.example", "b.example"],
+        ["register", "keys.json", "lab", "other"],
+        ["worker", "--socket", "socket", "key=value"],
+    ],
+)
+def test_a_word_too_many_is_refused(call: list[str], tmp_path: Path, monkeypatch, capsys):
+    """As a second name behind one --host, which would be in no certificate."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(call)
+    assert f"unrecognized arguments: {call[-1]}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_ca_that_has_expired_or_has_another_key(folder: Path, tmp_path: Path, capsys):
     make_certificates(tmp_path / "old", ["h"], days=-1)
     mine = (folder / CA).read_bytes()
