@@ -406,6 +406,21 @@ def methods(room: Literal["strategies", "regularizers"]) -> dict[str, Any]:
     return dict(sorted(base.METHODS.items()))
 
 
+def enter(room: dict[str, Any], method: type) -> None:
+    """Add a class to the methods of its room, by the name that it declares, if it does.
+
+    Raises ConfigError for a name that is another file's, which would else be replaced by it.
+    """
+    if "name" not in vars(method):
+        return
+    known = room.setdefault(method.name, method)
+    if known.__module__ != method.__module__:
+        raise ConfigError(
+            [f"{method.__module__}: {method.name} is {known.__module__}'s name; choose another"]
+        )
+    room[method.name] = method
+
+
 @cache
 def schema() -> type[CoreConfig]:
     """The whole model: `CoreConfig` and a group for every method."""

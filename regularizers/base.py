@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from fl_common.config import enter
 from fl_common.local import LocalMethod
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class Regularizer(LocalMethod):
     `begin` on; `stacked_term` finds each as (A, ...), with its graph."""
 
     def __init_subclass__(cls) -> None:
-        if "name" in vars(cls):
-            METHODS[cls.name] = cls
+        enter(METHODS, cls)
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 
 from fl_common import wire
-from fl_common.config import Group
+from fl_common.config import Group, enter
 from fl_common.deferred import torch
 from fl_common.guards import Spec
 from fl_common.layout import COUNTERS, PARAMS, STATS
@@ -176,7 +176,7 @@ class FederatedStrategy(Strategy):
     """Whether all it does with vectors is torch's, on whatever device they lie."""
 
     def __init_subclass__(cls) -> None:
-        METHODS[cls.name] = cls
+        enter(METHODS, cls)
 
     def __init__(self, config: CoreConfig | None = None) -> None:
         """Without `config` the parameters are the defaults, and nothing is known of clients."""
