@@ -15,14 +15,16 @@ import numpy as np
 
 from fl_common import assembly
 from fl_common.deferred import torch
+from fl_common.determinism import seed_of
 from fl_common.evaluation import evaluate
 from fl_common.files import write_atomically
 from fl_common.wire import model_sha256
 from fl_flatness.diagonals import as_sent, estimate, subsample
-from fl_flatness.landscape import filter_normalised, plane
+from fl_flatness.landscape import filter_normalised, line, plane
 from fl_flatness.match import match
 from fl_flatness.measure import Settings, measure
 from fl_flatness.products import Curvature, cut
+from fl_flatness.spectrum import Lanczos, eigenpairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 FLATNESS = "flatness.json"
 MATCH_PROBES = 200
 DENSITY_PROBES = 4
-SIDE, REACH = 21, 1.0
-"""Points along each side of the loss plane, which goes from -REACH to REACH: at 1 a filter is
-moved by as much as it is long."""
+SIDE, LINE, REACH = 21, 41, 1.0
+"""Points along each side of the loss plane, and of the line, which go from -REACH to REACH: at 1 a
+filter is moved by as much as it is long, or the parameters by an eigenvector, of length 1."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Options:
     density: bool = False
     layers: bool = False
     landscape: bool = False
+    line: bool = False
+    directions: Literal["random", "eigenvectors"] = "random"
+    """Of the landscape and the line."""
     match: bool = False
     match_probes: int = MATCH_PROBES
     """Random vectors of each client's diagonal."""
@@ -101,6 +106,7 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
     settings: the options; samples: how many test samples there were to take.
     accuracy, loss: on the whole test set.
     landscape: losses (SIDE, SIDE) over steps (SIDE,), with `options.landscape`.
+    line: losses (LINE,) over steps (LINE,), with `options.line`.
     match: {"paper": {"h_n", "h_d"}, "fedalign-code": the same}, from the same diagonals, with
         `options.match`; or match_error, a line, where they are lost in the noise.
 
@@ -122,9 +128,8 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
     }
     say(f"eigenvalues and trace over {len(y):,} of {len(test):,} test samples")
     found |= measure(run.net, x, y, options.settings, options.seed)
-    if options.landscape:
-        say(f"{SIDE} x {SIDE} losses around the model")
-        found["landscape"] = _landscape(run.net, x, y, options.seed)
+    if options.landscape or options.line:
+        found |= _around(run.net, x, y, options, say)
     if options.match:
         try:
             found["match"] = _match(run, options, say)
@@ -133,15 +138,40 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
     return found
 
 
-def _landscape(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> dict[str, Any]:
-    """Over the plane of two random directions, whose filters are as long as the model's."""
+def _around(
+    net: torch.nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    options: Options,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Losses over the plane of two directions, and along the first of them."""
     curvature = Curvature(net, cut(x, y, Settings.batch_size))
-    first, second = (filter_normalised(curvature, seed=seed, index=i) for i in (0, 1))
-    steps = [REACH * (2 * i / (SIDE - 1) - 1) for i in range(SIDE)]
-    losses = plane(curvature, first, second, steps, steps).tolist()
-    # JSON has no infinity.
-    finite = [[a if np.isfinite(a) else None for a in row] for row in losses]
-    return {"steps": steps, "losses": finite}
+    if options.directions == "random":  # whose filters are as long as the model's
+        first, second = (filter_normalised(curvature, seed=options.seed, index=i) for i in (0, 1))
+    else:
+        say("the two top eigenvectors")
+        first, second = eigenpairs(Lanczos(curvature, seed_of("flatness", options.seed)), 2).vectors
+    found: dict[str, Any] = {}
+    if options.landscape:
+        say(f"{SIDE} x {SIDE} losses around the model")
+        steps = _steps(SIDE)
+        losses = [_finite(row) for row in plane(curvature, first, second, steps, steps)]
+        found["landscape"] = {"steps": steps, "losses": losses}
+    if options.line:
+        say(f"{LINE} losses along a line")
+        losses = _finite(line(curvature, first, _steps(LINE)))
+        found["line"] = {"steps": _steps(LINE), "losses": losses}
+    return found
+
+
+def _steps(count: int) -> list[float]:
+    return [REACH * (2 * i / (count - 1) - 1) for i in range(count)]
+
+
+def _finite(losses: torch.Tensor) -> list[float | None]:
+    """JSON has no infinity."""
+    return [a if np.isfinite(a) else None for a in losses.tolist()]
 
 
 def _match(run: Stored, options: Options, say: Callable[[str], None]) -> dict[str, Any]:

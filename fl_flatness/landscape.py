@@ -1,4 +1,4 @@
-"""The loss over a plane through the present parameters.
+"""The loss along lines and planes through the present parameters.
 
 Directions are (d,), such as eigenvectors, or random ones with each filter as long as the
 network's own (Li et al., Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018, section 4),
@@ -38,6 +38,11 @@ def filter_normalised(curvature: Curvature, *, seed: int = 0, index: int = 0) ->
         lengths = own.norm(dim=1) / rows.norm(dim=1).clamp_min(1e-30)
         parts.append((rows * lengths[:, None]).flatten())
     return torch.cat(parts)
+
+
+def line(curvature: Curvature, direction: torch.Tensor, steps: Sequence[float]) -> torch.Tensor:
+    """Losses (n,) float64 at theta + a `direction`, for a in `steps`."""
+    return plane(curvature, direction, torch.zeros_like(direction), steps, [0.0])[0]
 
 
 def plane(

@@ -60,21 +60,37 @@ def spectral_density(densities: Mapping[str, Mapping[str, Sequence[float]]], pat
     figure.savefig(path, dpi=130)
 
 
+def loss_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, name: str
+) -> None:
+    """Losses along the direction of this name: steps and losses by label."""
+    figure, axes = _figure(6, 3.6)
+    for label, (steps, losses) in lines.items():
+        axes.plot(steps, losses, linewidth=1.6, label=label)
+    axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set(xlabel=f"step along the {name}", ylabel="loss", title="Loss along a line")
+    _plain(axes)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def loss_plane(
     steps: Sequence[float],
     second_steps: Sequence[float],
     losses: ArrayLike,
     path: Path,
+    names: Sequence[str],
     label: str = "the model",
 ) -> None:
-    """Contours and surface of losses (m, n) at steps (n,) and second_steps (m,) around `label`.
+    """Contours and surface of losses (m, n) at steps (n,) and second_steps (m,) around `label`,
+    along the two directions of these names.
 
     The highest losses, beyond eight times the range of the lower half, are cut off.
     """
     from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = _figure(10.5, 4.2, columns=2)
-    names = {"xlabel": "first direction", "ylabel": "second direction"}
     values = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf)
     low, middle = values.min(), float(np.median(values))
     values = np.minimum(values, low + 8 * max(middle - low, 1e-12))
@@ -84,13 +100,13 @@ def loss_plane(
         steps, second_steps, values, levels=levels, colors="white", linewidths=0.4, alpha=0.6
     )
     left.plot(0, 0, marker="o", ms=5, color=ORANGE, markeredgecolor="white")
-    left.set(**names, title=f"Loss around {label}")
+    left.set(xlabel=names[0], ylabel=names[1], title=f"Loss around {label}")
     figure.colorbar(filled, ax=left, label="loss")
     right.remove()
     surface = figure.add_subplot(1, 2, 2, projection="3d")
     x, y = np.meshgrid(steps, second_steps)
     surface.plot_surface(x, y, values, cmap="viridis", linewidth=0, rstride=1, cstride=1)
-    surface.set(**names, zlabel="loss")
+    surface.set(xlabel=names[0], ylabel=names[1], zlabel="loss")
     surface.view_init(elev=32, azim=-58)
     surface.set_box_aspect(None, zoom=0.88)
     figure.savefig(path, dpi=130)

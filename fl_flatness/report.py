@@ -110,13 +110,26 @@ def draw(runs: Sequence[Measured], folder: Path) -> list[Path]:
     }
     if recorded:
         plots.over_rounds(recorded, place("rounds"))
+    lines = {run.label: run.found["line"] for run in runs if "line" in run.found}
+    if lines:
+        drawn = {label: (one["steps"], _infinite(one["losses"])) for label, one in lines.items()}
+        plots.loss_lines(drawn, place("line"), _directions(runs[0])[0])
     for run in runs:
         if "landscape" in run.found:
             steps, losses = (run.found["landscape"][key] for key in ("steps", "losses"))
-            # What was not finite is None.
-            values = [[float("inf") if a is None else a for a in row] for row in losses]
-            path = place("landscape", run)
-            plots.loss_plane(steps, steps, values, path, label=run.label)
+            values, path = list(map(_infinite, losses)), place("landscape", run)
+            plots.loss_plane(steps, steps, values, path, _directions(run), run.label)
         if "layers" in run.found:
             plots.layer_bars(run.found["layers"], place("layers", run))
     return made
+
+
+def _infinite(losses: Sequence[float | None]) -> list[float]:
+    """With infinity for None, which stands for it in the file."""
+    return [float("inf") if a is None else a for a in losses]
+
+
+def _directions(run: Measured) -> tuple[str, str]:
+    eigen = run.found["settings"]["directions"] == "eigenvectors"
+    kind = "eigenvector" if eigen else "random direction"
+    return f"first {kind}", f"second {kind}"

@@ -160,8 +160,13 @@ def _add_flatness_command(
     add("--density", action="store_true", help="the density of all eigenvalues, and its picture")
     add("--layers", action="store_true", help="lambda_max, trace and activation norms of every "
         "layer, as a table and bars; as much work again for each layer")  # fmt: skip
-    add("--landscape", action="store_true", help="the loss over a plane of two random directions, "
-        "as contours and surface; 441 passes over the samples")  # fmt: skip
+    add("--landscape", action="store_true", help="the loss over a plane of two directions, as "
+        "contours and surface; 441 passes over the samples")  # fmt: skip
+    add("--line", action="store_true", help="the loss along the first of these directions, of all "
+        "runs in one picture; 41 passes")  # fmt: skip
+    add("--directions", choices=("random", "eigenvectors"), help="of --landscape and --line: "
+        "random, each filter as long as the model's, or the top eigenvectors, of length 1 "
+        "(default: random)")  # fmt: skip
     add("--match", action="store_true", help="H_N and H_D, FedAlign's measures of how unlike the "
         "clients' Hessians are, over the run's own partitions")  # fmt: skip
     add("--match-probes", type=int, metavar="N", help="random vectors of each client's diagonal, "

@@ -114,12 +114,17 @@ def flatness(args: argparse.Namespace) -> int:
     probes = finished.MATCH_PROBES if args.match_probes is None else args.match_probes
     options = finished.Options(
         samples=args.samples, top=args.top, probes=args.probes, density=args.density,
-        layers=args.layers, landscape=args.landscape, match=args.match, match_probes=probes,
+        layers=args.layers, landscape=args.landscape, line=args.line,
+        directions=args.directions or "random", match=args.match, match_probes=probes,
         engine=args.engine, seed=args.seed,
     )  # fmt: skip
     errors = options.errors()
     if args.match_probes is not None and not args.match:
         errors.append(f"--match-probes {args.match_probes}: has no effect without --match")
+    if args.directions and not (args.landscape or args.line):
+        errors.append(
+            f"--directions {args.directions}: has no effect without --landscape or --line"
+        )
     if errors:
         return complain(errors)
     try:

@@ -142,7 +142,8 @@ def test_what_was_measured_and_how_is_in_the_file(runs: Path):
     found = flatness(runs / "tied", *FEW, "--density", "--landscape", "--seed", "2")
     assert found["settings"] == {
         "samples": 1024, "top": 1, "probes": 2, "density": True, "layers": False,
-        "landscape": True, "match": False, "match_probes": 200, "engine": "own", "seed": 2,
+        "landscape": True, "line": False, "directions": "random", "match": False,
+        "match_probes": 200, "engine": "own", "seed": 2,
     }  # fmt: skip
     assert found["samples"] == 24  # all there are
     assert sum(found["density"]["weights"]) == pytest.approx(1)
@@ -154,10 +155,25 @@ def test_what_was_measured_and_how_is_in_the_file(runs: Path):
     assert "match" not in found and "layers" not in found
 
 
+def test_losses_along_the_top_eigenvector(runs: Path):
+    """Their second difference at a smooth model, over all samples, is lambda_max; the plane's row
+    through the model has them too."""
+    few, folder = ("--top=1", "--probes=2", "--line"), runs / "watched"
+    found = flatness(folder, *few, "--landscape", "--directions=eigenvectors")
+    steps, losses = found["line"]["steps"], found["line"]["losses"]
+    assert (len(steps), steps[0], steps[20], steps[40]) == (41, -1, 0, 1)
+    assert losses[20] == pytest.approx(found["loss"], rel=1e-6)
+    assert losses[::2] == found["landscape"]["losses"][10]
+    curvature = (losses[21] - 2 * losses[20] + losses[19]) / 0.05**2
+    assert curvature == pytest.approx(found["lambda_max"], rel=0.01)
+    assert flatness(folder, *few)["line"]["losses"] != losses
+
+
 def test_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]):
     """A table of both, one of each one's layers, and the pictures of both in one folder."""
     folders, pictures = [str(runs / "watched"), str(runs / "tied")], runs / "made" / "here"
-    options = ("--density", "--layers", "--landscape", "--match", "--match-probes=40", "--top=3")
+    options = ("--density", "--layers", "--landscape", "--line", "--match", "--match-probes=40",
+               "--top=3")  # fmt: skip
     capsys.readouterr()
     assert main(["flatness", *folders, *options, "--pictures", str(pictures)]) == 0
     said = capsys.readouterr().out
@@ -174,7 +190,7 @@ def test_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]):
         assert str(runs / run / "flatness.json") in said
         assert f"{found['layers'][0]['input_per_sample']:.4g}" in said
     names = ["landscape-tied", "landscape-watched", "layers-tied", "layers-watched", "rounds"]
-    names.append("spectrum")
+    names = sorted([*names, "line", "spectrum"])
     assert sorted(p.name for p in pictures.iterdir()) == [f"flatness-{name}.png" for name in names]
     assert all(p.read_bytes().startswith(PNG) for p in pictures.iterdir())
     assert not list((runs / "tied").glob("flatness-*.png"))
@@ -295,6 +311,7 @@ def test_a_folder_that_is_not_whole(runs: Path, capsys: pytest.CaptureFixture[st
         (["--probes", "1"], "--probes 1: must be at least 2"),
         (["--match", "--match-probes", "3"], "--match-probes 3: must be even, and at least 2"),
         (["--match-probes", "4"], "--match-probes 4: has no effect without --match"),
+        (["--directions", "random"], "--directions random: has no effect without --landscape or"),
         (["no-such-folder"], "no-such-folder: holds no run"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from small_nets import Y, batch_norm, images, made, quadratic
 from torch.nn.functional import cross_entropy
 
-from fl_flatness.landscape import filter_normalised, plane
+from fl_flatness.landscape import filter_normalised, line, plane
 from fl_flatness.products import Curvature, cut
 
 
@@ -22,13 +22,14 @@ def test_a_quadratic_along_its_axes():
     found = plane(curvature, unit(3, 0), unit(3, 2), a, b)
     expected = [[(2 * (1 + i) ** 2 + 1 - 5 * (1 + j) ** 2) / 2 for i in a] for j in b]
     assert found.tolist() == expected
+    assert line(curvature, unit(3, 0), a).tolist() == expected[0]
 
 
 def test_losses_are_those_of_the_moved_network():
     net, x = made(batch_norm), images()
     curvature = Curvature(net, cut(x, Y, 5))
     direction = filter_normalised(curvature)
-    (found,) = plane(curvature, direction, direction, [0.0, 0.3], [0.0])
+    found = line(curvature, direction, [0.0, 0.3])
     net.eval()
     assert found[0].item() == pytest.approx(cross_entropy(net(x), Y).item())
     torch.nn.utils.vector_to_parameters(
@@ -51,9 +52,9 @@ def test_the_model_is_put_back_bit_for_bit(fails):
             plane(curvature, direction, direction[:1], [0.1], [0.1, 0.2])
         curvature.batches = [(torch.ones(2, 7), Y[:2])]
         with pytest.raises(RuntimeError):
-            plane(curvature, direction, direction, [0.1], [0.1])
+            line(curvature, direction, [0.1])
     else:
-        plane(curvature, direction, direction, [0.1, -0.7], [0.0])
+        line(curvature, direction, [0.1, -0.7])
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert net.training
 

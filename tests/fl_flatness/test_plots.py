@@ -9,7 +9,7 @@ import torch
 from small_nets import Y, batch_norm, images, made
 
 from fl_flatness import plots
-from fl_flatness.landscape import filter_normalised, plane
+from fl_flatness.landscape import filter_normalised, line, plane
 from fl_flatness.measure import Settings, measure
 from fl_flatness.products import Curvature, cut
 
@@ -43,7 +43,9 @@ def test_landscapes_with_infinite_losses(tmp_path):
     path, steps = tmp_path / "picture.png", [-1.0, 0.0, 1.0]
     curvature = Curvature(made(batch_norm), cut(images(), Y, 13))
     first, second = (filter_normalised(curvature, index=i) for i in (0, 1))
+    plots.loss_lines({"mine": (steps, line(curvature, first, steps).tolist())}, path, "first one")
+    assert size(path) == (780, 468)
     losses = plane(curvature, first, second, steps, [-1.0, 1.0])
     losses[0, 0], losses[1, 2] = torch.inf, torch.nan
-    plots.loss_plane(steps, [-1.0, 1.0], losses, path)
+    plots.loss_plane(steps, [-1.0, 1.0], losses, path, ("first one", "second one"))
     assert size(path) == (1365, 546)
