@@ -49,6 +49,8 @@ LOGGERS = ("flwr", "uvicorn.error")
 """Into which a SuperNode logs."""
 REFUSED = "Exit Code: 305\n"
 """Begins what a SuperNode logs when the server has not taken it."""
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Where gRPC looks for a proxy; the first that is set counts."""
 CLOCKS = "Invalid timestamp"
 """All that a server says of a request whose signed time is not its own."""
 IDLE_S, REPLY_S = 3, 0.5
@@ -94,7 +96,8 @@ def check(node: Node) -> None:
         _check_trusted(node.trusted_entities)
     if node.port:
         _check_port_is_free(node.port)
-    _check_server(node, host, port)
+    proxy = next((name for name in PROXIES if name in os.environ), "")
+    _check_server(node, host, port, proxy if os.environ.get(proxy) else "")
 
 
 def check_settings(node: Node) -> None:
@@ -271,7 +274,8 @@ def _check_port_is_free(port: int) -> None:
         ) from None
 
 
-def _check_server(node: Node, host: str, port: int) -> None:
+def _check_server(node: Node, host: str, port: int, proxy: str = "") -> None:
+    """`proxy`: the variable of the environment that names one for gRPC."""
     where, end = f"SuperLink {node.superlink}", time.monotonic() + node.wait
     context = None
     if not node.insecure:
@@ -279,13 +283,20 @@ def _check_server(node: Node, host: str, port: int) -> None:
             cafile=node.root_certificates and str(node.root_certificates)
         )
         context.set_alpn_protocols(["h2"])
-    while True:
+    while not (proxy and _grpc_connects(node)):
         try:
             with socket.create_connection((host, port), ANSWER_S) as connection:
                 connection.settimeout(ANSWER_S)
                 if context is None:
-                    return _check_plaintext(connection, where)
-                return _check_tls(connection, context, host, where, node.root_certificates)
+                    _check_plaintext(connection, where)
+                else:
+                    _check_tls(connection, context, host, where, node.root_certificates)
+            if not proxy:
+                return
+            problem = (
+                f"{where}: answers, but not through the proxy that gRPC takes from {proxy}; have "
+                f"the proxy let it through, or add {host} to no_proxy"
+            )
         except (socket.gaierror, UnicodeError):  # a name that no host can have
             raise NodeError(f"{where}: no such host; correct --superlink") from None
         except TimeoutError:
@@ -298,6 +309,22 @@ def _check_server(node: Node, host: str, port: int) -> None:
         if time.monotonic() > end:
             raise NodeError(problem)
         time.sleep(0.2)
+
+
+def _grpc_connects(node: Node) -> bool:
+    """Whether the SuperNode will reach the server: only gRPC knows where it takes a proxy."""
+    import grpc
+
+    os.environ |= processes.direct()
+    if node.insecure:
+        channel = grpc.insecure_channel(node.superlink)
+    else:
+        root = node.root_certificates and node.root_certificates.read_bytes()
+        channel = grpc.secure_channel(node.superlink, grpc.ssl_channel_credentials(root))
+    with channel, suppress(grpc.FutureTimeoutError):
+        grpc.channel_ready_future(channel).result(ANSWER_S)
+        return True
+    return False
 
 
 def _check_tls(

@@ -50,7 +50,8 @@ def read(connection: socket.socket, length: int) -> bytearray:
 def direct() -> dict[str, str]:
     """The environment in which this machine is reached without a proxy."""
     hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
-    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{hosts},127.0.0.1")
+    named = dict.fromkeys([*hosts.split(","), "localhost", "127.0.0.1", "::1"])
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(named))
 
 
 def root_for_sockets(longest: int) -> str:

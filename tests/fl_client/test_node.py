@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -146,6 +147,75 @@ def test_connections_for_registering(keys, servers, server: str, ca: str, reason
     assert reason in why
     assert bool(why) == bool(reason)
     assert "--insecure" not in why and "--root" not in why
+
+
+class HttpProxy:
+    """Connects whom it is asked for, or refuses to; counts both."""
+
+    def __init__(self, *, open_: bool) -> None:
+        self.open, self.asked = open_, 0
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self.server.accept()
+                self.asked += 1
+                host, _, port = near.recv(4096).split()[1].decode().rpartition(":")
+                if not self.open:
+                    near.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+                    near.close()
+                    continue
+                # Names are the proxy's to know: a hospital's node may know none outside.
+                far = socket.create_connection(("127.0.0.1" if host == "outside" else host, port))
+                near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch):
+    for name in (*node.PROXIES, "no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, "")  # put back as it was, whatever the node sets
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+@pytest.mark.parametrize("name", node.PROXIES)
+def test_a_proxy_that_does_not_let_grpc_through(
+    capsys, monkeypatch: pytest.MonkeyPatch, no_proxies, name: str
+):
+    """The server can be reached, but not where the SuperNode will look for it."""
+    server, proxy = grpc.server(ThreadPoolExecutor(1)), HttpProxy(open_=False)
+    address = f"127.0.0.2:{server.add_insecure_port('127.0.0.2:0')}"
+    server.start()
+    monkeypatch.setenv(name, proxy.url)
+    monkeypatch.setenv("no_proxy", "elsewhere.example")
+    line = refusal(capsys, "--superlink", address, "--partition", 0, "--insecure")
+    assert f"not through the proxy that gRPC takes from {name}; have the proxy let it" in line
+    assert "or add 127.0.0.2 to no_proxy" in line
+    assert proxy.asked
+    monkeypatch.setenv("no_proxy", "127.0.0.2")
+    node.check(node.Node(address, {"partition-id": 0}, insecure=True))
+    server.stop(0)
+
+
+def test_a_server_behind_a_proxy(servers, monkeypatch: pytest.MonkeyPatch, no_proxies):
+    """It has no other way there."""
+    proxy = HttpProxy(open_=True)
+    monkeypatch.setenv("https_proxy", proxy.url)
+    given = {"superlink": f"outside:{servers['plaintext']}", "config": {"partition-id": 0}}
+    node.check(node.Node(insecure=True, **given))
+    assert proxy.asked
 
 
 def test_nobody_listens(capsys):
