@@ -46,6 +46,7 @@ QUIET = 30.0  # s without a line from a run, after which its status is asked for
 LOST = 60.0  # s without an answer from the SuperLink, after which a run is given up
 POLL = 0.05  # s
 LONGEST_ROOT = 20  # bytes; Ray's socket paths add up to 85, and Linux allows 107
+REFUSED = "Flower refused the run"
 RESULT = "\0flatfed-result "  # begins the keeper's last line
 KEEPER = (  # needs nothing but the standard library and these packages
     f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r}); "
@@ -222,7 +223,7 @@ def _follow(link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[s
                 tail.append(text)
                 on_line(text)
         if not run_id:
-            raise RuntimeError("\n".join(["Flower refused the run", *_unframed(tail)]))
+            raise RuntimeError("\n".join([REFUSED, *_unframed(tail)]))
         while (status := link.status(run_id)) is None:
             time.sleep(2.0)  # the stream of lines broke off, the run goes on
         return status

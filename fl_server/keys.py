@@ -108,8 +108,6 @@ def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None
         UnregisterNodeRequest,
     )
 
-    from fl_client.node import why_unavailable
-
     names = {key: f"node {partition}" for partition, key in keys.items()}
     try:
         with flwr_cli_exc_handler():
@@ -145,8 +143,19 @@ def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None
                 client.close()
     except (click.ClickException, httpx.HTTPError, OSError, ValueError) as error:
         why = getattr(error, "message", None) or str(error)
-        if "unavailable" in why:
-            address = link.address.removeprefix("https://").rstrip("/")
-            if found := why_unavailable(address, way.root_certificates, way.insecure):
-                raise KeysError(found) from None
-        raise KeysError(f"SuperLink {link.address}: {' '.join(why.split())}") from None
+        raise KeysError(
+            why_unavailable(link, why) or f"SuperLink {link.address}: {' '.join(why.split())}"
+        ) from None
+
+
+def why_unavailable(link: Connection, told: str) -> str:
+    """What is wrong with a SuperLink of the user's own Flower configuration, if Flower has `told`
+    that it is unavailable; "" if nothing is found."""
+    from flwr.cli.flower_config import read_superlink_connection
+
+    from fl_client import node
+
+    if "unavailable" not in told:
+        return ""
+    way, address = read_superlink_connection(link.name), link.address.removeprefix("https://")
+    return node.why_unavailable(address.rstrip("/"), way.root_certificates, way.insecure)

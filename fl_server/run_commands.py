@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
 from fl_common.files import absolute_path, unwritable
@@ -213,7 +213,8 @@ def _run_ray(config: CoreConfig, folder: Path) -> int:
 
 def _run_grpc(config: CoreConfig, folder: Path) -> int:
     from fl_server.federation import UsageError, connection
-    from fl_server.flower_run import run_on_connection
+    from fl_server.flower_run import REFUSED, run_on_connection
+    from fl_server.keys import why_unavailable
 
     try:
         link = connection(config.engine.connection)
@@ -225,7 +226,17 @@ def _run_grpc(config: CoreConfig, folder: Path) -> int:
             "client's place",
             flush=True,
         )
-    submit = partial(run_on_connection, connection=link.name, flower_home=link.flower_home)
+
+    def submit(*arguments: Any, **options: Any) -> FlowerStatus:
+        where = {"connection": link.name, "flower_home": link.flower_home}
+        try:
+            return run_on_connection(*arguments, **where, **options)
+        except RuntimeError as error:
+            refused = config.engine.connection and str(error).startswith(REFUSED)
+            if refused and (why := why_unavailable(link, str(error))):
+                raise RuntimeError(why) from None
+            raise
+
     return _on_flower(config, folder, submit, elsewhere=not link.on_this_machine)
 
 

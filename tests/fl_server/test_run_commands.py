@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from fl_common.config import resolve
 from fl_server import federation, flower_run
+from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
 from fl_server.recorder import ended, read_summary
@@ -157,3 +160,26 @@ def test_what_flwr_says_of_a_superlink_that_is_gone_is_told_without_its_json():
         flower_run._status(listing)
     with pytest.raises(ValueError, match=r"^no JSON at all$"):
         flower_run._status("no JSON\n  at all\n")
+
+
+def test_a_run_that_cannot_be_submitted_says_why(tmp_path: Path, monkeypatch, capsys):
+    """Flower knows only that the SuperLink is "unavailable"."""
+    for name in ("its", "ours"):
+        make_certificates(tmp_path / name, ["localhost"])
+    pair = [(tmp_path / "its" / name).read_bytes() for name in (SERVER_KEY, SERVER)]
+    server = grpc.server(ThreadPoolExecutor(1))
+    credentials = grpc.ssl_server_credentials([tuple(pair)])
+    address = f"localhost:{server.add_secure_port('localhost:0', credentials)}"
+    server.start()
+    ca = tmp_path / "ours" / CA
+    text = f'[superlink.lab]\naddress = "{address}"\nroot-certificates = "{ca}"\n'
+    (tmp_path / "config.toml").write_text(text)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    settings = {"engine.name": "grpc", "engine.connection": "lab", "clients.keys": "/keys.json"}
+    try:
+        assert _run_grpc(resolve(settings), tmp_path / "run") == 3
+    finally:
+        server.stop(0)
+    (line,) = capsys.readouterr().err.splitlines()
+    why = f"its certificate is not signed by {ca}; give the ca.crt of that server as root-cert"
+    assert line.startswith(f"error: the run failed: SuperLink {address}: {why}")
