@@ -25,6 +25,7 @@ from fl_server.exchange import (
     RoundFailed,
     RunFailed,
     addressed,
+    by_reason,
     payload_bytes,
 )
 from fl_server.ledger import Ledger
@@ -211,10 +212,20 @@ class Rounds:
                 raise RunFailed(
                     f"the checkpoint's {kind} are not those of {self.config.model.name}"
                 )
-        if facts["samples"] != self.samples:
-            raise RunFailed("the clients hold other numbers of samples than when the run began")
-        if facts["data"] != sorted({member.data for member in self.roster.known.values()}):
-            raise RunFailed("the clients hold other data than when the run began")
+        known, then = self.roster.known, facts["samples"]
+        changed = {
+            i: f"{now} training samples, {was} when the run began"
+            for i, (was, now) in enumerate(zip(then, self.samples, strict=True))
+            if was != now
+        } or {
+            i: "other data than when the run began"
+            for i, member in known.items()
+            if member.data not in facts["data"]
+        }
+        if changed or facts["data"] != sorted({member.data for member in known.values()}):
+            told = [f"{who}: {what}" for what, who in by_reason(changed, "client")]
+            told = told or ["the clients hold other data than when the run began"]
+            raise RunFailed("; ".join([*told, "give them what they had, or start anew"]))
         for what, now in (("code", code_sha256()), ("versions", versions())):
             if facts[what] != now:
                 self.progress.note(f"warning: other {what} than before: bits may differ")

@@ -803,7 +803,8 @@ def test_clients_with_other_data(
     same = assembly.load_data(None)
     monkeypatch.setattr(assembly, "load_data", lambda config: replace(same, fingerprint="new"))
     assert runs.resume(folder) == 3
-    assert "the clients hold other data than when the run began" in failure(capsys)
+    why = "clients 0, 1: other data than when the run began; give them what they had, or start"
+    assert why in failure(capsys)
 
 
 def test_clients_with_other_numbers_of_samples(
@@ -813,7 +814,7 @@ def test_clients_with_other_numbers_of_samples(
     folder = runs.crashed("killed", after=2)
     toy.install(monkeypatch, n=(4, 3))
     assert runs.resume(folder) == 3
-    assert "the clients hold other numbers of samples than when the run began" in failure(capsys)
+    assert "client 1: 3 training samples, 2 when the run began; give them" in failure(capsys)
     toy.install(monkeypatch, n=(4, 2))
     assert runs.resume(folder) == 0
     assert reached(folder) == reached(whole)
