@@ -30,7 +30,7 @@ from fl_common import (
     determinism,  # noqa: F401  (sets MKL's environment for the ClientApps)
     processes,
 )
-from fl_common.files import home
+from fl_common.files import home, unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -96,6 +96,7 @@ def check(node: Node) -> None:
         _check_trusted(node.trusted_entities)
     if node.port:
         _check_port_is_free(node.port)
+    _check_flower_home()
     proxy = next((name for name in PROXIES if name in os.environ), "")
     _check_server(node, host, port, proxy if os.environ.get(proxy) else "")
 
@@ -182,6 +183,13 @@ def check_state_dir(folder: Path) -> None:
         raise NodeError(
             f"state-dir {folder}: {error.strerror}; give a folder that this node may write to"
         ) from None
+
+
+def _check_flower_home() -> None:
+    """The SuperNode unpacks the app that it is sent there."""
+    folder = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "apps"
+    if problem := unwritable(folder):
+        raise NodeError(f"FLWR_HOME: {problem}; set it to a folder that this node may write to")
 
 
 def _check_device(device: str) -> None:

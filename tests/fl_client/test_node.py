@@ -341,6 +341,14 @@ def test_settings(capsys, arguments: list[str], reason: str):
     assert reason in refusal(capsys, *arguments)
 
 
+def test_flowers_home_that_cannot_be_written_to(tmp_path: Path, capsys, monkeypatch):
+    """There the app goes that the node is sent."""
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    line = refusal(capsys, "--superlink", "h:1", "--partition", 0, "--insecure")
+    assert f"error: FLWR_HOME: {tmp_path}/home cannot be written to (Not a directory); set" in line
+
+
 STARTING = (logging.INFO, "Starting Flower SuperNode")
 REFUSED = (logging.ERROR, "Exit Code: 305\nNo connection.\n[code: 2004] Failed.\n\nFor more: <h>")
 STOPPING = (logging.INFO, "FastAPI lifespan: shutdown")

@@ -91,7 +91,7 @@ def test_a_key_with_anothers_partition_is_refused_and_the_right_one_is_taken(gri
     grid._contexts[impostor] = SimpleNamespace(**vars(grid._contexts[second]))
     grid.held = {impostor: keys[0], third: keys[2]}
     roster = rostered(grid, keys, said)
-    with pytest.raises(RunFailed, match=r"but 1 can take part after .*; node 99: it says partition-"):
+    with pytest.raises(RunFailed, match=r"but 1 can take part after .*; node 99: it says part"):
         roster.assemble(nodes_may_come=True)
     line = "it says partition-id 1, but its key is that of client 0 (clients.keys)"
     assert f"roll call: refused node {impostor}: {line}" in said
