@@ -14,7 +14,7 @@ from fl_common.checks import unused
 from fl_common.config import ConfigError, methods, resolve
 from fl_common.layout import on
 from fl_server import tracking
-from fl_server.exchange import HELD_BYTES, Exchange, RunFailed
+from fl_server.exchange import HELD_BYTES, Exchange, RunFailed, by_reason
 from fl_server.keys import KeysError, read_keys
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
@@ -120,7 +120,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         warnings = unused(config) + run.strategy.warnings(config, run.model)
         for name in config.regularizer_names:
             warnings += methods("regularizers")[name].warnings(config)
-        for warning in [*warnings, *_unresumable(config, engine)]:
+        for warning in [*warnings, *_alike(config, roster), *_unresumable(config, engine)]:
             progress.note(f"warning: {warning}")
         recorder.track(config, progress.note)
         run.play()
@@ -177,6 +177,18 @@ def _check_data(config: CoreConfig, roster: Roster) -> None:
             "client 0 (other files or another version); give all nodes the same, or set "
             "data.partition=local"
         )
+
+
+def _alike(config: CoreConfig, roster: Roster) -> list[str]:
+    """Clients that train on the same data, where each should have its own."""
+    if config.data.partition != "local":
+        return []
+    data = {i: roster.members[i].data for i in sorted(roster.members)}
+    return [
+        f"{who} hold the same data, which counts once for each; give each node its own data-path"
+        for _, who in by_reason(data, "client")
+        if who.startswith("clients")
+    ]
 
 
 def _opening(config: CoreConfig, roster: Roster, model: Flat) -> str:

@@ -176,6 +176,16 @@ def test_nodes_with_one_and_the_same_folder_are_refused(tmp_path, runner, monkey
     assert "all clients hold the same data" in result.summary["error"]
 
 
+def test_two_nodes_on_one_folder_are_told(tmp_path, runner, monkeypatch, capsys):
+    one, other, third = picture_folders(tmp_path, [("a", "b")] * 3)
+    settings = ["run.rounds=1" if s.startswith("run.rounds") else s for s in LOCAL]
+    for folders, told in (([one, other, one], 1), ([one, other, third], 0)):
+        own_data(monkeypatch, folders)
+        assert runner(*settings).code == 0
+        line = "warning: clients 0, 2 hold the same data, which counts once for each; give each"
+        assert capsys.readouterr().out.count(line) == told
+
+
 def test_partitions_of_different_data_sets_are_refused(tmp_path, runner, monkeypatch):
     own_data(monkeypatch, picture_folders(tmp_path, [("a", "b")] * 3))
     settings = [s for s in LOCAL if not s.startswith("data.partition")]
