@@ -18,6 +18,7 @@ import torch
 
 from fl_client.cohort import Known, Member, bytes_of, cohort_round, why_alone
 from fl_client.graphs import BeginAnew
+from fl_common.failures import Failed, reason
 from fl_common.local import correction_of
 
 if TYPE_CHECKING:
@@ -246,12 +247,11 @@ def _is_job(begun: Any) -> bool:
 
 
 def _attempt(act: Callable[..., Any], *args: Any) -> Any:
-    """What it gives or raises; an error without its frames, which hold what the client had."""
+    """What it gives, or why there is nothing; an error's frames would hold what the client had."""
     try:
         return act(*args)
     except Exception as error:
-        error.__context__ = error.__cause__ = None
-        return error.with_traceback(None)
+        return Failed(reason(error))
 
 
 def _reason(error: Exception) -> str:

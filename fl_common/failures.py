@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from fl_common.own import place
+
 
 class Failed(Exception):
     """Why there is no reply, in the words that become the client's failure."""
 
 
 def reason(error: Exception) -> str:
-    """Its class and its text, as the last line of a traceback has them."""
-    return str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+    """Its class and its text, as the last line of a traceback has them, and where in a model, in
+    data or in a method's file."""
+    if isinstance(error, Failed):
+        return str(error)
+    first, *more = str(error).splitlines() or [""]
+    return "\n".join([f"{type(error).__name__}: {first}{place(error)}", *more])
 
 
 LONGEST = 500

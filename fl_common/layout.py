@@ -72,7 +72,8 @@ class Layout:
 def tensors_of(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     """The model's tensors by kind and name, in registration order.
 
-    Raises TypeError for parameters of more than one dtype: they have no common flat form.
+    Raises ValueError for tensors of one kind and more than one dtype: they have no common flat
+    form.
     """
     kinds: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -83,9 +84,12 @@ def tensors_of(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
             kind = STATS if buffer.is_floating_point() else COUNTERS
             kinds.setdefault(kind, {})[name] = buffer
     for kind, tensors in kinds.items():
-        dtypes = {tensor.dtype for tensor in tensors.values()}
-        if len(dtypes) > 1:
-            raise TypeError(f"the model's {kind} have several dtypes: {sorted(map(str, dtypes))}")
+        of_dtype = {tensor.dtype: name for name, tensor in tensors.items()}
+        if len(of_dtype) > 1:
+            found = ", ".join(f"{name} is {dtype}" for dtype, name in of_dtype.items())
+            what = {PARAMS: "parameters", STATS: "floating buffers"}.get(kind, "integer buffers")
+            remedy = "" if kind == PARAMS else ", or persistent=False to those that never change"
+            raise ValueError(f"its {what} are not of one dtype: {found}; give them one{remedy}")
     return kinds
 
 

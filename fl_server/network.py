@@ -36,9 +36,9 @@ class ServerNetwork:
         self.config, self.device = config, device
         try:
             self.net = assembly.new_model(config, len(first.classes), first.shape, device)
+            self.layout = Layout.of(self.net)
         except Exception as error:  # the model may be the user's own
             raise RunFailed(f"model.name = {config.model.name}: {told(error)}") from error
-        self.layout = Layout.of(self.net)
         self.strides = {
             kind: [tensor.stride() for tensor in tensors.values()]
             for kind, tensors in tensors_of(self.net).items()
@@ -56,6 +56,13 @@ class ServerNetwork:
                 f"the server's data have other classes than the clients' ({len(data.classes)} and "
                 f"{len(first.classes)}); set data.path to a test set like theirs, or "
                 "eval.on=clients"
+            )
+        source, elsewhere = self.config.data.source, self.config.engine.name == "grpc"
+        own = ":" in source and self.config.data.partition != "local" and not elsewhere
+        if own and data.fingerprint != first.data:
+            raise RunFailed(
+                f"data.source = {source}: it gives other samples each time it is called, so that "
+                "test samples may be training samples too; let it draw by its seed="
             )
         self.data = data
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -118,6 +119,7 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
         train, test, classes = given
         splits = {"train": Split(*map(np.asarray, train)), "test": Split(*map(np.asarray, test))}
         names = tuple(map(str, classes))
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
     except (TypeError, ValueError) as error:
         raise DataError(
             f"data.source = {source}: it returned {type(given).__name__} ({error}); it must return "
@@ -166,12 +168,15 @@ def _check_own(source: str, name: str, split: Split, classes: int) -> None:
         )
     if y.dtype != np.int64 or y.shape != x.shape[:1]:
         raise DataError(
-            f"data.source = {source}: {name} y is {y.dtype} {y.shape}; it must be int64 ({len(x)},)"
+            f"data.source = {source}: {name} y is {y.dtype} {y.shape}; it must be int64 "
+            f"({len(x)},), the number of each sample's class"
         )
-    if not len(y) or y.min() < 0 or y.max() >= classes:
+    if not len(y):
+        raise DataError(f"data.source = {source}: {name} has no samples")
+    if y.min() < 0 or y.max() >= classes:
         raise DataError(
-            f"data.source = {source}: {name} has {len(y)} samples; labels must lie in "
-            f"0..{classes - 1}"
+            f"data.source = {source}: {name} y has labels from {y.min()} to {y.max()}; of "
+            f"{classes} classes they must lie in 0..{classes - 1}"
         )
 
 

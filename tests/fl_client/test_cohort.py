@@ -476,7 +476,7 @@ def test_a_failure_stays_its_own(monkeypatch):
     jobs.append((3, messages[3], RecordDict()))
     first, asks, fails, last = federation.clients.train_together(jobs, 4)
     assert dict(asks[wire.METRICS]) == {"server-round": 1, wire.MEMORY_LOST: 1}
-    assert str(fails) == "partition-id 7, but clients.number = 4"
+    assert str(fails) == "DataError: partition-id 7, but clients.number = 4"
     for i, reply in ((0, first), (3, last)):
         assert difference(federation.clients.train(i, messages[i], RecordDict()), reply) < 1e-11
 

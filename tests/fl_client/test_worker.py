@@ -203,13 +203,13 @@ def test_a_lost_device_ends_it(tmp_path: Path):
         [sys.executable, "-c", code, path], stderr=subprocess.PIPE, text=True
     )
     assert wait_for(path.exists, 60)
-    with pytest.raises(worker.WorkerError, match="AcceleratorError: device-side assert"):
+    with pytest.raises(worker.WorkerError, match=r"Error: device-side assert \(<string>:2\)"):
         worker.ask(str(path), "query", RecordDict(), context(path))
     _, error = process.communicate(timeout=30)
     assert process.returncode == 1
     assert error == (
-        "error: AcceleratorError: device-side assert; this trainer ends, another can take its "
-        "place\n"
+        "error: AcceleratorError: device-side assert (<string>:2); this trainer ends, another can "
+        "take its place\n"
     )
     assert not path.exists()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fl_common.data.sources import load
 
 MODULE = '''
 import numpy as np
+import torch
 from torch import nn
 
 class Net(nn.Sequential):
@@ -30,6 +32,16 @@ class Raising(nn.Module):
     def __init__(self, shape, classes):
         raise KeyError("no such layer")
 
+class Masked(Net):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.insert(1, nn.BatchNorm1d(16))
+        self.register_buffer("kept", torch.ones(16, dtype=torch.bool))
+
+class Narrow(Net):
+    def forward(self, x):
+        return super().forward(x[:, :3])
+
 def load(path, seed):
     """Two classes told apart by the sign of the sum of five features."""
     rng = np.random.default_rng(seed)
@@ -40,8 +52,30 @@ def load(path, seed):
 def broken(path, seed):
     return (np.zeros((3, 2)), np.zeros(3)), (np.zeros((3, 2)), np.zeros(3)), ("a", "b")
 
+def from_one(path, seed):
+    (x, y), test, classes = load(path, seed)
+    return (x, y + 1), test, classes
+
+def regression(path, seed):
+    (x, y), test, classes = load(path, seed)
+    return (x, x.sum(1)), test, classes
+
+def nobody(path, seed):
+    train, (x, y), classes = load(path, seed)
+    return train, (x[:0], y[:0]), classes
+
+def unseeded(path, seed):
+    return load(path, None)
+
 def raising(path, seed):
     raise OSError(f"no measurements in {path}")
+
+def locked(path, seed):
+    """As pandas gives them."""
+    train, test, classes = load(path, seed)
+    for array in (*train, *test):
+        array.flags.writeable = False
+    return train, test, classes
 
 def lacking(path, seed):
     return {}['column']
@@ -119,6 +153,10 @@ def test_mistakes_that_show_before_a_run(mine, settings, words, runner, capsys):
         ("my_research:lacking", f"my_research.py:{LINES[LACKING]})"),
         ("my_research:empty", "returned NoneType"),
         ("my_research:empty", "it must return ((x, y), (x, y), classes)"),
+        ("my_research:from_one", "labels from 1 to 2; of 2 classes they must lie in 0..1"),
+        ("my_research:regression", "it must be int64 (300,), the number of each sample's class"),
+        ("my_research:nobody", "test has no samples"),
+        ("my_research:unseeded", "gives other samples each time it is called"),
         ("my_research:unknown", "3 of 1500 values of train x are NaN or infinite"),
         ("my_research:channels_last", "give (n, C, H, W)"),
         ("my_research:number_of_classes", "returned tuple ('int' object is not iterable); it must"),
@@ -176,3 +214,33 @@ def test_a_model_that_cannot_be_made(mine, runner):
     told = result.summary["error"]
     assert told.startswith("model.name = my_research:Raising: KeyError: 'no such layer' (/")
     assert told.endswith(f"my_research.py:{line})")
+
+
+def test_buffers_of_several_dtypes(mine, runner, capsys):
+    result = runner("model.name=my_research:Masked", "data.source=my_research:load")
+    assert result.code == 3
+    assert result.summary["error"] == (
+        "model.name = my_research:Masked: its integer buffers are not of one dtype: kept is "
+        "torch.bool, 1.num_batches_tracked is torch.int64; give them one, or persistent=False to "
+        "those that never change"
+    )
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["engine.workers=1", "engine.workers=2", "engine.cohort=3"])
+def test_a_model_that_fails_in_training(engine, mine, runner):
+    runner.always = ["run.pictures=false", engine]
+    settings = ("model.name=my_research:Narrow", "data.source=my_research:load", "clients.number=3")
+    result = runner(*settings)
+    assert result.code == 3
+    line = LINES["        return super().forward(x[:, :3])"]
+    assert "clients 0, 1, 2: RuntimeError: mat1 and mat2" in result.summary["error"]
+    assert result.summary["error"].endswith(f"my_research.py:{line})")
+
+
+def test_arrays_that_are_not_to_be_written(mine, runner, recwarn):
+    torch.set_warn_always(True)
+    result = runner("data.source=my_research:locked", "model.name=mlp")
+    torch.set_warn_always(False)
+    assert result.code == 0
+    assert not [w for w in recwarn if "not writable" in str(w.message)]

@@ -47,7 +47,8 @@ def test_one_client_that_fails_does_not_fail_the_others(
     monkeypatch.setattr(Clients, "begin", begin)
     run = runner("run.rounds=1", "engine.cohort=10")
     assert run.code == 0
-    assert run.history[0]["failed"] == {"2": "RuntimeError: its disk is gone"}
+    place = f"{__file__}:{begin.__code__.co_firstlineno + 2}"
+    assert run.history[0]["failed"] == {"2": f"RuntimeError: its disk is gone ({place})"}
     assert run.history[0]["replies"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
 
 

@@ -232,13 +232,14 @@ def test_a_failing_client_does_not_stop_the_round(runner, monkeypatch):
     def crash(reply, message):
         raise RuntimeError("out of memory")
 
+    place = f"{__file__}:{crash.__code__.co_firstlineno + 1}"
     honest = fl_client.app.app
     with_hostile(monkeypatch, crash, rounds=(2,))
     result = runner(*HONEST)
     assert honest is not fl_client.app.app
     assert result.code == 0
     assert [row["failed"] for row in result.history] == [
-        {}, {str(EVIL): "RuntimeError: out of memory"}, {},
+        {}, {str(EVIL): f"RuntimeError: out of memory ({place})"}, {},
     ]  # fmt: skip
 
 

@@ -127,15 +127,16 @@ def test_a_worker_that_dies_is_its_clients_failure_alone() -> None:
 def test_what_a_client_raises_is_its_failure() -> None:
     app = ClientApp()
 
-    @app.train()
     def train(message: Message, context: Context) -> Message:
         raise ValueError(f"no luck for {context.node_config['partition-id']}")
 
+    app.train()(train)
+    place = f"{__file__}:{train.__code__.co_firstlineno + 1}"
     grid = grid_of(app)
     try:
         replies = grid.send_and_receive(questions(grid))
         reasons = sorted(reply.error.reason for reply in replies)
-        assert reasons == [f"ValueError: no luck for {i}" for i in range(4)]
+        assert reasons == [f"ValueError: no luck for {i} ({place})" for i in range(4)]
     finally:
         grid.close()
 

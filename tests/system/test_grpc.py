@@ -136,7 +136,9 @@ def test_a_hostile_client_touches_nothing(two: Place):
     assert "1 of 10026 elements are NaN or infinite" in rows[0]["rejected"]["1"]
     assert "float32 [10025] instead of float32 [10026]" in rows[1]["rejected"]["1"]
     assert "50000000 bytes, at most 41128 were expected" in rows[2]["rejected"]["1"]
-    assert rows[3]["failed"] == {"1": "KeyError: 'no disk'"}
+    line = 1 + HOSTILE.splitlines().index('            raise KeyError("no disk")')
+    place = f"{two.modules / 'hostile.py'}:{line}"
+    assert rows[3]["failed"] == {"1": f"KeyError: 'no disk' ({place})"}
     assert rows[4]["rejected"] == rows[4]["failed"] == {}
     assert summary(alone)["model_sha256"] == summary(apart)["model_sha256"]
     assert rows == less_times(alone)
