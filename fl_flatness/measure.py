@@ -63,8 +63,18 @@ def measure(
 
     The network is left as found, its generators included; BatchNorm uses its running statistics.
     Equal seeds give equal bits on one machine.  Raises ValueError where the curvature is not
-    finite, or there is nothing to measure.
+    finite, where torch cannot compute it, or there is nothing to measure.
     """
+    try:
+        return _measured(net, x, y, settings, seed)
+    except RuntimeError as error:  # above all of operations whose gradient has none
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"torch cannot compute the curvature: {said}") from error
+
+
+def _measured(
+    net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int
+) -> dict[str, Any]:
     batches = cut(x, y, settings.batch_size)
     curvature = Curvature(net, batches)
     stream = seed_of("flatness", seed)

@@ -101,9 +101,11 @@ class Curvature:
         self, x: torch.Tensor, y: torch.Tensor, vectors: list[list[torch.Tensor]]
     ) -> Iterator[torch.Tensor]:
         """H v (d,) of one batch for each of `vectors`; nothing where all are zero."""
-        grads = torch.autograd.grad(
-            self._loss(x, y), self.params, create_graph=True, allow_unused=True
-        )
+        attention = torch.nn.attention
+        # The gradients of the faster ways to compute it have none themselves.
+        with attention.sdpa_kernel(attention.SDPBackend.MATH):
+            loss = self._loss(x, y)
+        grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant: the parameter is unused, or enters linearly.
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         if not live:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fl_flatness.products import Curvature, cut
@@ -60,12 +61,25 @@ def exact_hessian(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
         values = {name: part.view(p.shape) for (name, p), part in parts}
         return cross_entropy(torch.func.functional_call(net, values, (x,)), y)
 
-    found = torch.func.hessian(loss)(torch.cat([p.flatten() for p in named.values()]))
+    with sdpa_kernel(SDPBackend.MATH):
+        found = torch.func.hessian(loss)(torch.cat([p.flatten() for p in named.values()]))
     net.train(training)
     return found
 
 
-NETS = [mlp, relu_mlp, group_norm, batch_norm]
+class Attention(nn.Module):
+    """Every row of an image looks at all four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(4, 12), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.fc(nn.functional.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+NETS = [mlp, relu_mlp, group_norm, batch_norm, Attention]
 
 
 class Quadratic(nn.Module):

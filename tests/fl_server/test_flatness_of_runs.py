@@ -56,6 +56,35 @@ def partly(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(first, nn.Tanh(), nn.Linear(4, classes))
 
 
+class Square(torch.autograd.Function):
+    """Its gradient has none, as that of some of torch's operations."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SquareBackward.apply(grad, *ctx.saved_tensors)
+
+
+class SquareBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, x):
+        return 2 * grad * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("derivative for square_backward is not implemented")
+
+
+def once(shape: tuple[int, ...], classes: int) -> nn.Module:
+    net = nn.Linear(5, classes)
+    net.register_forward_hook(lambda module, args, output: Square.apply(output))
+    return net
+
+
 BASE = (
     f"data.source={HERE}:three_classes", "data.partition=iid", f"model.name={HERE}:tanh",
     "train.device=cpu", "clients.number=3", "run.rounds=2",
@@ -248,6 +277,16 @@ def test_training_goes_on_without_a_match(runner, monkeypatch, capsys):
         assert "use more probes" in row["flatness_error"]
         assert "h_n" not in row and row["lambda_max"] > 0
     assert "round 1: flatness: client 0" in capsys.readouterr().out
+
+
+def test_training_goes_on_without_a_second_gradient(runner, capsys):
+    """During the run, and afterwards in one line."""
+    done = runner(*over(f"model.name={HERE}:once", ALWAYS))
+    assert done.code == 0
+    why = "torch cannot compute the curvature: derivative for square_backward is not implemented"
+    assert [row["flatness_error"] for row in done.history] == [why, why]
+    assert main(["flatness", str(done.folder)]) == 3
+    assert capsys.readouterr().err == f"error: {done.folder}: {why}\n"
 
 
 @pytest.mark.parametrize(
