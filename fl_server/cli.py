@@ -127,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv)
     else:
         args.values += rest
+    if path := os.environ.get("PYTHONPATH"):  # for processes that start in other folders
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     try:
         code = args.function(args)
         sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from fl_common.config import resolve
 from fl_server import federation, flower_run
 from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
+from fl_server.cli import main
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
 from fl_server.recorder import ended, read_summary
@@ -30,6 +32,16 @@ TRACEBACK = (
     "",
     "An unhandled exception occurred in the ServerApp.",
 )
+
+
+def test_a_relative_python_path_holds_in_other_folders(tmp_path: Path, monkeypatch, capsys):
+    """Flower's processes start in an empty one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}mine{os.pathsep}/theirs")
+    assert main(["config"]) == 0
+    assert os.environ["PYTHONPATH"] == os.pathsep.join(
+        [str(tmp_path), f"{tmp_path}/mine", "/theirs"]
+    )
 
 
 def told(*lines: str) -> _Told:

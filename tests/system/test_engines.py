@@ -49,7 +49,7 @@ def own(tmp_path: Path) -> dict[str, str]:
                 pixels[:, :, label % 3] |= 128
                 Image.fromarray(pixels).save(place / f"{i:03}.png")
     (tmp_path / "probe_net.py").write_text(NET)
-    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+    return {**os.environ, "PYTHONPATH": "."}
 
 
 def flatfed(tmp_path: Path, env: dict[str, str], engine: str, *settings: str) -> Path:
