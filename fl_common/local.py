@@ -44,6 +44,8 @@ class Work:
     """E ceil(n / B) with n the mean number of samples, as official codes have it."""
     base_lr: float
     """The learning rate of round 1."""
+    server_round: int = 1
+    """The round, from 1 on."""
 
     @classmethod
     def of(cls, config: CoreConfig, server_round: int, samples: int, total: int) -> Work:
@@ -55,6 +57,7 @@ class Work:
             lr=train.lr_of(server_round),
             nominal_steps=train.steps(total / number),
             base_lr=train.lr,
+            server_round=server_round,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from strategies.base import ClientRule
 from tests.fl_client.test_cohort import Federation, difference
 
 
@@ -25,3 +26,12 @@ def test_a_client_that_failed_leaves_nothing(monkeypatch, regularizer: str):
         clients.train(1, message, states[2])
     handle.remove()
     assert difference(clients.train(0, message, states[3]), expected) == 0.0
+
+
+def test_a_method_knows_the_round(monkeypatch, runner):
+    seen = []
+    monkeypatch.setattr(
+        ClientRule, "correction", lambda self, *_: seen.append(self.work.server_round)
+    )
+    assert runner("clients.number=2", "run.rounds=3").code == 0
+    assert seen == [1, 1, 2, 2, 3, 3]
