@@ -423,13 +423,16 @@ def enter(room: dict[str, Any], method: type) -> None:
 
 @cache
 def schema() -> type[CoreConfig]:
-    """The whole model: `CoreConfig` and a group for every method."""
-    groups = {
-        name.replace("-", "_"): (method.Params, method.Params())
-        for room in ("strategies", "regularizers")
-        for name, method in methods(room).items()
-        if ":" not in name
-    }
+    """The whole model: `CoreConfig` and a group for every method.  Raises ConfigError for a method
+    by whose name other keys go."""
+    groups: dict[str, Any] = {}
+    for name, method in [*methods("strategies").items(), *methods("regularizers").items()]:
+        group = name.replace("-", "_")
+        if group in groups or group in CoreConfig.model_fields:
+            where = method.__module__
+            raise ConfigError([f"{where}: {name}.* are other keys; choose another name"])
+        if ":" not in name:
+            groups[group] = (method.Params, method.Params())
     return create_model("Config", __base__=CoreConfig, **groups)
 
 

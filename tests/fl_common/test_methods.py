@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fl_common import config
 from fl_common.config import ConfigError, methods
 
 
@@ -19,3 +20,13 @@ def test_a_name_is_one_files_alone(room: str, name: str):
     type("Half", (known,), {"__module__": f"{room}.mine"})  # declares none: it is no method
     methods.cache_clear()
     assert methods(room)[name] is known
+
+
+@pytest.mark.parametrize("name", ["train", "moon", "stochastic-depth"])
+def test_a_name_is_no_other_groups(name: str, monkeypatch: pytest.MonkeyPatch):
+    """That of the settings themselves, or of a method of the other room."""
+    known = {room: methods(room) for room in ("strategies", "regularizers")}
+    known["strategies"] = known["strategies"] | {name: known["strategies"]["fedprox"]}
+    monkeypatch.setattr(config, "methods", known.get)
+    with pytest.raises(ConfigError, match=rf": {name}\.\* are other keys; choose another name"):
+        config.schema.__wrapped__()
