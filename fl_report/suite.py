@@ -5,7 +5,7 @@ settings and seeds, the metrics, and the published numbers; docs/suites.md descr
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import (
@@ -162,11 +162,11 @@ def load(
     if errors:
         raise SuiteError([f"{path}: {error}" for error in errors])
     over = dict(overrides or {})
-    plan = Plan(path.stem, suite, [known[name] for name in chosen], [], reduced, over)
-    plan.cells.extend(_cells(path, suite, cut if reduced else Reduced(), over))
-    _check(path, plan.cells)
-    _check_data(path, plan.cells)
-    return plan
+    cells = _cells(path, suite, cut if reduced else Reduced(), over)
+    _check(path, cells)
+    _check_data(path, cells)
+    cells = [replace(cell, values=cell.values | {"run.seed": cell.seed}) for cell in cells]
+    return Plan(path.stem, suite, [known[name] for name in chosen], cells, reduced, over)
 
 
 def _parse(path: Path) -> Suite:
@@ -271,6 +271,7 @@ def _metrics(names: Iterable[str], errors: list[str]) -> dict[str, Metric]:
 
 
 def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -> list[Cell]:
+    """With the settings that were given for them, which is all but their seeds."""
     base = {**_under(path, suite), **flatten(suite.base)}
     columns = [s for s in suite.settings or [""] if not cut.settings or s in cut.settings]
     rows = [m for m in suite.methods if not cut.methods or m in cut.methods]
@@ -286,7 +287,6 @@ def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -
                 **flatten(suite.cells.get(f"{setting}_{method}", {})),
                 **flatten(cut.base),
                 **over,
-                "run.seed": seed,
             },
         )
         for seed in cut.seeds or suite.seeds
@@ -310,7 +310,7 @@ def _check(path: Path, cells: Sequence[Cell]) -> None:
     for cell in cells:
         if cell.seed != cells[0].seed:
             continue  # its configuration is that of a cell before it
-        errors = [f"{key}: a suite sets it itself; leave it out" for key in OWN[1:] if key in
+        errors = [f"{key}: a suite sets it itself; leave it out" for key in OWN if key in
                   cell.values]  # fmt: skip
         try:
             resolve(cell.values, absolute_paths=False, also=errors)

@@ -207,6 +207,8 @@ BAD = {
         'few_feddyn_seed0 and 1 more: strategy.name = "fedyn": unknown; did you mean feddyn?'),
     "own key": ("run.rounds = 2", 'run.name = "a"', "few_fedavg_seed0 and 3 more: run.name: a "
         "suite sets it itself; leave it out"),
+    "own seed": ("run.rounds = 2", "run.seed = 7", "few_fedavg_seed0 and 3 more: run.seed: a "
+        "suite sets it itself; leave it out"),
     "metric": ('"accuracy",', '"acuracy",', "metrics: acuracy is unknown; did you mean accuracy?"),
     "no argument": ("rounds-to:0.5", "rounds-to", "metrics: rounds-to: needs a target in (0, 1]"),
     "argument": ('"accuracy",', '"accuracy:3",', "metrics: accuracy:3: accuracy has no argument"),
