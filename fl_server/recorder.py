@@ -3,6 +3,7 @@ model.safetensors, and the pictures curves.png and clients.png."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -55,10 +56,12 @@ def results_folder(output_dir: str, name: str) -> Path:
 
 def folder_error(folder: Path) -> str | None:
     """Why results cannot go to `folder`, as one line; None if they can."""
+    exists = False
     try:
         exists = folder.exists()
-    except OSError as error:
-        return f"run.name: {folder.name[:40]}...: {error.strerror}; give a shorter one"
+    except OSError as error:  # any other is told of the folder above
+        if error.errno == errno.ENAMETOOLONG:
+            return f"run.name: {folder.name[:40]}...: {error.strerror}; give a shorter one"
     if exists:
         return (
             f"run.name: {folder} exists and is not overwritten; give another run.name or "

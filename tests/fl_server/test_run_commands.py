@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
 from fl_server.cli import main
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
-from fl_server.recorder import ended, read_summary
+from fl_server.recorder import ended, folder_error, read_summary
 from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _run_ray, _Told
 
 FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
@@ -195,3 +196,23 @@ def test_a_run_that_cannot_be_submitted_says_why(tmp_path: Path, monkeypatch, ca
     (line,) = capsys.readouterr().err.splitlines()
     why = f"its certificate is not signed by {ca}; give the ca.crt of that server as root-cert"
     assert line.startswith(f"error: the run failed: SuperLink {address}: {why}")
+
+
+def test_why_a_folder_cannot_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A name that is too long is not a folder into which one may not look."""
+    name = "a" * 300
+    assert folder_error(tmp_path / name) == (
+        f"run.name: {name[:40]}...: File name too long; give a shorter one"
+    )
+    there = Path.exists
+
+    def exists(path: Path) -> bool:  # as for another user than root
+        if tmp_path in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return there(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert folder_error(tmp_path / "closed" / "run") == (
+        f"run.output-dir: {tmp_path}/closed cannot be written to (Permission denied); choose "
+        "another folder"
+    )
