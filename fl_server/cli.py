@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fl_common import processes
 from fl_server import node_commands, result_commands, run_commands
-from fl_server.console import INTERRUPTED, PIPE_CLOSED
+from fl_server.console import INTERRUPTED, PIPE_CLOSED, complain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,6 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.function(args)
         sys.stdout.flush()
         return code
+    except ValueError as error:
+        from fl_common.config import ConfigError  # pydantic takes longer to import than --help
+
+        if not isinstance(error, ConfigError):
+            raise
+        return complain(error.errors)
     except BrokenPipeError:  # who reads has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED

@@ -165,17 +165,13 @@ def flatness(args: argparse.Namespace) -> int:
 
 
 def groups(args: argparse.Namespace) -> int:
-    from fl_common.config import ConfigError
     from fl_common.models.catalogue import MODELS
 
     # A setting like any other: what is given twice is told.
     args.values = [f"model.name={args.model}", *args.values]
     info = MODELS.get(args.model)
     takes_text = info is not None and info.input == "tokens"
-    try:
-        plan = _plan(args, {"data.source": "synthetic-text" if takes_text else "synthetic"})
-    except ConfigError as error:
-        return complain(error.errors)
+    plan = _plan(args, {"data.source": "synthetic-text" if takes_text else "synthetic"})
     from fl_report.cost import groups_table
 
     show(groups_table(plan))
@@ -185,13 +181,9 @@ def groups(args: argparse.Namespace) -> int:
 def cost(args: argparse.Namespace) -> int:
     import json
 
-    from fl_common.config import ConfigError
     from fl_common.data.catalogue import SOURCES
 
-    try:
-        plan = _plan(args, {})
-    except ConfigError as error:
-        return complain(error.errors)
+    plan = _plan(args, {})
     config, samples = plan.config, args.samples
     if config.strategy.name != "fedpart":
         return complain([f"strategy.name = {config.strategy.name}: has no partial updates; "

@@ -31,14 +31,11 @@ _OURS = re.compile(
 
 
 def config(args: argparse.Namespace) -> int:
-    from fl_common.config import ConfigError, resolve
+    from fl_common.config import resolve
     from fl_common.pyproject import as_toml, write_pyproject
 
-    try:
-        values, errors = settings_of(args)
-        config = resolve(values, absolute_paths=False, also=errors)
-    except ConfigError as error:
-        return complain(error.errors)
+    values, errors = settings_of(args)
+    config = resolve(values, absolute_paths=False, also=errors)
     if not args.write_pyproject:
         print(as_toml(config.flat()), end="")
         return OK
@@ -56,7 +53,7 @@ def config(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fl_common.config import ConfigError, absolute_paths, resolve
+    from fl_common.config import absolute_paths, resolve
     from fl_server.recorder import (
         folder_error,
         read_summary,
@@ -66,21 +63,18 @@ def run(args: argparse.Namespace) -> int:
         timestamp,
     )
 
-    try:
-        given, errors = settings_of(args)
-        values = absolute_paths(given)
-        values["run.output-dir"] = values.get("run.output-dir") or str(Path.cwd() / "results")
-        resume = values.get("run.resume") is True
-        if not resume:
-            values["run.name"] = values.get("run.name") or timestamp()
-        folder = results_folder(str(values["run.output-dir"]), str(values.get("run.name", "")))
-        if resume and values.get("run.name"):
-            if problem := resume_error(folder, values):
-                return complain([*errors, problem])
-            values = {**stored_config(folder), **values}
-        config = resolve(values, also=errors)
-    except ConfigError as error:
-        return complain(error.errors)
+    given, errors = settings_of(args)
+    values = absolute_paths(given)
+    values["run.output-dir"] = values.get("run.output-dir") or str(Path.cwd() / "results")
+    resume = values.get("run.resume") is True
+    if not resume:
+        values["run.name"] = values.get("run.name") or timestamp()
+    folder = results_folder(str(values["run.output-dir"]), str(values.get("run.name", "")))
+    if resume and values.get("run.name"):
+        if problem := resume_error(folder, values):
+            return complain([*errors, problem])
+        values = {**stored_config(folder), **values}
+    config = resolve(values, also=errors)
     if resume:
         reached = read_summary(folder)
         if (reached.get("status"), reached.get("rounds")) == ("completed", config.run.rounds):

@@ -6,6 +6,7 @@ import pytest
 
 from fl_common import config
 from fl_common.config import ConfigError, methods
+from fl_server.cli import main
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,16 @@ def test_a_name_is_no_other_groups(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(config, "methods", known.get)
     with pytest.raises(ConfigError, match=rf": {name}\.\* are other keys; choose another name"):
         config.schema.__wrapped__()
+
+
+@pytest.mark.parametrize("call", [["suite", "x.toml"], ["node", "--superlink", "h:1"], ["config"]])
+def test_every_command_tells_it_in_one_line(
+    call: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refused() -> None:
+        raise ConfigError(["strategies.mine: fedprox is strategies.fedprox's name"])
+
+    monkeypatch.setattr(config, "schema", refused)
+    assert main([*call, "dp-clip=1"]) == 2
+    told = capsys.readouterr().err
+    assert told == "error: strategies.mine: fedprox is strategies.fedprox's name\n"
