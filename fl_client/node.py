@@ -147,10 +147,11 @@ def _check_config(config: Mapping[str, Scalar]) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and (not whole or value < least):
             raise NodeError(f"{key} = {value}: must be a whole number, at least {least}")
-    for key in ("dp-clip", "dp-epsilon", "dp-delta"):
+    for key, below in (("dp-clip", float("inf")), ("dp-epsilon", float("inf")), ("dp-delta", 1)):
         value = config.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
-            raise NodeError(f"{key} = {value}: must be a number greater than 0")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < below):
+            end = " and less than 1" if below == 1 else ""
+            raise NodeError(f"{key} = {value}: must be a number greater than 0{end}")
     if of is not None and partition >= of:
         raise NodeError(f"partition-id = {partition}: must be less than num-partitions = {of}")
     path = config.get("data-path")
