@@ -288,8 +288,8 @@ class Roster:
         self._refuse(
             dict.fromkeys(
                 sorted(strangers - self.refused.keys()),
-                "its key is not in clients.keys; start it with the --auth-key made for it, or add "
-                "the key there",
+                "its key was not in clients.keys when the run began; start it with the --auth-key "
+                "made for it, or add the key there and start the run again",
             )
         )
         return nodes

@@ -111,10 +111,11 @@ def test_an_unknown_key_is_refused_before_anything_is_sent(grid, keys):
     roster.refresh()
     assert sorted(roster.members) == [1]
     assert grid.asked == [second]
-    refusals = [line for line in said if "its key is not in clients.keys" in line]
+    refusals = [line for line in said if "its key was not in clients.keys" in line]
     assert refusals == [
-        f"roll call: refused nodes {first}, {third}: its key is not in clients.keys; start it "
-        "with the --auth-key made for it, or add the key there"
+        f"roll call: refused nodes {first}, {third}: its key was not in clients.keys when the "
+        "run began; start it with the --auth-key made for it, or add the key there and start the "
+        "run again"
     ]
     # Who comes later is looked at in the same way.
     grid._contexts[98] = SimpleNamespace(**vars(grid._contexts[first]))
