@@ -25,11 +25,13 @@ def home() -> Path:
     return absolute_path(os.environ.get("FLATFED_HOME") or "~/.flatfed")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace `path` by a file that holds all of `data` and is on the disk, or leave it as it
-    was; nothing else stays.  Raises OSError."""
+    was; nothing else stays.  `mode`: its permissions from the start, less those that the umask
+    takes.  Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch(mode)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()

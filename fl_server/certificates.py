@@ -8,7 +8,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fl_common.files import write_atomically
 from fl_server.keys import KeysError, read_public
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], *, days: float = SERVE
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ca, ca_key = _authority(days)
-    _write(folder / CA, ca.public_bytes(Encoding.PEM), 0o644)
+    write_atomically(folder / CA, ca.public_bytes(Encoding.PEM), 0o644)
     _write_server(folder, hosts, days, ca, ca_key)
 
 
@@ -117,8 +117,8 @@ def issue(
         folder.chmod(0o700)
         if ca is None:
             ca, ca_key = _authority(max(days, CA_DAYS))
-            _write(folder / CA_KEY, _pem(ca_key), 0o600)
-            _write(folder / CA, ca.public_bytes(Encoding.PEM), 0o644)
+            write_atomically(folder / CA_KEY, _pem(ca_key), 0o600)
+            write_atomically(folder / CA, ca.public_bytes(Encoding.PEM), 0o644)
         if hosts:
             names = dict.fromkeys([*hosts, *LOOPBACK])
             _write_server(folder, list(names), days, ca, ca_key)
@@ -127,7 +127,7 @@ def issue(
             make_node_key(folder / NODES / str(partition))
         keys = read_public(folder / NODES)
         text = json.dumps({str(i): keys[i] for i in sorted(keys)}, indent=2)
-        _write(folder / KEYS, f"{text}\n".encode(), 0o644)
+        write_atomically(folder / KEYS, f"{text}\n".encode(), 0o644)
     except OSError as error:
         raise KeysError(f"{error.filename or folder}: {error.strerror or error}") from None
     server = _read_certificate(folder / SERVER)
@@ -148,8 +148,12 @@ def make_node_key(path: Path) -> Path:
     Both are in OpenSSH's format, which Flower reads.
     """
     key, public = _key(), path.with_name(path.name + ".pub")
-    _write(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
-    _write(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), 0o644)
+    write_atomically(
+        path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600
+    )
+    write_atomically(
+        public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), 0o644
+    )
     return public
 
 
@@ -182,8 +186,8 @@ def _write_server(
         .add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
         .sign(ca_key, hashes.SHA384())
     )
-    _write(folder / SERVER_KEY, _pem(key), 0o600)
-    _write(folder / SERVER, server.public_bytes(Encoding.PEM), 0o644)
+    write_atomically(folder / SERVER_KEY, _pem(key), 0o600)
+    write_atomically(folder / SERVER, server.public_bytes(Encoding.PEM), 0o644)
 
 
 def _days(days: float) -> timedelta:
@@ -270,10 +274,3 @@ def _certificate(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(authority.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """A file with these permissions from the start; one that is there is replaced."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -116,6 +117,22 @@ def test_renewal_keeps_the_ca(folder: Path, capsys):
 def test_the_server_does_not_outlive_the_ca(folder: Path):
     ends = issue(folder, ["h"], days=99999).ends
     assert ends[SERVER] == ends[CA]
+
+
+@pytest.mark.parametrize("wanted", [("--nodes", "3"), ("--host", "fl.example.org")])
+def test_a_full_disk_leaves_what_was(folder: Path, monkeypatch, capsys, wanted: tuple[str, str]):
+    """No key that is empty or half there, which the next call would take for one."""
+    before = contents(folder)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert certs(folder, *wanted) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert contents(folder) == before
+    assert certs(folder, *wanted) == 0
 
 
 def test_keys_made_elsewhere_and_keys_taken_away(folder: Path, tmp_path: Path):
