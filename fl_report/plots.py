@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,8 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Of names in scripts that the font lacks; the page has them as text.
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, sharex=rows > 1)

@@ -828,3 +828,8 @@ def test_the_command(runner, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (one / "report.html").exists()
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_names_that_the_font_lacks_say_nothing_on_the_terminal(tmp_path, recwarn):
+    plots.label_distribution([[3, 4], [5, 1]], ["肺炎", "normal"], tmp_path / "labels.png")
+    assert (tmp_path / "labels.png").stat().st_size and not recwarn.list
