@@ -64,7 +64,15 @@ def alike(runs: Sequence[Run]) -> list[Alike]:
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The method, with the settings in which those of the same method differ."""
+    """The names that a suite gave, without the seed; else the method, with the settings in which
+    those of the same method differ."""
+    cells = [
+        {run.label.removesuffix(f"_seed{run.config.get(SEED)}") for run in group}
+        for group in groups
+    ]
+    called = {name for cell in cells for name in cell}
+    if all(len(cell) == 1 for cell in cells) and len(called) == len(groups):
+        return [name for cell in cells for name in cell]
     first = [group[0] for group in groups]
     names = [method_of(run.config) or run.label for run in first]
     labels = []

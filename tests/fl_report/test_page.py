@@ -358,6 +358,20 @@ def test_what_is_alike(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_cells_of_a_suite_have_its_names(tmp_path: Path):
+    cells = [
+        folder_of(
+            tmp_path / f"{cell}_seed{seed}", [row(1)], CONFIG | {"run.seed": seed, "train.lr": lr}
+        )
+        for cell, lr in (("low_fedavg", 0.1), ("high_fedavg", 0.5))
+        for seed in (1, 2)
+    ]
+    assert [group.label for group in alike(read(cells))] == ["low_fedavg", "high_fedavg"]
+    assert [group.label for group in alike(read([*cells[:1], *cells[2:]]))] == [
+        "low_fedavg", "high_fedavg"
+    ]  # fmt: skip
+
+
 def test_many_seeds_stay_readable(tmp_path: Path):
     folders = [seeded(tmp_path / f"s{seed}", seed, [0.5, 0.6]) for seed in range(12)]
     page = Page(write(folders, tmp_path / "page.html").read_text())
