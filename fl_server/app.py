@@ -13,6 +13,7 @@ from fl_common import wire
 from fl_common.checks import unused
 from fl_common.config import ConfigError, methods, resolve
 from fl_common.layout import on
+from fl_common.local import local_methods
 from fl_server import tracking
 from fl_server.exchange import HELD_BYTES, Exchange, RunFailed, by_reason
 from fl_server.keys import KeysError, read_keys
@@ -51,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
         error = _for_its_user(error, folder)
         print(f"run failed: {error}", flush=True)
         raise error
+    config = None
     try:
         config = resolve(values)
         if missing := tracking.missing(config.tracking.names):
@@ -68,7 +70,8 @@ def main(grid: Grid, context: Context) -> None:
         reason = ended or str(error) or type(error).__name__
         recorder.fail(reason)
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
-        if recorder.checkpoints.rounds:
+        hopeful = recorder.checkpoints.rounds and "cannot be resumed" not in reason
+        if hopeful and not (config and _unresumable(config)):
             print(f"continue it with: flatfed resume {folder}", flush=True)
         raise error
 
@@ -139,12 +142,10 @@ def _unresumable(config: CoreConfig, engine: str) -> list[str]:
     by `flwr run` too, where `engine.name` says nothing."""
     if config.client.state_dir or engine == "grpc":
         return []
-    rule = methods("strategies")[config.strategy.name].rule
-    known = [methods("regularizers")[name] for name in config.regularizer_names]
-    remembers = rule(config, {}, None).memory or any(method.memory for method in known)
+    known = local_methods(config, {wire.SAMPLES: config.clients.number}, 1, 1)
     if config.train.keeps_state:
         return ["train.keep-optimizer without client.state-dir: this run cannot be resumed"]
-    if remembers and not config.server.ledger:
+    if any(method.memory for method in known) and not config.server.ledger:
         return ["server.ledger=false without client.state-dir: this run cannot be resumed"]
     return []
 

@@ -55,6 +55,7 @@ def config(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     from fl_common.config import absolute_paths, resolve
     from fl_server.recorder import (
+        MODEL,
         folder_error,
         read_summary,
         results_folder,
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(values, also=errors)
     if resume:
         reached = read_summary(folder)
-        if (reached.get("status"), reached.get("rounds")) == ("completed", config.run.rounds):
+        whole = reached.get("status") == "completed" and (folder / MODEL).is_file()
+        if whole and reached.get("rounds") == config.run.rounds:
             print(
                 f"{folder}: completed, all {config.run.rounds} rounds; nothing is left to do; for "
                 f"more rounds: flatfed resume {folder} run.rounds=N"

@@ -35,3 +35,13 @@ def test_a_method_knows_the_round(monkeypatch, runner):
     )
     assert runner("clients.number=2", "run.rounds=3").code == 0
     assert seen == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_rule_may_reckon_with_its_work_at_once(monkeypatch, runner):
+    """Wherever one is made, also where only its memory is asked for."""
+
+    def made(self, params, work):
+        self.params, self.work, self.share = params, work, 1 / (work.steps * work.server_round)
+
+    monkeypatch.setattr(ClientRule, "__init__", made)
+    assert runner("clients.number=2", "run.rounds=1").code == 0

@@ -412,7 +412,16 @@ def failure(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in out.splitlines() if line.startswith("run failed: ")]
     assert len(lines) == 1, out
     assert err == ""
+    assert not ("cannot be resumed" in out and "continue it with" in out)
     return lines[0]
+
+
+def test_a_model_that_was_deleted_is_made_again(runs: Runs):
+    folder = runs("whole")
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    assert runs.resume(folder) == 0
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_the_historys_unfinished_line_is_dropped(runs: Runs):
