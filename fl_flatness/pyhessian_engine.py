@@ -27,6 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fl_common.determinism import seed_of
@@ -156,6 +157,8 @@ class PyHessian:
             torch.random.fork_rng(devices=[curvature.device] if cuda else []),
             torch.cuda.device(curvature.device if cuda else -1),
             torch.enable_grad(),
+            # The gradients of the faster ways to compute attention have none themselves.
+            sdpa_kernel(SDPBackend.MATH),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message="Using backward.. with create_graph")
