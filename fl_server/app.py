@@ -52,12 +52,11 @@ def main(grid: Grid, context: Context) -> None:
         error = _for_its_user(error, folder)
         print(f"run failed: {error}", flush=True)
         raise error
-    config = None
+    config, engine = None, engine_of(grid)
     try:
         config = resolve(values)
         if missing := tracking.missing(config.tracking.names):
             raise ConfigError(missing)
-        engine = engine_of(grid)
         recorder.begin(config, {**config.flat(), "engine.name": engine}, engine)
         recorder.clients_apart = lambda: getattr(grid, "clients_apart", True)
         progress = Progress(config.run.rounds, bar=engine == "inprocess")
@@ -71,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
         recorder.fail(reason)
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
         hopeful = recorder.checkpoints.rounds and "cannot be resumed" not in reason
-        if hopeful and not (config and _unresumable(config)):
+        if hopeful and not (config and _unresumable(config, engine)):
             print(f"continue it with: flatfed resume {folder}", flush=True)
         raise error
 
