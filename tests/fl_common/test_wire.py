@@ -94,9 +94,7 @@ def test_layout_round_trip():
 
 def test_a_model_of_two_dtypes_has_no_layout():
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double())
-    with pytest.raises(
-        ValueError, match="its parameters are not of one dtype"
-    ):
+    with pytest.raises(ValueError, match="its parameters are not of one dtype"):
         tensors_of(net)
 
 
