@@ -1,8 +1,9 @@
 """What FlatFed does on a GPU: `python -m benchmarks.gpu`.
 
 (a) the workload of `benchmarks.overhead`, (b) ResNet-18 on CIFAR shapes, (c) the costs of
-regularizers, (d) FedPart's partial rounds.  Without a card it says so and exits with 2;
-`--device cpu --small` runs everything in a tiny form, to see that it runs.
+regularizers, (d) FedPart's partial rounds, (e) Ray's clients that share a card.  Without a card
+it says so and exits with 2; `--device cpu --small` runs everything in a tiny form, to see that it
+runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import io
 import json
 import sys
 import tempfile
-from contextlib import redirect_stdout
+import threading
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -39,7 +41,7 @@ from fl_server.recorder import Recorder
 from strategies.fedpart import FedPartParams, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from fl_common.config import Scalar
 
@@ -313,7 +315,60 @@ def partial_rounds(bench: Bench) -> int:
     return 0
 
 
-PARTS = {"a": overhead, "b": resnet, "c": costs, "d": partial_rounds}
+@contextmanager
+def peak_memory(bench: Bench) -> Iterator[list[float]]:
+    """The most that all processes have of the card meanwhile, beyond what they had [GiB]."""
+    found, over = [0.0], threading.Event()
+
+    def used() -> float:
+        free, whole = torch.cuda.mem_get_info(bench.device) if bench.card else (0, 0)
+        return (whole - free) / 2**30
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            found[0] = max(found[0], used() - before)
+
+    before = used()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def on_ray(bench: Bench) -> int:
+    """(e): runs on Ray whose clients take shares of the card, and what memory that needs."""
+    values = bench.settings(
+        {"engine.name": "ray", "model.name": "resnet18", "model.norm": "group",
+         "train.dtype": "bfloat16", "train.batch-size": 50, "clients.number": 40,
+         "clients.per-round": 8}
+    )  # fmt: skip
+    if bench.small:
+        values |= {"model.name": "resnet8", "train.dtype": "float32", "clients.number": 4}
+        values |= {"clients.per-round": 2}
+    table = _table(
+        f"(e) {values['model.name']} on Ray, {values['clients.per-round']} of "
+        f"{values['clients.number']} clients, batches of 50",
+        "engine.client-gpus", "at once", "s/round", "on the card, GiB", "for each more, GiB",
+    )  # fmt: skip
+    alone = 0.0
+    for share in (1.0, 0.25) if bench.card else (0.0,):
+        with peak_memory(bench) as found:
+            seconds = bench.run_seconds(
+                values | {"engine.client-gpus": share}, f"ray-{share:g}", 1 if bench.small else 2
+            )
+        count = round(1 / share) if share else 0
+        more = f"{(found[0] - alone) / (count - 1):.2f}" if count > 1 else ""
+        alone = alone or found[0]
+        memory = f"{found[0]:.2f}" if bench.card else "-"
+        bench.add(table, f"{share:g}", f"{count or '-'}", f"{seconds:.2f}", memory, more)
+    bench.console.print(table)
+    return 0
+
+
+PARTS = {"a": overhead, "b": resnet, "c": costs, "d": partial_rounds, "e": on_ray}
 
 
 def peak_of(name: str) -> float:
@@ -334,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:K, or cpu to try it out")
     parser.add_argument("--small", action="store_true", help="tiny, to see that it runs")
     parser.add_argument("--peak", type=float, help="the card's TFLOP/s in bfloat16")
-    parser.add_argument("--only", default="abcd", help="parts to run, e.g. ab")
+    parser.add_argument("--only", default="abcde", help="parts to run, e.g. ab")
     args = parser.parse_args(arguments)
     if args.device != "cpu" and not torch.cuda.is_available():
         print("no GPU that torch can use; --device cpu --small shows that the benchmark runs")

@@ -302,4 +302,15 @@ def _check_engine(config: CoreConfig) -> list[str]:
             f"engine.connection = {shown(config.engine.connection)}: belongs to engine.name=grpc; "
             f"leave it empty with {config.engine.name}"
         )
+    gpus, on_ray = config.engine.client_gpus, config.engine.name == "ray"
+    if gpus and not on_ray:
+        errors.append(
+            f"engine.client-gpus = {gpus:g}: belongs to engine.name=ray; leave it out with "
+            f"{config.engine.name}"
+        )
+    elif on_ray and not gpus and config.train.device.startswith("cuda"):
+        errors.append(
+            f"train.device = {config.train.device}: Ray gives its clients no GPU; set "
+            "engine.client-gpus too, e.g. to 0.25 for four clients at once on a card"
+        )
     return errors

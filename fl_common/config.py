@@ -313,6 +313,12 @@ class Engine(Group):
         "them: for small models on a GPU; updates differ by rounding, 1e-5 at most; a number, or "
         "auto: by measurement in the first round",
     )
+    client_gpus: float = Field(
+        0.0,
+        ge=0,
+        description="share of a GPU that each of Ray's clients takes; 0.25: four at once on a "
+        "card; 0: they train on the CPU",
+    )
 
 
 class Server(Group):

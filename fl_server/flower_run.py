@@ -95,14 +95,16 @@ def run_simulation(
     run_config: Mapping[str, str | int | float | bool],
     *,
     clients: int,
+    client_gpus: float = 0.0,
     on_line: Callable[[str], None] = print,
     env: Mapping[str, str] | None = None,
 ) -> FlowerStatus:
     """Run the Flower app in `app_dir` once, on Ray, and wait for its end.
 
     `run_config` overrides keys of the app's `[tool.flwr.app.config]` (dotted, as the ServerApp sees
-    them), `clients` is the number of simulated SuperNodes, `env` is added to the environment of
-    every process of the run, and `on_line` gets what the ServerApp prints and logs, line by line.
+    them), `clients` is the number of simulated SuperNodes, each of which takes `client_gpus` of a
+    GPU while it works, `env` is added to the environment of every process of the run, and `on_line`
+    gets what the ServerApp prints and logs, line by line.
     However this function is left, no process and no file of the run remains.
 
     Raises:
@@ -112,7 +114,12 @@ def run_simulation(
     """
     if clients < 1:
         raise ValueError(f"clients is {clients}, but a run needs at least 1")
-    job = {"app": str(Path(app_dir).resolve()), "clients": clients, "config": _toml(run_config)}
+    job = {
+        "app": str(Path(app_dir).resolve()),
+        "federation": f"num-supernodes={clients} client-resources-num-cpus=1 "
+        f"client-resources-num-gpus={client_gpus}",
+        "config": _toml(run_config),
+    }
     keeper = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", KEEPER],
         stdin=subprocess.PIPE,
@@ -356,7 +363,7 @@ def _keep() -> None:
         os.write(sys.stdout.fileno(), f"{RESULT}{json.dumps(result)}\n".encode())
 
 
-def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
+def _run(folder: Path, app: str, federation: str, config: str) -> dict[str, Any]:
     """Start a SuperLink, submit the app and print its log as it comes; the fields of a status."""
     for name in ("home", "empty"):
         (folder / name).mkdir()
@@ -371,7 +378,6 @@ def _run(folder: Path, app: str, clients: int, config: str) -> dict[str, Any]:
     superlink, port = _start_superlink(folder)
     connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     (folder / "home" / "config.toml").write_text(connection)
-    federation = f"num-supernodes={clients} client-resources-num-cpus=1"
     options = ("--stream", "--federation-config", federation, "-c", folder / "run.toml")
     submit = _flwr(folder, "run", app, CONNECTION, *options, stderr=subprocess.STDOUT)
     _wait(submit, superlink, folder)

@@ -107,6 +107,14 @@ def _unready(config: CoreConfig) -> list[str]:
             "the same data; set engine.name=grpc, whose nodes have their own, or choose another "
             "data.partition"
         ]
+    if gpus := config.engine.client_gpus:
+        import torch
+
+        if (cards := torch.cuda.device_count()) < gpus:
+            return [
+                f"engine.client-gpus = {gpus:g}: this machine has {cards} GPUs that torch can use; "
+                "leave it out for clients on the CPU"
+            ]
     if config.client.state_dir:
         from fl_client.node import NodeError, check_state_dir
 
@@ -204,7 +212,8 @@ class _Told:
 def _run_ray(config: CoreConfig, folder: Path) -> int:
     from fl_server.flower_run import run_simulation
 
-    return _on_flower(config, folder, partial(run_simulation, clients=config.clients.number))
+    shares = {"clients": config.clients.number, "client_gpus": config.engine.client_gpus}
+    return _on_flower(config, folder, partial(run_simulation, **shares))
 
 
 def _run_grpc(config: CoreConfig, folder: Path) -> int:

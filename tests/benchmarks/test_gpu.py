@@ -11,7 +11,7 @@ from benchmarks import gpu
 def test_everything_runs_in_a_tiny_form(capsys):
     assert gpu.main(["--device", "cpu", "--small"]) == 0
     printed = capsys.readouterr().out
-    for text in ("(a)", "lenet", "cnn", "(b)", "2 at once", "(c)", "proximal", "(d)"):
+    for text in ("(a)", "lenet", "cnn", "(b)", "2 at once", "(c)", "proximal", "(d)", "(e)"):
         assert text in printed
 
 
