@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +79,12 @@ def _conditions(table: Mapping[str, Any]) -> list[str]:
     if table["overrides"]:
         keys = ", ".join(table["overrides"])
         told.append(f"Other settings than the suite's ({keys}); so no difference is told.")
-    missing = [c["cell"] for c in table["cells"] if c["status"] != "completed"]
+    missing = [c["status"] for c in table["cells"] if c["status"] != "completed"]
     if missing:
-        told.append(f"{len(missing)} of {len(table['cells'])} runs are missing.")
+        begun = Counter(status for status in missing if status != "missing")
+        why = ", ".join(f"{count} {status}" for status, count in begun.items())
+        whole = f"{len(missing)} of {len(table['cells'])} runs are missing"
+        told.append(f"{whole} ({why})." if why else f"{whole}.")
     return told
 
 

@@ -52,6 +52,8 @@ def gather(
             cells.append(told)
             continue
         told["status"] = run.summary.get("status", "unknown")
+        if told["status"] == "failed" and run.summary.get("error") in ("interrupted", "stopped"):
+            told["status"] = run.summary["error"]
         if told["status"] == "completed":
             extra, summary = measured(folder), run.summary
             told |= {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fl_common.files import read_object, remove_unfinished, unwritable, write_atomically
+from fl_common.fingerprint import code_sha256
 from fl_common.wire import model_sha256
 from fl_server.checkpoint import Checkpoints
 from fl_server.exchange import RunFailed
@@ -199,6 +200,7 @@ class Recorder:
             "seed": config.run.seed,
             "device": _device(config),
             "versions": _versions(),
+            "code": code_sha256(),
         }
 
     def _write_beginning(self) -> None:

@@ -351,14 +351,14 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def code_of(folder: Path) -> str:
-    """The fingerprint of the code behind a run, from its newest checkpoint; "unknown" without."""
+    """The fingerprint of the code behind a run, from its newest checkpoint, or else its summary."""
     try:
         newest = max((folder / "checkpoints").glob("*.safetensors"))
         with newest.open("rb") as file:  # the header of a safetensors file, without its tensors
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         return json.loads(header["__metadata__"]["facts"])["code"]
     except (OSError, ValueError, KeyError):
-        return "unknown"
+        return str(read_summary(folder).get("code", "unknown"))
 
 
 def _outcome(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,9 @@ def test_published_ours_and_the_difference():
     page = suite_page.markdown(a_table())
     assert "| fedavg | accuracy [%] | 50.0 ± 1.5 [1] | 53.0 ± 1.4 (n = 2) | +3.0 |" in page
     assert "**1 of 4 runs are missing.**" in page and "| feddyn_seed1 | - |" in page
+    cut = a_table(cells=[cell("fedavg", 0, 52.0), cell("fedavg", 1, None, status="interrupted")])
+    page = suite_page.markdown(cut)
+    assert "**1 of 2 runs are missing (1 interrupted).**" in page
 
 
 def test_only_remarks_that_a_line_cites_are_told_with_numbers_of_their_own():
@@ -342,6 +346,16 @@ def test_the_device_is_told_by_name_and_as_it_was_set_where_a_run_did_not_record
     table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
     assert [cell["device"] for cell in table["cells"]] == ["Card (cuda)", "cuda"]
     assert "device: Card (cuda), cuda\n- seconds are those of" in suite_page.markdown(table)
+
+
+def test_a_run_that_was_interrupted_is_told_as_that(tmp_path):
+    plan = load(written(tmp_path), reduced=True)
+    (tmp_path / plan.cells[0].name).mkdir()
+    summary = SUMMARY | {"status": "failed", "error": "interrupted"}
+    (tmp_path / plan.cells[0].name / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / plan.cells[0].name / "config.json").write_text("{}")
+    table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
+    assert [cell["status"] for cell in table["cells"]] == ["interrupted", "missing"]
 
 
 def test_a_run_that_is_not_there_and_one_that_cannot_be_read(tmp_path):
@@ -401,9 +415,13 @@ def test_a_published_page_is_made_from_the_numbers_beside_it(path):
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_a_published_table_is_whole(path):
+def test_a_published_table_is_whole_or_says_what_is_missing(path):
     cells = json.loads(path.read_text())["cells"]
-    assert cells and {cell["status"] for cell in cells} == {"completed"}
+    missing = sum(cell["status"] != "completed" for cell in cells)
+    page = path.with_suffix(".md").read_text()
+    told = re.search(r"^\*\*(\d+) of (\d+) runs are missing", page, re.MULTILINE)
+    assert cells and (told is None) == (missing == 0)
+    assert told is None or (int(told[1]), int(told[2])) == (missing, len(cells))
 
 
 def test_every_published_page_has_its_numbers():

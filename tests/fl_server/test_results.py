@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,8 +32,10 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 from fl_common.config import resolve
+from fl_common.fingerprint import code_sha256
 from fl_server.cli import main
 from fl_server.recorder import Recorder
+from fl_server.suites import code_of
 
 FLATFED = Path(sys.executable).with_name("flatfed")
 
@@ -151,10 +154,13 @@ def test_every_file_and_every_key(runner, capsys):
     assert re.fullmatch(r"cpu \(\d+ processors?\)", summary["device"])
     assert summary["versions"]["flwr"] == version("flwr")
     assert summary["versions"]["torch"] == torch.__version__
+    assert summary["code"] == code_sha256()
     assert re.fullmatch("[0-9a-f]{64}", summary["model_sha256"])
 
     png(done.folder / "curves.png")
     label_picture(done.folder)
+    shutil.rmtree(done.folder / "checkpoints")  # a suite's table still knows the code
+    assert code_of(done.folder) == code_sha256()
 
 
 def test_the_device_has_its_name(monkeypatch, tmp_path):
