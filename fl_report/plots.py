@@ -27,8 +27,6 @@ STATES = {
     "not drawn": "#eaeef2", "answered": "#7fb0f5", "no answer": "#eda100", "rejected": "#8b1020"
 }  # fmt: skip
 """Of a client in a round; told apart by those who see no red or no green too, and in grey."""
-INSIDE = 5
-"""Names that a picture has room for; more stand below it."""
 LONGEST = 40
 """Characters of a name in a picture."""
 
@@ -124,9 +122,8 @@ def lines(
 
     places: the place of each label among the runs, where that is not its place among the lines.
     """
-    names_below = len(series) > INSIDE
     columns = 2 if max(map(len, series)) < 22 else 1
-    below = 0.16 * -(-len(series) // columns) if names_below else 0
+    below = 0.16 * -(-len(series) // columns) if len(series) > 1 else 0
     figure, axes = _figure(4.4, 3.1 + below)
     for i, (label, (x, y)) in enumerate(series.items()):
         style = _style(places[label] if places else i, len(x))
@@ -140,12 +137,10 @@ def lines(
     heights = [height for _, y in series.values() for height in y]
     if 0 < 1000 * min(heights) < max(heights):  # of a loss that has run away
         axes.set_yscale("log")
-    if names_below:
+    if len(series) > 1:  # below, where it hides no line
         figure.legend(
             frameon=False, fontsize=8, loc="outside lower center", ncols=columns, handlelength=3
         )
-    elif len(series) > 1:
-        axes.legend(frameon=False, fontsize=8, handlelength=3)
     figure.savefig(path, dpi=150)
 
 
