@@ -264,6 +264,8 @@ def unused(config: CoreConfig) -> list[str]:
         "data.classes-per-client": split != "pathological" and f"with data.partition={split}",
         "eval.holdout": (on == "server" and "with eval.on=server")
         or (split == "local" and "with data.partition=local"),
+        "clients.sampling": config.cohort_size == config.clients.number
+        and f"with clients.per-round={config.clients.per_round}: all clients are in every round",
         "train.keep-optimizer": not config.train.keeps_state
         and "without train.momentum or train.optimizer=adam",
     }

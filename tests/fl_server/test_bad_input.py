@@ -648,6 +648,21 @@ class Net(nn.Module):
             ["data.partition=local", "engine.name=grpc", "eval.on=clients", "eval.holdout=0.3"],
             ["eval.holdout = 0.3 has no effect with data.partition=local"],
         ),
+        (
+            ["clients.sampling=bernoulli"],
+            [
+                'clients.sampling = "bernoulli" has no effect with clients.per-round=0: all '
+                "clients are in every round"
+            ],
+        ),
+        (
+            ["clients.sampling=bernoulli", "clients.number=4", "clients.per-round=4"],
+            [
+                'clients.sampling = "bernoulli" has no effect with clients.per-round=4: all '
+                "clients are in every round"
+            ],
+        ),
+        (["clients.sampling=bernoulli", "clients.per-round=9"], []),
         (["data.alpha=0.1", "data.min-size=2", "eval.on=both", "eval.holdout=0.3"], []),
         (["data.partition=pathological", "data.classes-per-client=3", "data.alpha=0.5"], []),
         (["train.keep-optimizer=true", "train.momentum=0.9"], []),
