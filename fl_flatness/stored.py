@@ -79,7 +79,10 @@ class Stored:
 def _config(folder: Path, data_path: Path | None) -> CoreConfig:
     """The run's settings, for this process on this machine.  Raises ConfigError, ValueError."""
     values = json.loads((folder / CONFIG).read_text())
-    values |= {"engine.name": "inprocess", "engine.connection": "", "client.state-dir": ""}
+    values |= {
+        "engine.name": "inprocess", "engine.connection": "", "engine.client-gpus": 0.0,
+        "clients.keys": "", "client.state-dir": "", "flatness.engine": "own",
+    }  # fmt: skip
     if not Path(values.get("data.cache-dir", "")).is_dir():
         values["data.cache-dir"] = ""
     if data_path is not None:

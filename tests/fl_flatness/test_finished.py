@@ -250,6 +250,24 @@ def configured(folder: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"engine.name": "grpc", "engine.connection": "lab", "clients.keys": "/server/keys.json"},
+        {"engine.name": "ray", "engine.client-gpus": 0.25},
+        {"flatness.engine": "pyhessian"},
+    ],
+)
+def test_it_does_not_matter_who_ran_it(runs: Path, settings: dict, monkeypatch: pytest.MonkeyPatch):
+    found = flatness(runs / "plain", *FEW)
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, known=find_spec: None if name == "pyhessian" else known(name),
+    )
+    configured(runs / "plain", **settings)
+    assert flatness(runs / "plain", *FEW) == found
+
+
 SPOILT = {
     "no model": (without_model, "holds no model (model.safetensors), the run has not ended"),
     "half a model": (truncated, "model.safetensors: cannot be read: "),
