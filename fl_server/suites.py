@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fl_common import processes
-from fl_common.config import resolve
+from fl_common.config import AUTO, resolve
 from fl_common.files import absolute_path, read_object, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
@@ -85,6 +85,8 @@ def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
         ours, there = config.get(key), stored.get(key, defaults.get(key))
         # As on the command line: a key's type may have changed between versions.
         same = ours == there or shown(ours) == shown(there)
+        if key == "engine.cohort" and ours == AUTO:  # a run stores the number that it chose
+            same = True
         if key not in FREE and not key.startswith("tracking.") and not same:
             return f"{key} is {shown(there)} there and {shown(ours)} here"
     return None

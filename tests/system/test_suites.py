@@ -18,8 +18,10 @@ import pytest
 from living import wait_for
 
 from fl_common import processes
+from fl_common.config import resolve
 from fl_report.suite_table import rows
 from fl_server.cli import main
+from fl_server.suites import differing
 
 FLATFED = Path(sys.executable).with_name("flatfed")
 ROUNDS = 40
@@ -300,6 +302,14 @@ clients.number = 2
 run.pictures = false
 [methods.fedavg]
 """
+
+
+def test_a_cohort_that_a_cell_chose_is_no_other_setting(tmp_path: Path):
+    chosen, given = (resolve({"engine.cohort": cohort}).flat() for cohort in ("5", "auto"))
+    (tmp_path / "config.json").write_text(json.dumps(chosen))  # of a run that began with auto
+    assert differing(given, tmp_path) is None
+    other = resolve({"engine.cohort": "2"}).flat()
+    assert differing(other, tmp_path) == "engine.cohort is 5 there and 2 here"
 
 
 def test_settings_of_the_call_hold_for_the_folder_and_are_named(tmp_path, capfd):
