@@ -43,7 +43,7 @@ def checks(config: CoreConfig) -> list[str]:
     if clients.keys and config.engine.name != "grpc":
         errors.append(
             f"clients.keys = {shown(clients.keys)}: only nodes on their own have keys; set "
-            "engine.name=grpc, or leave it out"
+            "engine.name=grpc, or leave it empty"
         )
     name = config.run.name
     if name in (".", "..") or "/" in name or "\\" in name:
@@ -307,7 +307,7 @@ def _check_engine(config: CoreConfig) -> list[str]:
     gpus, on_ray = config.engine.client_gpus, config.engine.name == "ray"
     if gpus and not on_ray:
         errors.append(
-            f"engine.client-gpus = {gpus:g}: belongs to engine.name=ray; leave it out with "
+            f"engine.client-gpus = {gpus:g}: belongs to engine.name=ray; leave it at 0 with "
             f"{config.engine.name}"
         )
     elif on_ray and not gpus and config.train.device.startswith("cuda"):

@@ -77,7 +77,7 @@ RESUMABLE = (
     "run.rounds", "run.resume", "run.name", "run.output-dir", "clients.deadline-s",
     "clients.return-s", "clients.min-replies", "clients.max-failed-rounds", "data.path",
     "data.cache-dir", "client.state-dir", "engine.name", "engine.connection", "engine.workers",
-    "tracking.to", "clients.keys",
+    "engine.client-gpus", "tracking.to", "clients.keys",
 )  # fmt: skip
 """Settings that a resumed run may change: they do not change what a round computes."""
 

@@ -114,7 +114,7 @@ def test_a_resumed_run_keeps_its_cohort(runner: Runner, capsys: pytest.CaptureFi
         (("engine.cohort=0",), 'engine.cohort = "0": must be auto, or a number from 1 on'),
         (("engine.cohort=4", "engine.name=ray"), "belongs to engine.name=inprocess"),
         (("engine.cohort=4", "engine.workers=2"), "leave one of them out"),
-        (("engine.client-gpus=0.5",), "belongs to engine.name=ray; leave it out with inprocess"),
+        (("engine.client-gpus=0.5",), "belongs to engine.name=ray; leave it at 0 with inprocess"),
         (("engine.name=ray", "train.device=cuda"), "Ray gives its clients no GPU; set engine.cl"),
         (("engine.name=ray", "engine.client-gpus=99"), "client-gpus = 99: this machine has "),
     ],

@@ -560,6 +560,15 @@ def test_settings_that_compute_nothing_may_change(runs: Runs):
     assert in_state_dir(runs.base / "state") == memories(folder / "ledger")
 
 
+def test_a_run_of_an_engine_goes_on_without_what_belongs_to_it(runs: Runs):
+    whole, folder = runs("whole"), runs.crashed("killed", after=2)
+    told = json.loads((folder / "config.json").read_text())
+    of_ray = {"engine.name": "ray", "engine.client-gpus": 0.25}
+    (folder / "config.json").write_text(json.dumps(told | of_ray))
+    assert runs.resume(folder, "engine.name=inprocess", "engine.client-gpus=0") == 0
+    assert reached(folder) == reached(whole)
+
+
 def test_the_settings_come_from_a_file_too(runs: Runs, capsys: pytest.CaptureFixture[str]):
     folder = runs.crashed("killed", after=2)
     (runs.base / "more.toml").write_text("[run]\nrounds = 6\n")
