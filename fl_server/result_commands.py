@@ -231,7 +231,10 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
     elif ":" in str(given.get("data.source", "")):
         errors.append("--shape: not known without the data; give that of a sample, and --classes")
     # Nodes elsewhere have the data: none is read here, and a missing data.path is no mistake.
-    engine = {"engine.name": "grpc", "engine.workers": "auto", "engine.cohort": "1"}
+    engine = {
+        "engine.name": "grpc", "engine.workers": "auto", "engine.cohort": "1",
+        "engine.client-gpus": 0.0,
+    }  # fmt: skip
     values = {"strategy.name": "fedpart"} | defaults | given | engine
     config = resolve(values, absolute_paths=False, also=errors)
     from fl_common.determinism import prepare_process

@@ -192,10 +192,13 @@ def test_bytes_are_those_of_a_run(runner, told, settings):
             assert cost[way][1] == sum(row[way] for row in rows[: cost["rounds"]]), way
 
 
-@pytest.mark.parametrize("engine", ["engine.workers=2", "engine.name=ray", "engine.name=grpc"])
+@pytest.mark.parametrize(
+    "engine",
+    ["engine.workers=2", "engine.name=ray engine.client-gpus=0.25", "engine.name=grpc"],
+)
 def test_who_trains_does_not_matter(told, engine):
     settings = ["data.source=digits", "run.rounds=3"]
-    assert told(*settings, engine) == told(*settings)
+    assert told(*settings, *engine.split()) == told(*settings)
 
 
 def test_full_updates_are_those_of_fedavg(runner, told):
