@@ -368,6 +368,7 @@ def test_auto_is_a_worker_for_every_core(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"train.threads": 16}, 1),
         ({"engine.workers": "5"}, 5),
         ({"engine.workers": 2}, 2),
+        ({"engine.workers": 100_000, "clients.number": 4}, 4),
     ):
         assert workers.count(resolve({"train.device": "cpu", **settings})) == expected
 
