@@ -195,9 +195,10 @@ class FederatedStrategy(Strategy):
         """What is wrong with the settings of this strategy, one line each."""
         errors = []
         if config.strategy.params:
+            keys = f"its own keys, {cls.name}.*" if cls.Params.model_fields else "no keys"
             errors.append(
-                f'strategy.params = "{config.strategy.params}": {cls.name} has its own keys, '
-                f"{cls.name}.*; leave it empty"
+                f'strategy.params = "{config.strategy.params}": {cls.name} has {keys}; '
+                "leave it empty"
             )
         if why := cls.plain_sgd(config):
             errors += [

@@ -135,7 +135,8 @@ def test_fedadam_on_the_toy(runner, monkeypatch):
         (["fedprox.mu=5"], "has no effect without strategy.name=fedprox"),
         (["proximal.mu=5"], "has no effect without regularizers=proximal"),
         (["strategy.name=flwr:QFedAvg"], "flwr:QFedAvg needs client_learning_rate"),
-        (["strategy.name=fedavg", "strategy.params=eta=1"], "fedavg has its own keys"),
+        (["strategy.name=fedavg", "strategy.params=eta=1"], "fedavg has no keys; leave"),
+        (["strategy.params=eta=1", "strategy.name=fedprox"], "fedprox has its own keys, fedprox.*"),
         (["strategy.name=flwr:FedTrimmedAvg", "strategy.params=beta=0.2,q=1"], "q is no argument"),
     ],
 )
