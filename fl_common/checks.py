@@ -266,6 +266,7 @@ def unused(config: CoreConfig) -> list[str]:
         or (split == "local" and "with data.partition=local"),
         "clients.sampling": config.cohort_size == config.clients.number
         and f"with clients.per-round={config.clients.per_round}: all clients are in every round",
+        "flatness.match-probes": config.flatness.match == "none" and "with flatness.match=none",
         "train.keep-optimizer": not config.train.keeps_state
         and "without train.momentum or train.optimizer=adam",
     }

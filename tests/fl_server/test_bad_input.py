@@ -663,6 +663,11 @@ class Net(nn.Module):
             ],
         ),
         (["clients.sampling=bernoulli", "clients.per-round=9"], []),
+        (
+            ["flatness.every=1", "flatness.match-probes=100"],
+            ["flatness.match-probes = 100 has no effect with flatness.match=none"],
+        ),
+        (["flatness.every=1", "flatness.match=paper", "flatness.match-probes=100"], []),
         (["data.alpha=0.1", "data.min-size=2", "eval.on=both", "eval.holdout=0.3"], []),
         (["data.partition=pathological", "data.classes-per-client=3", "data.alpha=0.5"], []),
         (["train.keep-optimizer=true", "train.momentum=0.9"], []),
