@@ -11,7 +11,7 @@ from fl_report.compare import method_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from fl_report.compare import Run
@@ -22,14 +22,26 @@ DIGITS = 12
 """Of a model's sha256, where there is no room for all 64."""
 
 
+def console(shown: RenderableType, columns: int) -> Console:
+    """As wide as the terminal.  Without one it has so many columns, or as many as a table needs
+    whose cells do not wrap: a file is not to lose digits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Console(emoji=False, markup=False)  # names may have [brackets]
+    if not sys.stdout.isatty():
+        made.width = columns
+        if isinstance(shown, Table) and all(column.no_wrap for column in shown.columns):
+            whole = made.measure(shown, options=made.options.update(width=10**6))
+            made.width = max(columns, whole.maximum)
+    return made
+
+
 def text(shown: RenderableType) -> str:
     """As the standard output would show it: with colours on a terminal, else plain."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else WIDTH
-    console = Console(width=width, emoji=False, markup=False)  # names may have [brackets]
-    with console.capture() as captured:
-        console.print(shown)
+    drawn = console(shown, WIDTH)
+    with drawn.capture() as captured:
+        drawn.print(shown)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
 

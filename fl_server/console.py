@@ -54,11 +54,10 @@ def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]
 
 
 def show(table: RenderableType) -> None:
-    """Print what rich draws: as wide as the terminal, or 120 columns."""
-    from rich.console import Console
+    """Print what rich draws: as wide as the terminal, or 120 columns and what it needs."""
+    from fl_report.terminal import console
 
-    width = None if sys.stdout.isatty() else 120
-    Console(width=width, emoji=False, markup=False).print(table)  # names may have [brackets]
+    console(table, 120).print(table)
 
 
 def failed(why: str) -> int:

@@ -292,6 +292,22 @@ def test_brackets_are_no_markup_on_the_terminal(tmp_path: Path, capsys: pytest.C
     assert out.count("\n a[lr=0.1] ") == out.count("\n b[red] ") == 2
 
 
+def test_a_wide_table_loses_no_digit_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    models = {f"accuracy_{name}": 0.125 for name in ("sel", "all", "first")}
+    ended = {"status": "interrupted", "wall_s": 3.0, "cpu_s": 12.0, "model_sha256": "ab" * 32}
+    folders = []
+    for name in ("dyn", "part"):
+        of = CONFIG | {"strategy.name": f"fed{name}", "regularizers": "moon,asam,proximal,man"}
+        rows = [row(1, 0.5, **models, bytes_up=123_400_000, bytes_down=234_500_000)]
+        folders.append(folder_of(tmp_path / f"a-run-of-fed{name}", rows, of, **ended))
+    for name, *options in ["compare"], ["report", "--out", str(tmp_path / "page.html")]:
+        assert main([name, *map(str, folders), *options]) == 0
+        out = capsys.readouterr().out
+        for words in ("fedpart+moon,asam,proximal,man", "0.125 (0.125)", "123.4 / 234.5"):
+            assert words in out, name
+        assert "…" not in out
+
+
 def seeded(folder: Path, seed: int, accuracies: list[float], **more: Any) -> Path:
     rows = [row(t, accuracy, **more) for t, accuracy in enumerate(accuracies, 1)]
     return folder_of(folder, rows, CONFIG | {"run.seed": seed, "run.name": folder.name}, wall_s=2.0)
