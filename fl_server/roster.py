@@ -65,8 +65,8 @@ class Member:
             samples=int(numbers["num-examples"]),
             held_out=int(numbers["held-out"]),
             label_counts=tuple(numbers["label-counts"]),
-            classes=tuple(words["classes"]),
-            shape=tuple(words["shape"]),
+            classes=tuple(map(str, words["classes"])),
+            shape=tuple(map(int, words["shape"])),
             data=harmless(str(words["data"])),
             code=harmless(str(words["code"])),
             versions=tuple((name, harmless(str(words[name]))) for name in versions()),
@@ -151,7 +151,8 @@ def _like_first(
             )
         elif member.shape != first.shape:
             refused[member.node_id] = (
-                f"client {member.partition}'s samples have shape {list(member.shape)}, client "
+                f"client {member.partition}'s samples have shape "
+                f"{harmless(str(list(member.shape)))}, client "
                 f"{first.partition}'s {list(first.shape)}"
             )
         else:

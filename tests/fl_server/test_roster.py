@@ -258,6 +258,35 @@ def test_label_counts_of_other_samples_are_a_refusal(grid, monkeypatch, counts):
         Roster(Exchange(grid, 1.0), 3).assemble(nodes_may_come=False)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("classes", list(range(1, 11)), r"client 1's classes \(1, 2, .* differ from client 0's"),
+        ("classes", [b"x"] * 10, r"client 1's classes \(b'x', .* differ from client 0's"),
+        ("shape", ["x" * 10**6], "its answer cannot be read: ValueError"),
+        ("shape", [1] * 10**6, r"client 1's samples have shape \[1, 1, .* \.\.\., client 0's"),
+    ],
+)
+def test_words_of_other_types_are_a_refusal(grid, monkeypatch, key, value, reason):
+    """What a node says of itself is shown, so that nothing of it may end the run."""
+    import fl_client.client
+
+    describe = fl_client.client.Clients.describe
+
+    def broken(self, partition):
+        content = describe(self, partition)
+        if partition == 1:
+            content["config"][key] = value
+        return content
+
+    monkeypatch.setattr(fl_client.client.Clients, "describe", broken)
+    with pytest.raises(
+        RunFailed, match=f"clients.number = 3, but 2 can take part.*{reason}"
+    ) as end:
+        Roster(Exchange(grid, 1.0), 3).assemble(nodes_may_come=False)
+    assert len(str(end.value)) < 2000
+
+
 def test_an_error_that_passes_keeps_nobody_out(grid, monkeypatch):
     """Client 1 answers twice with an error, of which the log has one line; then it is taken."""
     import fl_client.client
