@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fl_client.graphs import BeginAnew, Graphs, records
+from fl_client.graphs import BeginAnew, Graphs, first_line, records
 from fl_client.optimizers import SGD, Adam
 from fl_client.state import Memory, MemoryLost
 from fl_client.together import Together
@@ -211,7 +211,7 @@ class Clients:
         except torch.OutOfMemoryError as error:
             if not (self.graphs and self.graphs.bytes):
                 raise
-            self.graphs.refuse(str(error).partition("\n")[0])
+            self.graphs.refuse(first_line(error))
         except BeginAnew:
             pass
         # Here, where what the first try held is let go of.

@@ -130,9 +130,9 @@ def cohort_round(
     *,
     seed: int,
     server_round: int,
-    norms: bool = False,
-    known: Known | None = None,
-    graphs: Graphs | None = None,
+    norms: bool,
+    known: Known,
+    graphs: Graphs | None,
 ) -> None:
     """Train all members at once; their `result`, `trained` and `optimizer` are set.
 
@@ -152,7 +152,7 @@ def cohort_round(
         if graphs and not graphs.fit(first.methods, stacked=True):
             graphs = None
         key = (seed, server_round)
-        _Cohort(net, order, optimizer, settings, key, norms, known or Known(), graphs).train()
+        _Cohort(net, order, optimizer, settings, key, norms, known, graphs).train()
     finally:
         for regularizer in regularizers:
             regularizer.finish()

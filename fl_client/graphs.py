@@ -119,7 +119,7 @@ class Graphs:
                 except Exception as error:
                     if isinstance(error, torch.OutOfMemoryError) and clients:
                         raise  # there may be room for fewer
-                    self.refuse(_first_line(error))
+                    self.refuse(first_line(error))
                     # What the broken pass holds goes with its frames, and so does this error.
                     raise BeginAnew from None
                 self.bytes += size
@@ -168,7 +168,8 @@ class Graphs:
         return kept
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what it says; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fl_client.cohort import Known, Member, bytes_of, cohort_round, why_alone
-from fl_client.graphs import BeginAnew
+from fl_client.graphs import BeginAnew, first_line
 from fl_common.failures import Failed, reason
 from fl_common.local import correction_of
 
@@ -92,7 +92,7 @@ class Together:
         except BeginAnew:
             return self.choose(messages, workers)
         except Exception as error:
-            return 1, f"engine.cohort = auto: 1; {_reason(error)}"
+            return 1, f"engine.cohort = auto: 1; {_unstackable(error)}"
         if together is None:  # only here, where the tensors of what was too much are let go of
             self._halve(len(jobs))
             return self.choose(messages, workers)
@@ -109,9 +109,9 @@ class Together:
             return None
         clients = self.clients
         with clients.training(job):
-            reason = why_alone(clients.net, job.methods, len(job.data.y), clients.config.train)
-        if reason:
-            self._say(f"some clients are trained alone: {reason}")
+            why = why_alone(clients.net, job.methods, len(job.data.y), clients.config.train)
+        if why:
+            self._say(f"some clients are trained alone: {why}")
             return None
         return job.server_round, job.active, clients.steps_taken(job.remembered)
 
@@ -164,7 +164,7 @@ class Together:
             pass
         except Exception as error:
             self.most = 1
-            self._say(f"clients are trained one by one: {_reason(error)}")
+            self._say(f"clients are trained one by one: {_unstackable(error)}")
             return [], True
         self._halve(len(jobs))
         return [], False
@@ -254,6 +254,5 @@ def _attempt(act: Callable[..., Any], *args: Any) -> Any:
         return Failed(reason(error))
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"torch cannot stack them ({lines[0]})"
+def _unstackable(error: Exception) -> str:
+    return f"torch cannot stack them ({first_line(error)})"
