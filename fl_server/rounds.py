@@ -253,57 +253,40 @@ class Rounds:
         cohort, absent = self.roster.drawn(names)
         outcome = Outcome(failed=absent)
         settings = ConfigRecord({wire.SAMPLES: sum(self.samples)})
-        if config.eval.on != "server" and self._evaluates(server_round):
+        evaluates = self._evaluates(server_round)
+        if config.eval.on != "server" and evaluates:
             settings["evaluate"] = True
         messages = self.strategy.configure_train(
             server_round, wire.pack(self.model), settings, Cohort(self.exchange.grid, cohort)
         )
         samples = {member.partition: member.samples for member in cohort}
-        steps = {name: config.train.steps(n) for name, n in samples.items()}
         records, series = self.strategy.expected(), self._series(messages)
-        receivers = _receivers(messages, cohort)
-        asked = dict(zip(receivers, messages, strict=True))
+
+        def expected(name: int) -> Expected:
+            n, metrics = samples[name], metrics_of(settings)
+            return Expected(records, server_round, n, metrics, config.train.steps(n), series)
+
+        phase, asked = f"round {server_round}", _by_partition(messages, cohort)
         replies = self._replies(
-            asked,
-            server_round,
-            f"round {server_round}",
-            outcome,
-            lambda name: Expected(
-                records, server_round, samples[name], metrics_of(settings), steps[name], series
-            ),
-            at_least,
-            meanwhile=self.write,
+            asked, server_round, phase, outcome, expected, at_least, meanwhile=self.write
         )
+        drift = Drift(self.model[PARAMS], self.holdings.groups) if evaluates else None
         loss, shortage = None, ""
-        drift = None
-        if self._evaluates(server_round):
-            drift = Drift(self.model[PARAMS], self.holdings.groups)
         try:
             arrays, metrics = self.strategy.aggregate_train(
                 server_round, self._entered(replies, asked, outcome, drift)
             )
             if arrays is None:
-                raise RoundFailed(f"round {server_round}: the strategy gave no model")
+                raise RoundFailed(f"{phase}: the strategy gave no model")
             self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
             self.ledger.accept(server_round, list(outcome.accepted))
         except RoundFailed as error:  # not kept: it and this frame would keep each other alive
             shortage = str(error)
-        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
-            word = "rejected: " if name in outcome.rejected else ""
-            self.progress.note(f"round {server_round}, client {name}: {word}{reason}")
-        row |= _row(server_round, names, outcome) | {"client_loss": loss}
+        self._tell(phase, outcome)
+        row |= _row(server_round, names, outcome, loss, series)
         active = messages[0].content[wire.CONFIG].get(wire.ACTIVE, ()) if messages else ()
         if 0 < len(active) < len(self.holdings.groups.names):
             row["active"] = list(active)
-        if series and outcome.accepted:
-            row["grad_norm"] = {
-                key.removeprefix(wire.GRAD_NORM).lstrip(".") or "all": _mean_by_step(outcome, key)
-                for key in sorted(series)
-            }
-        for moment in ("before", "after"):
-            accuracies = _by_client(outcome, f"accuracy-{moment}")
-            if accuracies:
-                row[f"client_accuracy_{moment}"] = accuracies
         if drift:
             row |= drift.row()
         if shortage:
@@ -311,7 +294,7 @@ class Rounds:
         vectors = [*self.model.values(), *self.strategy.state().values()]
         if not all(torch.isfinite(vector).all() for vector in vectors):
             raise RunFailed(
-                f"round {server_round}: the new model has NaN or infinite values; lower the "
+                f"{phase}: the new model has NaN or infinite values; lower the "
                 "learning rates (train.lr, or the strategy's)"
             )
 
@@ -447,6 +430,12 @@ class Rounds:
                 f"{shortage}; failed round {self.failures} in a row (clients.max-failed-rounds)"
             )
 
+    def _tell(self, phase: str, outcome: Outcome) -> None:
+        """Whose replies are missing, and why."""
+        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
+            word = "rejected: " if name in outcome.rejected else ""
+            self.progress.note(f"{phase}, client {name}: {word}{reason}")
+
     def _measures(self, server_round: int) -> bool:
         every = self.config.flatness.every
         return every > 0 and (server_round == self.config.run.rounds or not server_round % every)
@@ -475,10 +464,8 @@ class Rounds:
         self, server_round: int, row: dict[str, Any], expected: dict[str, dict[str, Spec]]
     ) -> Iterator[Message]:
         """Every client's answer; its bytes are not the algorithm's, and go to the summary."""
-        everyone = range(self.config.clients.number)
-        self.roster.wait_for(everyone)
-        members, absent = self.roster.drawn(everyone)
-        outcome, phase = Outcome(failed=absent), f"flatness of round {server_round}"
+        members, outcome = self._everyone()
+        phase = f"flatness of round {server_round}"
         settings = ConfigRecord({"server-round": server_round})
         content = {wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}
         # Whole, and unknown to `holdings`: to measure changes nothing of what training sends.
@@ -497,8 +484,7 @@ class Rounds:
                 lambda name: Expected(expected, server_round, samples[name], frozenset())
             ),
         )
-        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
-            self.progress.note(f"{phase}, client {name}: {reason}")
+        self._tell(phase, outcome)
         row["flatness_failed"] = _reasons(outcome.failed | outcome.rejected)
         self.recorder.measured(outcome.bytes_down, outcome.bytes_up)
 
@@ -513,11 +499,16 @@ class Rounds:
             for name, mean in self.ledger.means().items():
                 row[f"accuracy_{name}"], row[f"loss_{name}"] = on_server(self.model | mean)
 
-    def _on_clients(self, server_round: int, row: dict[str, Any]) -> None:
+    def _everyone(self) -> tuple[list[Member], Outcome]:
+        """All clients that are here, or come back in time, for what is no round's cohort."""
         everyone = range(self.config.clients.number)
         self.roster.wait_for(everyone)
         members, absent = self.roster.drawn(everyone)
-        outcome = Outcome(failed=absent)
+        return members, Outcome(failed=absent)
+
+    def _on_clients(self, server_round: int, row: dict[str, Any]) -> None:
+        members, outcome = self._everyone()
+        phase = f"evaluation of round {server_round}"
         held_out = {member.partition: member.held_out for member in members}
         messages = self.strategy.configure_evaluate(
             server_round,
@@ -526,24 +517,23 @@ class Rounds:
             Cohort(self.exchange.grid, members),
         )
         replies = self._replies(
-            dict(zip(_receivers(messages, members), messages, strict=True)),
+            _by_partition(messages, members),
             server_round,
-            f"evaluation of round {server_round}",
+            phase,
             outcome,
             lambda name: Expected(
                 {}, server_round, held_out[name], frozenset({"accuracy", "loss"})
             ),
         )
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
-        for name, reason in sorted((outcome.failed | outcome.rejected).items()):
-            self.progress.note(f"evaluation of round {server_round}, client {name}: {reason}")
+        self._tell(phase, outcome)
         row |= {
             "evaluation_failed": _reasons(outcome.failed | outcome.rejected),
             "bytes_down": row["bytes_down"] + outcome.bytes_down,
             "bytes_up": row["bytes_up"] + outcome.bytes_up,
         }
         if metrics is None:
-            raise RunFailed(f"evaluation of round {server_round}: no client answered")
+            raise RunFailed(f"{phase}: no client answered")
         accuracies = _by_client(outcome, "accuracy")
         worst = sorted(accuracies.values())[: math.ceil(len(accuracies) / 10)]
         row |= {
@@ -555,14 +545,21 @@ class Rounds:
         }
 
 
-def _receivers(messages: Sequence[Message], cohort: Sequence[Member]) -> list[int]:
-    """The partition behind each message: a strategy may write to the cohort in any order."""
+def _by_partition(messages: Sequence[Message], cohort: Sequence[Member]) -> dict[int, Message]:
+    """Each message by its receiver: a strategy may write to the cohort in any order."""
     partition_of = {member.node_id: member.partition for member in cohort}
-    return [partition_of[message.metadata.dst_node_id] for message in messages]
+    return {partition_of[message.metadata.dst_node_id]: message for message in messages}
 
 
-def _row(server_round: int, names: Sequence[int], outcome: Outcome) -> dict[str, Any]:
-    return {
+def _row(
+    server_round: int,
+    names: Sequence[int],
+    outcome: Outcome,
+    loss: float | None,
+    series: frozenset[str],
+) -> dict[str, Any]:
+    """What the history says of a round's messages and replies."""
+    row = {
         "round": server_round,
         "cohort": list(names),
         "replies": sorted(outcome.accepted),
@@ -571,7 +568,17 @@ def _row(server_round: int, names: Sequence[int], outcome: Outcome) -> dict[str,
         "bytes_up": outcome.bytes_up,
         "bytes_down": outcome.bytes_down,
         "client_cpu_s": round(sum(m["cpu-s"] for m in outcome.accepted.values()), 4),
+        "client_loss": loss,
     }
+    if series and outcome.accepted:
+        row["grad_norm"] = {
+            key.removeprefix(wire.GRAD_NORM).lstrip(".") or "all": _mean_by_step(outcome, key)
+            for key in sorted(series)
+        }
+    for moment in ("before", "after"):
+        if accuracies := _by_client(outcome, f"accuracy-{moment}"):
+            row[f"client_accuracy_{moment}"] = accuracies
+    return row
 
 
 def _reasons(reasons: Mapping[int, str]) -> dict[str, str]:
