@@ -55,7 +55,8 @@ class Outcome:
     rejected: dict[int, str] = field(default_factory=dict)
     """Replies to which the guards object."""
     restored: dict[int, int] = field(default_factory=dict)
-    """Bytes sent to those who were given back a memory that they had lost."""
+    """Bytes of the second message to those who had lost something: their memory, or what was left
+    out of the first."""
     bytes_down: int = 0
     """What the algorithm sends; not what is sent again because a client lost something."""
     bytes_up: int = 0
@@ -160,9 +161,10 @@ class Exchange:
             any_came = False
             # What waits at the SuperLink has come in time; what was asked of this process has not.
             expired = at_once is not None and time.monotonic() > end
-            for reply in self._pulled(phase, at_once, expired):
-                if at_once is None and not any_came:
-                    expired = time.monotonic() > end
+            arrived = self._pulled(phase, at_once, expired)
+            if at_once is None:
+                arrived, expired = list(arrived), time.monotonic() > end
+            for reply in arrived:
                 any_came = True
                 name = self._sender(reply, phase)
                 if name is None:
@@ -178,8 +180,7 @@ class Exchange:
                         outcome.bytes_up += payload_bytes(reply)
                     yield name, reply
                 del reply
-            if at_once is None and not any_came:
-                expired = time.monotonic() > end
+            del arrived
             if expired:
                 self._give_up(phase, again)
                 return

@@ -213,7 +213,9 @@ def run_on_connection(
             return _follow(link, submit, on_line)
 
 
-def _follow(link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[str], None]) -> Any:
+def _follow(
+    link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[str], None]
+) -> FlowerStatus:
     """Hand on the lines of a submitted run until it has ended; stop it if that is interrupted."""
     run_id, tail, deadline = 0, deque(maxlen=8), time.monotonic() + SUBMIT_TIMEOUT
     lines = _lines(submit.stdout)
@@ -272,7 +274,7 @@ class _Link:
 
     connection: str
     env: Mapping[str, str]
-    answered: float = math.inf  # when it last did, by the monotonic clock
+    silent_since: float = math.inf  # by the monotonic clock; inf: it answered when last asked
 
     @contextmanager
     def start(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
@@ -308,11 +310,11 @@ class _Link:
             text = self.ask("list", self.connection, *options, limit=LIST_TIMEOUT)
             status = _status(text)
         except (TimeoutError, ValueError) as error:
-            self.answered = min(self.answered, time.monotonic())
-            if time.monotonic() - self.answered > LOST:
+            self.silent_since = min(self.silent_since, time.monotonic())
+            if time.monotonic() - self.silent_since > LOST:
                 raise RuntimeError(f"the SuperLink does not answer: {error}") from None
             return None
-        self.answered = math.inf
+        self.silent_since = math.inf
         return status
 
     def stop(self, run_id: int) -> str:
@@ -390,7 +392,7 @@ def _run(folder: Path, app: str, federation: str, config: str) -> dict[str, Any]
         except (ValueError, KeyError):
             raise RuntimeError(f"Flower does not tell how the run ended: {text}") from None
         if not runs:
-            raise RuntimeError("Flower refused the run")
+            raise RuntimeError(REFUSED)
         if status := _status(text):
             return asdict(status)
         _pause(1.0)  # the stream of lines broke off, the run goes on

@@ -179,8 +179,8 @@ class Recorder:
         self._before = read_summary(folder) if resume else None
         """The summary of a run that is to go on, as long as nothing of it was touched."""
         self.summary: dict[str, Any] = {**(self._before or {}), "status": "running"}
-        for ended in ("error", "model_sha256"):
-            self.summary.pop(ended, None)
+        for of_the_end in ("error", "model_sha256"):
+            self.summary.pop(of_the_end, None)
         self.labels: dict[str, Any] = {}
         self._tracking: Tracking | None = None
         self._config: dict[str, Scalar] = {}
@@ -299,7 +299,8 @@ class Recorder:
         write_atomically(self.folder / CLIENTS, _json(self.labels))
 
     def restored(self, server_round: int, sizes: Mapping[int, int]) -> None:
-        """Clients that lost their memory and were given it back, with the bytes of it."""
+        """Clients that had lost their memory, or a part of the model, and the bytes of the message
+        that gave it back."""
         told = [
             {"round": server_round, "client": name, "bytes": size}
             for name, size in sorted(sizes.items())
