@@ -208,6 +208,15 @@ class _Told:
                 self.kept.clear()
                 print(f"what Flower says of errors: {folder / FLOWER_LOG}", flush=True)
 
+    def failed(self, known: str, guess: str) -> int:
+        """Tell why the run failed, and give the exit code: the server's own reason, or else what is
+        `known`; where nobody said, `guess` and what is still kept."""
+        if why := self.reason or known:
+            return failed(why)
+        for line in self.kept:
+            print(line, file=sys.stderr)
+        return failed(guess)
+
 
 def _run_ray(config: CoreConfig, folder: Path) -> int:
     from fl_server.flower_run import run_simulation
@@ -277,12 +286,12 @@ def _continued(folder: Path) -> str:
 
 
 def _broken_off(why: str, folder: Path, told: _Told) -> int:
-    """Nobody on the server was left to tell how the run ended."""
+    """Nobody on the server was left to say that the run has ended."""
     from fl_server.recorder import ended
 
     ended(folder, why)
     told.put_down(folder)
-    return failed(f"{why}\n{_continued(folder)}".rstrip())
+    return told.failed("", f"{why}\n{_continued(folder)}".rstrip())
 
 
 def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool = False) -> int:
@@ -299,8 +308,4 @@ def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool
         why = f"its process ended; Flower says {status.status} {status.details}".rstrip()
         return _broken_off(why, folder, told)
     error = summary.get("error", "") if reached == "failed" else ""
-    if why := told.reason or error:
-        return failed(why)
-    for line in told.kept:  # nobody else knows more
-        print(line, file=sys.stderr)
-    return failed(f"{reached}; Flower says {status.status} {status.details}".strip())
+    return told.failed(error, f"{reached}; Flower says {status.status} {status.details}".strip())

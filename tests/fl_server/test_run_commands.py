@@ -111,6 +111,16 @@ def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint
     assert capsys.readouterr().err == why + hint
 
 
+def test_what_was_said_before_the_superlink_died_is_told(tmp_path: Path, capsys):
+    """The reason that the server gave; else what Flower wrote, where no folder can have it."""
+    gone = "the SuperLink does not answer"
+    assert _broken_off(gone, tmp_path / "none", told(*TRACEBACK)) == 3
+    assert capsys.readouterr().err.splitlines() == [*TRACEBACK, f"error: the run failed: {gone}"]
+    lines = (f"run failed: {REASON}", *TRACEBACK)
+    assert _broken_off(gone, tmp_path / "none", told(*lines)) == 3
+    assert capsys.readouterr().err == f"error: the run failed: {REASON}\n"
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_a_run_that_is_interrupted_can_go_on(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
