@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 DIGITS = 32
 """Hex digits of SHA-256 in a file's name."""
+LOCK = ".lock"
 
 
 def absolute_path(path: str | Path) -> Path:
@@ -66,6 +68,18 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file, which is UTF-8 in every locale.  Raises OSError, ValueError."""
     with path.open("rb") as file:
         return tomllib.load(file)
+
+
+def lock(folder: Path) -> IO[bytes] | None:
+    """Keeps other processes from a folder as long as it is open, which a crash ends too; None if
+    one is at work there.  Raises OSError."""
+    file = (folder / LOCK).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -4,7 +4,6 @@ model.safetensors, and the pictures curves.png and clients.png."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fl_common.files import read_object, remove_unfinished, unwritable, write_atomically
+from fl_common.files import lock, read_object, remove_unfinished, unwritable, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_common.wire import model_sha256
 from fl_server.checkpoint import Checkpoints
@@ -134,13 +133,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _lock(folder: Path) -> IO[bytes]:
-    """A lock that this process holds as long as the file is open, and that a crash lets go."""
-    file = (folder / ".lock").open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunFailed(f"{folder}: another process is at work on this run") from None
-    return file
+    """A run's own.  Raises RunFailed, OSError."""
+    if held := lock(folder):
+        return held
+    raise RunFailed(f"{folder}: another process is at work on this run")
 
 
 def ended(folder: Path, reason: str) -> None:

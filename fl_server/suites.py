@@ -6,7 +6,6 @@ folder that holds another run is refused before anything starts.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
@@ -19,11 +18,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
 from fl_common.config import AUTO, resolve
-from fl_common.files import absolute_path, read_object, write_atomically
+from fl_common.files import LOCK, absolute_path, lock, read_object, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
@@ -138,34 +137,20 @@ def look(plan: Plan, base: Path) -> State:
 
 def _foreign(folder: Path) -> bool:
     """Whether anything but what a run begins with is in a folder without settings."""
-    return any(p.name != ".lock" and not p.name.startswith(f".{CONFIG}") for p in folder.iterdir())
-
-
-def lock(base: Path) -> IO[bytes] | None:
-    """Keeps other suites out of this folder as long as it is open; None if one is at work."""
-    base.mkdir(parents=True, exist_ok=True)
-    file = (base / ".lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    return any(p.name != LOCK and not p.name.startswith(f".{CONFIG}") for p in folder.iterdir())
 
 
 def _at_rest(folder: Path) -> bool:
     """Whether nobody is at work on a run; one that was just interrupted is given time to end."""
-    try:
-        file = (folder / ".lock").open("rb")
-    except OSError:
-        return True
-    with file:
-        for _ in range(round(GRACE / POLL)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                time.sleep(POLL)
+    for _ in range(round(GRACE / POLL)):
+        try:
+            held = lock(folder)
+        except OSError:  # nothing is there, or what a run of its own will tell of
+            return True
+        if held:
+            held.close()
+            return True
+        time.sleep(POLL)
     return False
 
 
@@ -388,6 +373,7 @@ class OpenSuite:
 
         Raises SuiteError, before anything starts, where folders hold something else or another
         process is at work."""
+        self.base.mkdir(parents=True, exist_ok=True)
         held = lock(self.base)
         if held is None:
             raise SuiteError([f"{self.base}: another flatfed suite is at work here; wait for it"])

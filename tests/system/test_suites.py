@@ -365,9 +365,10 @@ def test_a_folder_with_something_else_is_refused_before_anything_starts(tmp_path
 
 
 def test_another_suite_at_work_is_told(tmp_path, capfd):
-    from fl_server.suites import lock
+    from fl_common.files import lock
 
     suite = Suite(tmp_path)
+    suite.folder.mkdir(parents=True)
     with lock(suite.folder):
         assert suite.call() == 2
     assert "another flatfed suite is at work here" in capfd.readouterr().err
