@@ -39,6 +39,7 @@ def report(args: argparse.Namespace) -> int:
 
 def suite(args: argparse.Namespace) -> int:
     from fl_common.config import absolute_paths
+    from fl_report import suite_page
     from fl_report.suite import SuiteError
     from fl_server import suites
 
@@ -62,7 +63,7 @@ def suite(args: argparse.Namespace) -> int:
         if not (args.table or args.publish):
             failed = suite.run()
         table = suite.table()
-        show(suite.picture(table))
+        show(suite_page.terminal(table))
         for path in suite.write(table, args.publish):
             print(path)
     except (OSError, SuiteError) as error:  # of cells that failed, a full disk may be the reason

@@ -32,9 +32,7 @@ from fl_server.progress import duration
 from fl_server.recorder import CONFIG, HISTORY, REPORT, RESUMABLE, read_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from rich.console import RenderableType
+    from collections.abc import Mapping
 
     from fl_common.config import Scalar
     from fl_report.suite import Cell, Plan
@@ -176,10 +174,10 @@ class Child:
 
 
 class Runner:
-    """Runs what is left of a plan, `jobs` cells at once."""
+    """Runs what is left of a plan's `total` cells, `jobs` of them at once."""
 
-    def __init__(self, base: Path, state: State, total: int, say: Callable[[str], None]) -> None:
-        self.base, self.say, self.total = base, say, total
+    def __init__(self, base: Path, state: State, total: int, jobs: int) -> None:
+        self.base, self.total, self.jobs = base, total, jobs
         self.waiting = list(state.left)
         self.finished = len(state.done)
         self.running: list[Child] = []
@@ -187,26 +185,26 @@ class Runner:
         self.seconds: list[float] = []
         """Of the cells that came to their end here."""
 
-    def run(self, jobs: int) -> list[Cell]:
+    def run(self) -> list[Cell]:
         """All cells; gives those that failed.  Ends the children if it is interrupted."""
         before = processes.at_signal(signal.SIGTERM, lambda: sys.exit(TERMINATED))
         try:
             while self.waiting or self.running:
-                while self.waiting and len(self.running) < jobs:
-                    self._start(self.waiting.pop(0), jobs)
+                while self.waiting and len(self.running) < self.jobs:
+                    self._start(self.waiting.pop(0))
                 time.sleep(POLL)
                 for child in list(self.running):
-                    self._reap(child, jobs)
+                    self._reap(child)
         finally:
             signal.signal(signal.SIGTERM, before)
             self._end()
         return self.failed
 
-    def _start(self, cell: Cell, jobs: int) -> None:
+    def _start(self, cell: Cell) -> None:
         folder = self.base / cell.name
         if not _at_rest(folder):
             self.failed.append(cell)
-            self.say(f"{cell.name}: failed: another process is at work in {folder}")
+            print(f"{cell.name}: failed: another process is at work in {folder}")
             return
         (self.base / LOGS).mkdir(exist_ok=True)
         path = self.base / LOGS / f"{cell.name}.txt"
@@ -215,8 +213,8 @@ class Runner:
             shutil.rmtree(folder)  # not one round of it was kept
         with path.open("ab") as log:
             written = log.tell()
-            place = min({*range(jobs)} - {child.place for child in self.running})
-            about = str(folder), str(place), str(jobs)
+            place = min({*range(self.jobs)} - {child.place for child in self.running})
+            about = str(folder), str(place), str(self.jobs)
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", CHILD, *about, *_command(cell, folder, resumes)],
                 stdin=subprocess.DEVNULL,
@@ -230,9 +228,9 @@ class Runner:
             told = "goes on from its checkpoint"
             if code_of(folder) != code_sha256():
                 told += ", with other code than before: bits may differ"
-        self.say(f"{cell.name}: {told}")
+        print(f"{cell.name}: {told}")
 
-    def _reap(self, child: Child, jobs: int) -> None:
+    def _reap(self, child: Child) -> None:
         code = child.process.poll()
         if code is None:
             return
@@ -249,7 +247,7 @@ class Runner:
             if OF_DATA in why and (alike := self._with_data_of(child.cell)):
                 self.waiting = [cell for cell in self.waiting if cell not in alike]
                 told += f"; with the same data, not tried: {len(alike)}"
-        self.say(f"[{self.finished}/{self.total}] {name}: {told}; {self._ahead(jobs)}")
+        print(f"[{self.finished}/{self.total}] {name}: {told}; {self._ahead()}")
 
     def _with_data_of(self, failed: Cell) -> list[Cell]:
         """Those that wait and would read and split the same data: they would fail alike."""
@@ -260,12 +258,12 @@ class Runner:
 
         return [cell for cell in self.waiting if data(cell) == data(failed)]
 
-    def _ahead(self, jobs: int) -> str:
+    def _ahead(self) -> str:
         left = len(self.waiting) + len(self.running)
         if not left or not self.seconds:
             return f"{left} left"
         mean = sum(self.seconds) / len(self.seconds)
-        return f"{left} left, ETA {duration(mean * left / jobs)}"
+        return f"{left} left, ETA {duration(mean * left / self.jobs)}"
 
     def _end(self) -> None:
         """Ctrl-C for the children that are left, and the end of those that do not heed it."""
@@ -363,9 +361,9 @@ class OpenSuite:
     """The folder of its cells."""
     out: Path | None
     """As given on the command line."""
-    taken: Mapping[str, Scalar] = field(default_factory=dict)
+    taken: Mapping[str, Scalar]
     """Settings that an earlier call gave and this one did not."""
-    jobs: int = 1
+    jobs: int
     """How many cells run at once."""
 
     def run(self) -> list[str]:
@@ -386,9 +384,10 @@ class OpenSuite:
             if state.left and self.taken:
                 told = ", ".join(f"{key}={shown(value)}" for key, value in self.taken.items())
                 print(f"settings of the last call: {told}")
-            runner, began = Runner(self.base, state, len(self.plan.cells), print), time.monotonic()
+            runner = Runner(self.base, state, len(self.plan.cells), self.jobs)
+            began = time.monotonic()
             try:
-                return [cell.name for cell in runner.run(self.jobs)]
+                return [cell.name for cell in runner.run()]
             finally:
                 if state.left:
                     self._remember(ran=True, seconds=time.monotonic() - began)
@@ -425,9 +424,6 @@ class OpenSuite:
         table = suite_table.gather(self.plan, self.base, told, measured, code_of)
         return table | {"elapsed_s": remembered.get("elapsed_s")}
 
-    def picture(self, table: Mapping[str, Any]) -> RenderableType:
-        return suite_page.terminal(table)
-
     def write(self, table: Mapping[str, Any], publish: Path | None) -> list[Path]:
         """table.md, table.json and report.html in the suite's folder, or the page in `publish`;
         gives their paths."""
@@ -449,7 +445,7 @@ class OpenSuite:
 
 
 def open_suite(
-    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None, jobs: int = 1
+    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None, jobs: int
 ) -> OpenSuite:
     """Every cell's configuration checked.  Settings of earlier calls in this folder hold until they
     are given anew.  Raises SuiteError with every mistake."""
