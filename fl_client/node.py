@@ -541,7 +541,7 @@ def _with_worker(config: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
     return {**config, "worker-socket": str(path)}
 
 
-def _preload(folder: Path, *, light: bool = False) -> None:
+def _preload(folder: Path, *, light: bool) -> None:
     """Have ClientApps forked: see fl_client/preload.py."""
     name, address = preload.COMMAND, str(folder / "socket")
     command = shutil.which(name)

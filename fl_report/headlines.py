@@ -68,7 +68,8 @@ def _ending(run: Run) -> Markup:
         told += text(", resumed after round ") + joined(again, ", ")
     back = [one["bytes"] for one in run.summary.get("memory_given_back", ())]
     if back:
-        told += text("; clients that lost their memory were given it back: ") + number(len(back))
+        told += text("; clients that had lost their memory, or a part of the model, were given it ")
+        told += text("back: ") + number(len(back))
         told += text(" times, ") + size(sum(back))
     return told
 
