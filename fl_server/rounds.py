@@ -546,9 +546,11 @@ class Rounds:
 
 
 def _by_partition(messages: Sequence[Message], cohort: Sequence[Member]) -> dict[int, Message]:
-    """Each message by its receiver: a strategy may write to the cohort in any order."""
+    """Each message by its receiver, in partition order; a strategy may write to the cohort in any,
+    and Flower's do so at random."""
     partition_of = {member.node_id: member.partition for member in cohort}
-    return {partition_of[message.metadata.dst_node_id]: message for message in messages}
+    asked = {partition_of[message.metadata.dst_node_id]: message for message in messages}
+    return dict(sorted(asked.items()))
 
 
 def _row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -125,3 +126,15 @@ def test_what_has_no_meaning_is_refused(
     runner.always = []
     assert runner(*settings).code == 2
     assert told in capsys.readouterr().err
+
+
+def test_flowers_own_draws_do_not_say_who_is_trained_beside_whom(runner):
+    """Its strategies write to the clients in the order of Python's global random numbers."""
+    models = set()
+    for seed in (1, 2, 3):
+        random.seed(seed)
+        result = runner(
+            "strategy.name=flwr:FedAvg", "clients.number=4", "engine.cohort=3", "run.rounds=1"
+        )
+        models.add(result.summary["model_sha256"])
+    assert len(models) == 1
