@@ -118,7 +118,8 @@ class InProcessGrid(Grid):
         return list(queued)
 
     def _fork(self) -> Pool:
-        return Pool(self.workers, self._work, self._threads)
+        """No more than there are clients: others would have nothing to do."""
+        return Pool(min(self.workers, len(self._contexts)), self._work, self._threads)
 
     def _forget_others(self, work: Message) -> None:
         """Work of other phases, which nobody waits for any more."""

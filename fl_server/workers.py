@@ -80,7 +80,7 @@ def count(config: CoreConfig) -> int:
             )
         if sys.platform != "linux" and int(given) > 1:
             raise ValueError(f"engine.workers = {given}: several work on Linux alone; leave it out")
-        return min(int(given), config.clients.number)  # more would have nothing to do
+        return int(given)
     if cuda or sys.platform != "linux" or config.engine.cohort not in ("1", AUTO):
         return 1
     return max(1, min(len(os.sched_getaffinity(0)) // config.train.threads, config.cohort_size))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 
 from fl_common import determinism, wire
 from fl_common.config import resolve
-from fl_server import network, workers
+from fl_server import inprocess, network, workers
 from fl_server.exchange import Exchange, Outcome
 from fl_server.inprocess import InProcessGrid
 from tests.living import living, mark
@@ -52,6 +52,22 @@ def test_workers_give_the_same_bits(runner: Runner, strategy: str) -> None:
     clients = sum(row["client_cpu_s"] for row in three.history)
     assert three.summary["cpu_s"] > clients  # that of other processes is counted
     assert three.summary.get("memory_given_back") == one.summary.get("memory_given_back")
+
+
+def test_no_more_workers_start_than_there_are_clients(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    class Counted(workers.Pool):
+        def __init__(self, count: int, *others: Any) -> None:
+            started.append(count)
+            super().__init__(count, *others)
+
+    monkeypatch.setattr(inprocess, "Pool", Counted)
+    runner.always = []
+    assert runner("engine.workers=100000", "clients.number=2", "run.rounds=1").code == 0
+    assert started == [2]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -368,7 +384,6 @@ def test_auto_is_a_worker_for_every_core(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"train.threads": 16}, 1),
         ({"engine.workers": "5"}, 5),
         ({"engine.workers": 2}, 2),
-        ({"engine.workers": 100_000, "clients.number": 4}, 4),
     ):
         assert workers.count(resolve({"train.device": "cpu", **settings})) == expected
 
