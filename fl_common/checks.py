@@ -46,7 +46,8 @@ def checks(config: CoreConfig) -> list[str]:
             "engine.name=grpc, or leave it empty"
         )
     name = config.run.name
-    if name in (".", "..") or "/" in name or "\\" in name:
+    blank = name != "" and not name.strip()
+    if name in (".", "..") or "/" in name or "\\" in name or blank or not name.isprintable():
         errors.append(
             f"run.name = {shown(name)}: must be the name of one folder; run.output-dir says where"
         )

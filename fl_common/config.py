@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from fl_common.data import catalogue as data_catalogue
+from fl_common.failures import harmless
 from fl_common.files import absolute_path
 from fl_common.models import catalogue as model_catalogue
 
@@ -581,7 +582,7 @@ def _nearest(name: object, known: list[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as messages have it: text in quotes, true and false as in TOML."""
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+    return f'"{harmless(value)}"' if isinstance(value, str) else str(value).lower()
 
 
 _BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}

@@ -65,9 +65,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, which is UTF-8 in every locale.  Raises OSError, ValueError."""
-    with path.open("rb") as file:
-        return tomllib.load(file)
+    """The tables of a TOML file, which is UTF-8 in every locale, and with the mark that some
+    editors put before it.  Raises OSError, ValueError."""
+    return tomllib.loads(path.read_text("utf-8-sig"))
 
 
 def lock(folder: Path) -> IO[bytes] | None:

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fl_common.files import read_checked, remove_unfinished, write_atomically, write_checked
+from fl_common.files import (
+    read_checked,
+    read_toml,
+    remove_unfinished,
+    write_atomically,
+    write_checked,
+)
 
 NEW = bytes(range(256)) * 40
 FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
@@ -151,3 +157,9 @@ def test_what_a_crash_left_of_a_write_is_removed(tmp_path: Path, monkeypatch: py
     remove_unfinished(tmp_path)
     assert os.listdir(folder) == [good.name]
     assert (tmp_path / ".lock").exists()
+
+
+def test_a_toml_file_may_begin_with_an_editors_mark(tmp_path: Path):
+    path = tmp_path / "my.toml"
+    path.write_text('[run]\nname = "Größe"\n', encoding="utf-8-sig")
+    assert read_toml(path) == {"run": {"name": "Größe"}}

@@ -565,7 +565,7 @@ def test_a_folder_that_cannot_be_made(refused, tmp_path: Path, key: str, place: 
 
 def test_a_name_stays_inside_the_output_dir(refused, tmp_path: Path):
     """Results are in <run.output-dir>/<run.name>/: a name does not lead out of it."""
-    for name in ("../elsewhere", str(tmp_path / "elsewhere")):
+    for name in ("../elsewhere", str(tmp_path / "elsewhere"), " ", "two\nlines"):
         refused("run.output-dir=out", "run.rounds=1", f"run.name={name}").names("run.name")
 
 
