@@ -534,8 +534,8 @@ def _with_worker(config: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
     def keep() -> None:
         while True:
             code = subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
+            time.sleep(RESTART_S)  # in which a node that stops, and its trainer first, has ended
             print(f"the trainer ended (code {code}); it is started anew", flush=True)
-            time.sleep(RESTART_S)
 
     threading.Thread(target=keep, daemon=True).start()
     return {**config, "worker-socket": str(path)}
