@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from fl_common import determinism, forks
+from fl_common import forks
 from fl_common.forks import in_processes
 
 
@@ -159,23 +157,35 @@ def test_a_fork_has_as_many_threads_as_the_process(threads: int) -> None:
         assert [count for _, _, count in found[1:]] == [1 if threads == 1 else 1 + threads] * 2
 
 
+FAULTS = """
+from fl_common import determinism
+determinism.prepare_process()
+import json, resource, torch
+from fl_common.forks import in_processes
+
+def work(part):
+    x, w = torch.rand(64, 8, 64, 64), torch.rand(32, 8, 3, 3, requires_grad=True)
+    faults = []
+    for _ in range(9):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.nn.functional.conv2d(x, w).relu().square().mean().backward()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return faults
+
+print(json.dumps(in_processes(work, [0, 1])[1]))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc's allocator")
 def test_a_fork_keeps_memory_that_it_has_used() -> None:
-    """Large blocks do not go back to the system after every step: fresh ones cost page faults,
-    20,000 in each step of this one if they do."""
-    determinism.prepare_process()
+    """Large blocks do not go back to the system after every step: fresh ones cost page faults.
 
-    def work(part: int) -> list[int]:
-        x, w = torch.rand(64, 8, 64, 64), torch.rand(32, 8, 3, 3, requires_grad=True)
-        faults = []
-        for _ in range(6):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.nn.functional.conv2d(x, w).relu().square().mean().backward()
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        return faults
-
-    _, found = in_processes(work, [0, 1])
-    assert min(found[3:]) < 1000, found  # where blocks fit changes over the first steps
+    In a process of its own, which is prepared at its start, as `flatfed run` is: in a long-lived
+    one blocks may lie where glibc gives them back all the same.  Where blocks fit changes over the
+    first steps; in the six after them there are 46,000 faults without the settings."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True)
+    found = json.loads(done.stdout)
+    assert sum(found[3:]) < 30_000, found
 
 
 def test_what_ends_a_fork_is_told(capfd: pytest.CaptureFixture[str]) -> None:
