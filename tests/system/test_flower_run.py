@@ -235,3 +235,13 @@ def test_superlink_that_does_not_start(
     monkeypatch.setattr(flower_run, "START_TIMEOUT", 0.5)
     with pytest.raises(RuntimeError, match=rf"{message}; the end of its log:\na reason"):
         flower_run._start_superlink(tmp_path)
+
+
+def test_the_share_of_a_gpu_reaches_ray(tmp_path, monkeypatch, capfd):
+    """More of them than any machine has, which Ray, not we, then refuses."""
+    from fl_server.cli import main
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 99)
+    place = (f"run.output-dir={tmp_path}", "run.name=shares", "run.rounds=1", "clients.number=2")
+    assert main(["run", *place, "engine.name=ray", "engine.client-gpus=99"]) == 3
+    assert "resources: {'num_cpus': 1, 'num_gpus': 99.0}" in "".join(capfd.readouterr())
