@@ -270,6 +270,9 @@ def unused(config: CoreConfig) -> list[str]:
         "flatness.match-probes": config.flatness.match == "none" and "with flatness.match=none",
         "train.keep-optimizer": not config.train.keeps_state
         and "without train.momentum or train.optimizer=adam",
+        "train.graphs": config.train.graphs == "on"
+        and config.train.device == "cpu"
+        and "with train.device=cpu",
     }
     values, defaults = config.flat(), {key: field.default for key, field in fields()}
     return [

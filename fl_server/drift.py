@@ -45,7 +45,7 @@ class Drift:
             vectors = self.sums[name], theta, self.groups.part(name, self.w)
             block = BLOCK[theta.device.type]
             for total, end, start in zip(*(v.split(block) for v in vectors), strict=True):
-                delta = end.double() - start.to(end.device)
+                delta = (end - start.to(end.device)).double()
                 total.add_(delta, alpha=reply.samples)
                 square = square + delta.dot(delta)
         self.samples.append(reply.samples)

@@ -160,16 +160,17 @@ class Exchange:
             again: dict[int, Message] = {}
             any_came = False
             # What waits at the SuperLink has come in time; what was asked of this process has not.
-            expired = at_once is not None and time.monotonic() > end
+            elsewhere = self.held_bytes is not None
+            expired = elsewhere and time.monotonic() > end
             arrived = self._pulled(phase, at_once, expired)
-            if at_once is None:
+            if not elsewhere:
                 arrived, expired = list(arrived), time.monotonic() > end
             for reply in arrived:
                 any_came = True
                 name = self._sender(reply, phase)
                 if name is None:
                     pass
-                elif expired and at_once is None:
+                elif expired and not elsewhere:
                     outcome.failed[name] = self._silence()
                 elif _node_left(reply) and self._may_come_back(name, phase):
                     pass

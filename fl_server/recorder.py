@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fl_common.config import shown
 from fl_common.files import lock, read_object, remove_unfinished, unwritable, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_common.wire import model_sha256
@@ -112,8 +113,8 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
         # A count that a file gives as a number is stored as text.
         if key not in RESUMABLE and key in stored and stored[key] not in (value, str(value)):
             return (
-                f"{key} = {value}: the run in {folder} has {stored[key]}, and a resumed run keeps "
-                "its settings; leave it out"
+                f"{key} = {shown(value)}: the run in {folder} has {shown(stored[key])}, and a "
+                "resumed run keeps its settings; leave it out"
             )
     rounds, reached = values.get("run.rounds", stored.get("run.rounds")), read_summary(folder)
     # The last row of a run that ended early may be of a round that does not count; how far it came

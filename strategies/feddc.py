@@ -78,6 +78,8 @@ class FedDC(FederatedStrategy):
     def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
         corrects = self.params.gradient_correction
         told = super().warnings(config, model) if self.params.alpha else []  # else nothing pulls
+        if self.params.legacy_beta and not corrects:
+            told.append("feddc.legacy-beta = true has no effect without feddc.gradient-correction")
         return told + (control_warnings(model) if corrects else [])
 
     def begin(self, w: torch.Tensor) -> None:

@@ -195,6 +195,10 @@ class FedPart(FederatedStrategy):
 
     def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
         told = super().warnings(config, model)
+        for key, value in (("stats", self.params.bn_stats), ("frozen", self.params.bn_frozen)):
+            default = FedPartParams.model_fields[f"bn_{key}"].default
+            if STATS not in model and value != default:
+                told.append(f'fedpart.bn-{key} = "{value}" has no effect without BatchNorm')
         rounds, cycle, warm_up = config.run.rounds, self.schedule.cycle, self.params.warm_up
         if rounds <= warm_up:
             told.append(

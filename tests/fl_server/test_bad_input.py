@@ -671,6 +671,12 @@ class Net(nn.Module):
         (["data.alpha=0.1", "data.min-size=2", "eval.on=both", "eval.holdout=0.3"], []),
         (["data.partition=pathological", "data.classes-per-client=3", "data.alpha=0.5"], []),
         (["train.keep-optimizer=true", "train.momentum=0.9"], []),
+        (
+            ["train.graphs=on", "train.device=cpu"],
+            ['train.graphs = "on" has no effect with train.device=cpu'],
+        ),
+        (["train.graphs=off", "train.device=cpu"], []),
+        (["train.graphs=on", "train.device=cuda"], []),
     ],
 )
 def test_what_has_no_effect_beside_the_other_settings(settings, told):

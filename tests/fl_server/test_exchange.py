@@ -112,17 +112,26 @@ def test_replies_are_fetched_by_what_they_may_have_not_by_what_was_sent():
         assert max(grid.pulled) == (6 if large == 0 else 1)
 
 
+class Slow(Grid):
+    """Time is up before the first replies are looked at."""
+
+    def pull_messages(self, ids):
+        if not self.pulled:
+            time.sleep(0.3)
+            self.pulled.append(0)
+            return []
+        return super().pull_messages(ids)
+
+
+@pytest.mark.parametrize("held_bytes", [12.0, 1e9])
+def test_what_came_to_a_superlink_while_the_server_was_busy_came_in_time(held_bytes: float):
+    grid = Slow(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
+    _, outcome = ask(grid, deadline_s=0.2, held_bytes=held_bytes)
+    assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+
+
 def test_who_asks_for_more_when_time_is_up_has_failed():
     """Its request is read at the last look, after the deadline."""
-
-    class Slow(Grid):
-        def pull_messages(self, ids):
-            if not self.pulled:
-                time.sleep(0.3)
-                self.pulled.append(0)
-                return []
-            return super().pull_messages(ids)
-
     lost = MetricRecord({"server-round": 1, wire.GROUPS_LOST: 1})
     grid = Slow(lambda message: RecordDict({wire.METRICS: lost}))
 

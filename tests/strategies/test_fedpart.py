@@ -301,6 +301,19 @@ def test_a_run_that_ends_before_its_first_cycle_is_told_so(rounds, told):
     assert strategy.warnings(config, {}) == expected
 
 
+def test_settings_of_batchnorm_without_one_are_told_to_have_no_effect():
+    settings = {"fedpart.bn-stats": "local", "fedpart.bn-frozen": "eval", "run.rounds": 20}
+    config = resolve({"strategy.name": "fedpart", **settings})
+    strategy = FedPart(config)
+    strategy.bind(Groups({"a": (0,)}, (1,)))
+    w = torch.zeros(1)
+    assert strategy.warnings(config, {PARAMS: w}) == [
+        'fedpart.bn-stats = "local" has no effect without BatchNorm',
+        'fedpart.bn-frozen = "eval" has no effect without BatchNorm',
+    ]
+    assert strategy.warnings(config, {PARAMS: w, STATS: w}) == []
+
+
 # A partial round
 
 

@@ -113,6 +113,13 @@ def test_batchnorm_beside_control_variates_is_warned_of_once(runner, capsys, set
     assert all("model.norm=group" in line for line in said)
 
 
+def test_a_setting_of_control_variates_that_are_off_is_told_to_have_no_effect(runner, capsys):
+    settings = ["feddc.gradient-correction=false", "feddc.legacy-beta=true", "model.norm=group"]
+    assert runner(*DIGITS, "clients.number=2", "strategy.name=feddc", *settings).code == 0
+    line = "feddc.legacy-beta = true has no effect without feddc.gradient-correction"
+    assert f"warning: {line}" in capsys.readouterr().out.splitlines()
+
+
 class Started(toy.Quadratic):
     def __init__(self) -> None:
         super().__init__()
