@@ -33,7 +33,14 @@ from fl_common.models.layers import MaxPool2d
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CASES = (("lenet", 10), ("cnn", 10), ("lenet64", 50), ("resnet8", 50))
+CASES = (
+    ("lenet", 10),
+    ("cnn", 10),
+    ("lenet64", 50),
+    ("tiny-convnet", 50),
+    ("resnet8", 50),
+    ("resnet20", 50),
+)
 """Models and batch sizes."""
 WAYS = (
     "plain",

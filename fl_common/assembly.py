@@ -143,10 +143,13 @@ def transform(config: CoreConfig, device: torch.device) -> Transform:
 
 def innermost(config: CoreConfig, device: torch.device) -> bool:
     """Whether channels lie innermost in memory on `device`; with `auto` only in networks that are
-    known not to mind (`x.view(len(x), -1)` does)."""
-    train = config.train
-    suits = device.type == "cuda" and train.dtype == "bfloat16" and config.model.name in MODELS
-    return train.channels_last == "on" or (train.channels_last == "auto" and suits)
+    known not to mind (`x.view(len(x), -1)` does), where that is faster."""
+    train, known = config.train, MODELS.get(config.model.name)
+    if train.channels_last != "auto" or known is None:
+        return train.channels_last == "on"
+    if device.type == "cuda":
+        return train.dtype == "bfloat16"
+    return train.dtype == "float32" and known.innermost
 
 
 def parameter_dtype(config: CoreConfig) -> torch.dtype:

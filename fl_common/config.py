@@ -165,9 +165,9 @@ class Train(Group):
     )
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="images and convolutions with channels innermost in memory: faster with "
-        "bfloat16 on a GPU, where auto has the catalogue's networks so, and for some on a CPU; "
-        "sums are rounded otherwise",
+        description="images and convolutions with channels innermost in memory; auto: those "
+        "networks of the catalogue that are faster so, with bfloat16 on a GPU or in float32 on a "
+        "CPU; sums are rounded otherwise",
     )
     graphs: Literal["auto", "on", "off"] = Field(
         "auto",
