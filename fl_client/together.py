@@ -83,16 +83,19 @@ class Together:
             return 1, "engine.cohort = auto: 1; no two of these clients can be trained at once"
         trial = self.clients.config.train.model_copy(update={"epochs": 1})
         short = [_shortened(job, TRIAL_STEPS * trial.batch_size) for job in jobs]
-        together = None
         try:
             alone = min(self._seconds(self._one_by_one, short[:2], trial) for _ in range(2))
+        except Exception as error:  # which training them will tell again, client by client
+            return 1, f"engine.cohort = auto: 1; one by one they fail ({first_line(error)})"
+        together = None
+        try:
             together = min(self._seconds(self._at_once, short, trial) for _ in range(2))
         except torch.OutOfMemoryError:
             pass
         except BeginAnew:
             return self.choose(messages, workers)
         except Exception as error:
-            return 1, f"engine.cohort = auto: 1; {_unstackable(error)}"
+            return 1, f"engine.cohort = auto: 1; at once they fail ({first_line(error)})"
         if together is None:  # only here, where the tensors of what was too much are let go of
             self._halve(len(jobs))
             return self.choose(messages, workers)
@@ -154,8 +157,10 @@ class Together:
         ]
 
     def _tried(self, jobs: list[Job]) -> tuple[list[Member], bool]:
-        """The trained members, none if they are to be tried again, and whether torch cannot stack
-        them.  What failed is let go of with the error, before clients are trained otherwise."""
+        """The trained members, and whether training them at once failed, so that they are to be
+        trained one by one.  No members and no failure: to be tried again, with fewer of them where
+        memory was too small.  The error, and the memory that it holds, is gone when this returns.
+        """
         try:
             return self._at_once(jobs, self.clients.config.train), False
         except BeginAnew:
@@ -164,7 +169,7 @@ class Together:
             pass
         except Exception as error:
             self.most = 1
-            self._say(f"clients are trained one by one: {_unstackable(error)}")
+            self._say(f"clients are trained one by one: at once they fail ({first_line(error)})")
             return [], True
         self._halve(len(jobs))
         return [], False
@@ -252,7 +257,3 @@ def _attempt(act: Callable[..., Any], *args: Any) -> Any:
         return act(*args)
     except Exception as error:
         return Failed(reason(error))
-
-
-def _unstackable(error: Exception) -> str:
-    return f"torch cannot stack them ({first_line(error)})"

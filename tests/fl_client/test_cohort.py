@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import weakref
 from typing import TYPE_CHECKING
 
@@ -363,11 +364,36 @@ def test_what_torch_cannot_stack_is_trained_one_by_one(monkeypatch, caplog):
     monkeypatch.setattr(assembly, "new_model", lambda *args: OwnDraws())
     federation = Federation(monkeypatch)
     messages = federation.messages()
+    jobs = [(i, message, RecordDict()) for i, message in enumerate(messages)]
+    chosen, why = federation.clients.choose_cohort(jobs, 1)
+    assert chosen == 1
+    assert why.startswith("engine.cohort = auto: 1; at once they fail (vmap: ")
     at_once = federation.together(messages, federation.states())
     singly = federation.alone(messages, federation.states())
     assert all(difference(a, b) == 0 for a, b in zip(singly, at_once, strict=True))
     (line,) = caplog.messages
-    assert line.startswith("clients are trained one by one: torch cannot stack them (vmap: ")
+    assert line.startswith("clients are trained one by one: at once they fail (vmap: ")
+
+
+class Failing(OwnDraws):
+    """A network that no way of training can train."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no such layer")
+
+
+def test_clients_that_fail_one_by_one_too_are_not_said_to_fail_at_once_only(monkeypatch, caplog):
+    monkeypatch.setattr(assembly, "new_model", lambda *args: Failing())
+    monkeypatch.setattr(together, "free_bytes", lambda device: sys.maxsize)  # no pass to measure
+    federation = Federation(monkeypatch)
+    jobs = [(i, message, RecordDict()) for i, message in enumerate(federation.messages())]
+    assert federation.clients.choose_cohort(jobs, 1) == (
+        1,
+        "engine.cohort = auto: 1; one by one they fail (no such layer)",
+    )
+    replies = federation.clients.train_together(jobs, 2)
+    assert all("ValueError: no such layer" in str(reply) for reply in replies)
+    assert caplog.messages == ["clients are trained one by one: at once they fail (no such layer)"]
 
 
 class Words(torch.nn.Module):
