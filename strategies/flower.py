@@ -124,13 +124,14 @@ class FlowerStrategy:
     warnings = FederatedStrategy.warnings
 
     def __init__(self, config: CoreConfig | None = None) -> None:
-        logging.getLogger("flwr").setLevel(logging.WARNING)  # our own line tells of each round
         cls, given = parse(self.name, config.strategy.params if config else "")
         self.inner = cls(**given, **_ours(cls))
         self.w: Flat = {}
 
     def bind(self, groups: Groups) -> None:
-        """Nothing of Flower's knows of layers."""
+        """Nothing of Flower's knows of layers.  A run begins: its log has our line of each round,
+        and not Flower's own."""
+        logging.getLogger("flwr").setLevel(logging.WARNING)
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import numpy as np
 import pytest
 import torch
 from flwr import serverapp
 
+from fl_common.config import resolve
 from strategies.flower import NAMES
 from tests import toy
 
@@ -145,6 +147,12 @@ def test_mistakes_are_told_before_anything_starts(settings, words, runner, capsy
     assert result.code == 2
     assert words in capsys.readouterr().err
     assert not result.folder.exists()
+
+
+def test_checking_a_configuration_leaves_flowers_log_as_it_is(caplog):
+    caplog.set_level("INFO", "flwr")
+    resolve({"strategy.name": "flwr:FedAvg"})
+    assert logging.getLogger("flwr").level == logging.INFO
 
 
 def test_nobody_to_write_to_is_not_waited_for():
