@@ -7,13 +7,12 @@ memory.  Which version a round starts from is the server's to say (`fl_common.sn
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord
 
 from fl_common import wire
-from fl_common.snapshots import InContext, OnDisk
+from fl_common.snapshots import InContext, OnDisk, folder_of
 
 if TYPE_CHECKING:
     from flwr.app import ConfigRecord, RecordDict
@@ -41,11 +40,11 @@ class Memory:
     @classmethod
     def of(cls, state_dir: str, partition: int, content: RecordDict, state: RecordDict) -> Memory:
         settings: ConfigRecord = content[wire.CONFIG]
-        experiment = str(settings[wire.EXPERIMENT])
-        folder = Path(state_dir) / experiment / f"{partition:06d}"
         record = content.get(wire.MEMORY)
         return cls(
-            snapshots=OnDisk(folder) if state_dir else InContext(state, experiment),
+            snapshots=OnDisk(folder_of(state_dir, partition, content))
+            if state_dir
+            else InContext(state, str(settings[wire.EXPERIMENT])),
             base=int(settings[wire.MEMORY_ROUND]),
             checkpoints=tuple(settings[wire.CHECKPOINTS]),
             given_back=wire.unpack(record) if isinstance(record, ArrayRecord) else None,

@@ -9,17 +9,18 @@ checkpoint finds the version of that time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from flwr.app import ArrayRecord, RecordDict
 from safetensors.torch import load, save
 
 from fl_common import wire
+from fl_common.failures import harmless
 from fl_common.files import read_checked, remove_unfinished, write_checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from fl_common.layout import Flat
 
@@ -46,6 +47,18 @@ def needed(
     for checkpoint in checkpoints:
         kept |= {max((made for made in counted if made <= checkpoint), default=base)}
     return kept
+
+
+def folder_of(state_dir: str, partition: int, content: RecordDict) -> Path:
+    """Where a client keeps what it remembers of the run that a message belongs to.
+
+    The run's name comes from the server.  Raises ValueError for one that could lead out of
+    `state_dir`.
+    """
+    experiment = str(content[wire.CONFIG][wire.EXPERIMENT])
+    if not experiment.isalnum():
+        raise ValueError(f"{wire.EXPERIMENT} = {harmless(experiment)}: is not letters and digits")
+    return Path(state_dir) / experiment / f"{partition:06d}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
@@ -22,9 +21,11 @@ from safetensors.torch import load, save
 from fl_common import wire
 from fl_common.files import read_checked, remove_unfinished, write_checked
 from fl_common.layout import PARAMS
+from fl_common.snapshots import folder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from fl_common.deferred import torch
     from fl_common.groups import Groups
@@ -129,8 +130,7 @@ class Cache:
         if VERSIONS not in content:
             return cls(lambda v: None, lambda arrays: None)
         if state_dir:
-            experiment = str(content[wire.CONFIG][wire.EXPERIMENT])
-            folder = Path(state_dir) / experiment / f"{partition:06d}" / CACHE
+            folder = folder_of(state_dir, partition, content) / CACHE
             return cls(lambda v: _read(folder, v), lambda arrays: _write(folder, arrays))
         return cls(lambda v: _recall(state, v), lambda arrays: _remember(state, arrays))
 

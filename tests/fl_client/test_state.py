@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fl_client.client import Clients
 from fl_client.state import Memory, MemoryLost
 from fl_common import wire
 from fl_common.config import from_text, resolve
+from fl_common.sync import Cache
 from tests import toy
 
 EXPERIMENT = "5f3c"
@@ -79,6 +80,15 @@ def test_another_experiments_memory_is_lost_for_this_one(place):
     place(message(1, 0)).save(1, vector(1.0))
     with pytest.raises(MemoryLost):
         place(message(2, 1, experiment="another")).load()
+
+
+@pytest.mark.parametrize("experiment", ["..", "../other", "/etc", "a/b", "", "a\0b"])
+def test_a_servers_name_for_a_run_leads_to_no_other_folder(experiment: str, tmp_path: Path):
+    content = message(2, 1, experiment=experiment)
+    content["versions"] = MetricRecord({"params": 1})
+    for kept in (Memory, Cache):
+        with pytest.raises(ValueError, match="is not letters and digits"):
+            kept.of(str(tmp_path), 0, content, RecordDict())
 
 
 def test_a_lost_memory_is_told_and_what_is_given_back_is_taken(place):
