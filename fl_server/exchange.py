@@ -16,7 +16,7 @@ from fl_common.failures import harmless
 from fl_common.guards import objection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from flwr.serverapp import Grid
 
@@ -95,8 +95,9 @@ class Exchange:
 
     def __init__(self, grid: Grid, deadline_s: float, note: Callable[[str], None] = print) -> None:
         self.grid, self.deadline_s, self.note = grid, deadline_s, note
-        self.locate: Callable[[int], int | None] | None = None
-        """The node id of a client; AWAITED while it may still come back; None if it is gone."""
+        self.locate: Callable[[Collection[int]], dict[int, int | None]] | None = None
+        """The node ids of clients; AWAITED for one that may still come back, None for one that is
+        gone for good."""
         self.held_bytes: float | None = None
         """HELD_BYTES where the grid is another process, None where replies wait in this one."""
         self._late: dict[str, str] = {}
@@ -282,8 +283,7 @@ class Exchange:
         """Messages for those of the gone who are here again.  Of those whose time to come back is
         up, as many are left out as can be spared; the others are waited for all the same."""
         again, needed, spare = {}, set(), phase.spare()
-        for name in sorted(phase.gone):
-            where = self.locate(name)
+        for name, where in self.locate(sorted(phase.gone)).items():
             if where is None and spare > 0:
                 spare -= 1
                 phase.outcome.failed[name] = "its node is gone (clients.return-s)"

@@ -22,7 +22,7 @@ from fl_server.exchange import AWAITED, POLL_S, RunFailed, by_reason, reason_of
 from fl_server.keys import of_flower
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from flwr.serverapp import Grid
 
@@ -255,7 +255,7 @@ class Roster:
         nodes = self._list_nodes()
         for partition in [p for p, m in self.members.items() if m.node_id not in nodes]:
             del self.members[partition]
-            self.lost(partition)
+            self._left.setdefault(partition, time.monotonic())
         self._answers = {n: m for n, m in self._answers.items() if n in nodes}
         self._asked = {i: n for i, n in self._asked.items() if n in nodes}
         for node in [n for n, when in self._again.items() if when < time.monotonic()]:
@@ -349,10 +349,6 @@ class Roster:
                 self.exchange.note(f"roll call: refused {who}: {reason}")
         self.refused |= reasons
 
-    def lost(self, partition: int) -> None:
-        """A client's node is gone."""
-        self._left.setdefault(partition, time.monotonic())
-
     def awaited(self, partitions: Iterable[int]) -> list[int]:
         """Those of `partitions` that are not here and may still come back in time."""
         since = time.monotonic() - self.return_s
@@ -372,12 +368,13 @@ class Roster:
             time.sleep(POLL_S)
             self.refresh()
 
-    def locate(self, partition: int) -> int | None:
-        """The node of a client that went away in a round; AWAITED, or None if its time is up."""
+    def locate(self, partitions: Collection[int]) -> dict[int, int | None]:
+        """The nodes of clients that went away in a round, by one look at all nodes; AWAITED, or
+        None where the time to come back is up."""
         self.refresh()
-        if partition in self.members:
-            return self.members[partition].node_id
-        return AWAITED if self.awaited([partition]) else None
+        found: dict[int, int | None] = dict.fromkeys(partitions)
+        found |= dict.fromkeys(self.awaited(partitions), AWAITED)
+        return found | {p: self.members[p].node_id for p in partitions if p in self.members}
 
     def drawn(self, partitions: Sequence[int]) -> tuple[list[Member], dict[int, str]]:
         """The members of a cohort, and those of it who are not connected, with the reason."""

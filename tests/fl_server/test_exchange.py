@@ -151,7 +151,7 @@ def test_a_node_that_left_before_it_was_asked(returns: bool):
     grid = Grid(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
     grid.unknown = {10, 11}
     places = iter([AWAITED, AWAITED, 20, 21])
-    locate = (lambda name: next(places)) if returns else None
+    locate = (lambda names: {name: next(places) for name in names}) if returns else None
     _, outcome = ask(grid, locate=locate)
     if returns:
         assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed

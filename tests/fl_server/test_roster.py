@@ -12,7 +12,7 @@ import pytest
 import fl_server.inprocess
 import fl_server.roster
 from fl_common.config import Clients
-from fl_server.exchange import Exchange, RunFailed
+from fl_server.exchange import AWAITED, Exchange, RunFailed
 from fl_server.inprocess import InProcessGrid
 from fl_server.roster import Member, Roster, draw, judge
 
@@ -120,8 +120,10 @@ class Changing(InProcessGrid):
     """A grid whose nodes are listed by the test."""
 
     listed: list[int]
+    looks = 0
 
     def get_node_ids(self):
+        self.looks += 1
         return self.listed
 
 
@@ -367,3 +369,13 @@ def test_a_client_whose_node_went_away_is_waited_for(grid):
     grid.listed = grid.all
     roster.wait_for([0, 1, 2])
     assert sorted(roster.members) == [0, 1, 2]
+
+
+def test_clients_that_went_away_are_located_by_one_look_at_the_nodes(grid):
+    roster = Roster(Exchange(grid, 10.0, lambda text: None), 3, return_s=60.0)
+    roster.assemble(nodes_may_come=False)
+    grid.listed, before = grid.all[:1], grid.looks
+    assert roster.locate([0, 1, 2]) == {0: grid.all[0], 1: AWAITED, 2: AWAITED}
+    assert grid.looks == before + 1
+    roster.return_s = 0.0
+    assert roster.locate([1, 2]) == {1: None, 2: None}
