@@ -109,20 +109,20 @@ class Exchange:
         names: Sequence[int],
         phase: str,
         outcome: Outcome,
-        expected: Callable[[int], Expected] | None = None,
+        expected: Callable[[int], Expected],
         at_least: int = 0,
         give_back: GiveBack | None = None,
         meanwhile: Callable[[], None] = lambda: None,
         large: int = 0,
-    ) -> Iterator[Message]:
-        """Push `messages` and yield every good reply, in the order of `names`.
+    ) -> Iterator[tuple[int, Message]]:
+        """Push `messages` and yield every good reply with the name of its client, names ascending.
 
         `names` says what each receiver is called, `expected` what its reply must be.  A reply
-        that comes before its turn waits; who has not answered by the deadline is left out.
-        A client that lacks something is asked once more, with the content that `give_back` makes;
-        it makes None for a request without a reason, which the guards then reject.
-        `meanwhile` is done once they are on their way.  `large`: what a reply may have, if that is
-        more than a message has [bytes].
+        that comes before its turn waits.  Who has not answered by the deadline is left out.
+        A client that lacks something is asked once more, with the content that `give_back` makes.
+        For a request without a reason it makes None, and the guards reject the request.
+        `meanwhile` is called once the messages are on their way.  `large`: the bytes that a reply
+        may have, if they are more than a message has.
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
@@ -132,7 +132,7 @@ class Exchange:
         for name, reply in self._arrivals(under_way, meanwhile, large):
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)
-            elif expected and (problem := objection(reply.content, expected(name))):
+            elif problem := objection(reply.content, expected(name)):
                 outcome.rejected[name] = harmless(problem)
             else:
                 early[name] = reply
@@ -324,11 +324,13 @@ def _settled(name: int, outcome: Outcome) -> bool:
     return name in outcome.failed or name in outcome.rejected
 
 
-def _accept(name: int, early: dict[int, Message], outcome: Outcome) -> Iterator[Message]:
+def _accept(
+    name: int, early: dict[int, Message], outcome: Outcome
+) -> Iterator[tuple[int, Message]]:
     if name in early:
         reply = early.pop(name)
         outcome.accepted[name] = reply.content[wire.METRICS]
-        yield reply
+        yield name, reply
 
 
 def payload_bytes(message: Message) -> int:

@@ -274,7 +274,7 @@ class Rounds:
         loss, shortage = None, ""
         try:
             arrays, metrics = self.strategy.aggregate_train(
-                server_round, self._entered(replies, asked, outcome, drift)
+                server_round, self._entered(replies, asked, drift)
             )
             if arrays is None:
                 raise RoundFailed(f"{phase}: the strategy gave no model")
@@ -328,9 +328,9 @@ class Rounds:
         expected: Callable[[int], Expected],
         at_least: int = 0,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> Iterator[Message]:
-        """The good replies to what a strategy asks, by the names of the clients: each is sent what
-        it lacks, and more if it says that it lacks more."""
+    ) -> Iterator[tuple[int, Message]]:
+        """The good replies to what a strategy asks, each with the name of its client.  A client is
+        sent what it lacks, as far as is known, and the rest if it says that it lacks more."""
 
         def sent() -> None:
             meanwhile()
@@ -363,9 +363,9 @@ class Rounds:
             give_back, sent, large=max(map(payload_bytes, asked.values()), default=0),
         )  # fmt: skip
         try:
-            for reply in replies:
-                self.holdings.answered(next(reversed(outcome.accepted)))
-                yield reply
+            for name, reply in replies:
+                self.holdings.answered(name)
+                yield name, reply
                 del reply  # before the next one comes
         finally:
             self.holdings.rest()
@@ -393,15 +393,13 @@ class Rounds:
 
     def _entered(
         self,
-        replies: Iterable[Message],
+        replies: Iterable[tuple[int, Message]],
         asked: Mapping[int, Message],
-        outcome: Outcome,
         drift: Drift | None,
     ) -> Iterator[Message]:
         """The replies, each entered in the ledger, and in `drift`, on its way to the strategy."""
         self.ledger.begin()
-        for reply in replies:
-            name = next(reversed(outcome.accepted))
+        for name, reply in replies:
             self.ledger.take(name, asked[name], reply, self.recorder.checkpoints.rounds)
             if drift:
                 drift.add(Reply.of(reply))
@@ -475,7 +473,7 @@ class Rounds:
         ]
         samples = {member.partition: member.samples for member in members}
         self.progress.asked(phase, len(messages))
-        yield from self.exchange.replies(
+        replies = self.exchange.replies(
             messages,
             [member.partition for member in members],
             phase,
@@ -484,6 +482,7 @@ class Rounds:
                 lambda name: Expected(expected, server_round, samples[name], frozenset())
             ),
         )
+        yield from (reply for _, reply in replies)
         self._tell(phase, outcome)
         row["flatness_failed"] = _reasons(outcome.failed | outcome.rejected)
         self.recorder.measured(outcome.bytes_down, outcome.bytes_up)
@@ -525,7 +524,7 @@ class Rounds:
                 {}, server_round, held_out[name], frozenset({"accuracy", "loss"})
             ),
         )
-        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        metrics = self.strategy.aggregate_evaluate(server_round, (reply for _, reply in replies))
         self._tell(phase, outcome)
         row |= {
             "evaluation_failed": _reasons(outcome.failed | outcome.rejected),

@@ -76,7 +76,7 @@ def ask(grid: Grid, clients: int = 3, size: int = 3, deadline_s: float = 10.0, *
     replies = exchange.replies(
         messages, range(clients), "round 1", outcome, lambda name: expected, **more
     )
-    return [reply.metadata.reply_to_message_id for reply in replies], outcome
+    return [reply.metadata.reply_to_message_id for _, reply in replies], outcome
 
 
 @pytest.mark.parametrize(

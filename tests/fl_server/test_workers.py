@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from fl_common import determinism, wire
 from fl_common.config import resolve
+from fl_common.guards import Expected
 from fl_server import inprocess, network, workers
 from fl_server.exchange import Exchange, Outcome
 from fl_server.inprocess import InProcessGrid
@@ -198,7 +199,8 @@ def test_work_of_an_earlier_round_changes_nothing_of_a_later_one(monkeypatch) ->
                 began.value += 1
             time.sleep(30)
         context.state[f"of-{round_}"] = MetricRecord({"x": round_})
-        return Message(RecordDict({"metrics": MetricRecord({"x": round_})}), reply_to=message)
+        metrics = MetricRecord({"server-round": round_, "num-examples": 1})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     grid = grid_of(app, clients=6, count=2)
     try:
@@ -211,7 +213,10 @@ def test_work_of_an_earlier_round_changes_nothing_of_a_later_one(monkeypatch) ->
                         group_id=str(round_))
                 for i in clients
             ]  # fmt: skip
-            list(exchange.replies(messages, clients, f"round {round_}", outcome))
+            expected = Expected({}, round_, 1, frozenset())
+            list(
+                exchange.replies(messages, clients, f"round {round_}", outcome, lambda i: expected)
+            )
             return outcome
 
         assert len(play(1, [0, 1, 2, 3, 4, 5], 0.3).failed) == 6
@@ -269,7 +274,8 @@ def test_work_of_an_earlier_round_is_not_kept_by_one_process() -> None:
         messages = questions(grid, 3)
         for message in messages:
             message.metadata.__dict__["_group_id"] = str(round_)
-        list(exchange.replies(messages, [0, 1, 2], f"round {round_}", Outcome()))
+        phase, expected = f"round {round_}", Expected({}, round_, 1, frozenset())
+        list(exchange.replies(messages, [0, 1, 2], phase, Outcome(), lambda i, e=expected: e))
         assert len(grid._queue) == 2
 
 
