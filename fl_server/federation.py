@@ -176,20 +176,15 @@ def _nodes(count: int) -> str:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
+    """Keep other calls of `up` and `down` out.  Raises UsageError while one is at work."""
     if problem := files.unwritable(home().parent):
         raise UsageError(f"FLATFED_HOME: {problem}; choose another folder")
     home().parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(home().with_name("up.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError("another `flatfed up` or `flatfed down` is at work; wait for it") from None
-    try:
+    held = files.lock(home().parent)
+    if held is None:
+        raise UsageError("another `flatfed up` or `flatfed down` is at work; wait for it")
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _state() -> dict[str, Any]:
@@ -380,9 +375,8 @@ class Federation:
             )
         with suppress(ProcessLookupError):
             self.processes[process.pid] = processes.identify(process.pid)
-        temporary = self.folder / "state.part"
-        temporary.write_text(json.dumps(self.state, indent=2))
-        temporary.replace(self.folder / "state.json")
+        state = json.dumps(self.state, indent=2).encode()
+        files.write_atomically(self.folder / "state.json", state)
         return process
 
     def _broken(self, what: str, log: Path) -> FederationError:

@@ -36,6 +36,13 @@ def test_the_machine_was_started_anew(up: Path):
     assert not up.exists()
 
 
+def test_two_calls_do_not_start_and_end_at_once(up: Path):
+    with federation._alone():
+        for call in (federation.down, lambda: federation.up(1)):
+            with pytest.raises(federation.UsageError, match="is at work; wait for it"):
+                call()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"boot": 1}'])
 def test_a_broken_state_file(up: Path, text: str):
     up.write_text(text)
