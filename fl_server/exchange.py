@@ -101,7 +101,7 @@ class Exchange:
         self.held_bytes: float | None = None
         """HELD_BYTES where the grid is another process, None where replies wait in this one."""
         self._late: dict[str, str] = {}
-        """What was sent in vain, by message id."""
+        """What to call each message whose reply did not come in time, by message id."""
 
     def replies(
         self,
@@ -149,7 +149,8 @@ class Exchange:
     ) -> Iterator[tuple[int, Message]]:
         """Replies as they come, errors included, until all are there or time is up.
 
-        A client whose node is gone is given up after its time, unless it is needed.
+        A client whose node is gone is given up after its time (clients.return-s), unless the phase
+        would have too few replies without it.
         """
         self._push(phase, phase.asked)
         meanwhile()
@@ -160,7 +161,8 @@ class Exchange:
         while phase.pending or phase.gone:
             again: dict[int, Message] = {}
             any_came = False
-            # What waits at the SuperLink has come in time; what was asked of this process has not.
+            # A reply that waits at the SuperLink came in time, however late it is fetched; one
+            # that this process makes is made by fetching it, and is as late as that.
             elsewhere = self.held_bytes is not None
             expired = elsewhere and time.monotonic() > end
             arrived = self._pulled(phase, at_once, expired)
@@ -314,7 +316,8 @@ def addressed(node_id: int, message: Message, content: RecordDict) -> Message:
 
 
 def _request(reply: Message) -> MetricRecord | None:
-    """The numbers of a reply that asks for a memory, or for what a message left out."""
+    """The metrics of a reply that asks for a memory, or for what a message left out; None if the
+    reply asks for nothing."""
     metrics = reply.content.get(wire.METRICS) if reply.has_content() else None
     asks = isinstance(metrics, MetricRecord) and {wire.MEMORY_LOST, wire.GROUPS_LOST} & {*metrics}
     return metrics if asks else None

@@ -82,8 +82,8 @@ class Rounds:
         except ValueError as error:
             raise RunFailed(str(error)) from error
         self._rest()
-        # Of a model that changes as a whole in every round, nothing is left to leave out, unless
-        # a round follows the evaluation of the same model.
+        # Where every round changes the whole model, a message can leave nothing out, unless
+        # clients have evaluated the model on which they then train.
         useful = self.strategy.partial or config.eval.on != "server"
         tracked = useful and self.strategy.tracked and config.sync.mode == "versions"
         self.holdings = Holdings(groups, tracked)
@@ -96,8 +96,8 @@ class Rounds:
         self.failures = 0
         """Rounds in a row that changed nothing."""
         self.unwritten: tuple[Checkpoint, dict[str, Any]] | None = None
-        """The last round's, and its row, which is told once it is on the disk: both while clients
-        train in the next one."""
+        """The last round's checkpoint and history row.  The checkpoint is written while clients
+        train in the next round; the row is shown once the checkpoint is on the disk."""
         self.ledger = Ledger(
             recorder.folder / "ledger", config, model, groups, uuid4().hex, progress.note
         )
@@ -195,7 +195,7 @@ class Rounds:
             self.progress.row(row)
 
     def _refused(self, server_round: int, error: OSError) -> RunFailed:
-        """By the disk."""
+        """The end of a run whose disk refused a write."""
         return RunFailed(
             f"round {server_round}: {error.filename or self.recorder.folder}: "
             f"{error.strerror or error}; what was reached is kept"
@@ -284,9 +284,9 @@ class Rounds:
             shortage = str(error)
         self._tell(phase, outcome)
         row |= _row(server_round, names, outcome, loss, series)
-        active = messages[0].content[wire.CONFIG].get(wire.ACTIVE, ()) if messages else ()
+        active = _active(messages)
         if 0 < len(active) < len(self.holdings.groups.names):
-            row["active"] = list(active)
+            row["active"] = active
         if drift:
             row |= drift.row()
         if shortage:
@@ -407,10 +407,10 @@ class Rounds:
             del reply  # before the next one comes
 
     def _series(self, messages: Sequence[Message]) -> frozenset[str]:
-        """The numbers of which a reply has one per step."""
+        """The metrics of a reply that are lists, with a number for every local step."""
         if not (self.config.eval.grad_norm and messages):
             return frozenset()
-        active = messages[0].content[wire.CONFIG].get(wire.ACTIVE, self.layers.names)
+        active = _active(messages) or self.layers.names
         return frozenset({wire.GRAD_NORM, *(f"{wire.GRAD_NORM}.{name}" for name in active)})
 
     def _evaluates(self, server_round: int) -> bool:
@@ -439,7 +439,7 @@ class Rounds:
         return every > 0 and (server_round == self.config.run.rounds or not server_round % every)
 
     def _rest(self) -> None:
-        """Until the next evaluation."""
+        """Give back the network's memory until the next evaluation, if this process only waits."""
         if self.waits:
             self.network.put_away()
 
@@ -461,7 +461,8 @@ class Rounds:
     def _diagonals(
         self, server_round: int, row: dict[str, Any], expected: dict[str, dict[str, Spec]]
     ) -> Iterator[Message]:
-        """Every client's answer; its bytes are not the algorithm's, and go to the summary."""
+        """Every client's answer.  Its bytes count in the summary, as those of measuring, and not in
+        the row, which has those of the algorithm."""
         members, outcome = self._everyone()
         phase = f"flatness of round {server_round}"
         settings = ConfigRecord({"server-round": server_round})
@@ -493,19 +494,22 @@ class Rounds:
         if self.config.eval.on != "server":
             self._on_clients(server_round, row)
         if self.network.data is not None:
-            on_server = self.network.evaluate
-            row["accuracy"], row["loss"] = on_server(self.model)
+            row["accuracy"], row["loss"] = self.network.evaluate(self.model)
             for name, mean in self.ledger.means().items():
-                row[f"accuracy_{name}"], row[f"loss_{name}"] = on_server(self.model | mean)
+                found = self.network.evaluate(self.model | mean)
+                row[f"accuracy_{name}"], row[f"loss_{name}"] = found
 
     def _everyone(self) -> tuple[list[Member], Outcome]:
-        """All clients that are here, or come back in time, for what is no round's cohort."""
+        """All clients that are here or come back in time, and an outcome that names the others:
+        evaluation and flatness ask everyone, not a round's cohort."""
         everyone = range(self.config.clients.number)
         self.roster.wait_for(everyone)
         members, absent = self.roster.drawn(everyone)
         return members, Outcome(failed=absent)
 
     def _on_clients(self, server_round: int, row: dict[str, Any]) -> None:
+        """The new model on every client's held-out samples, into the row: the mean by samples, and
+        each client's accuracy.  Raises RunFailed if nobody answers."""
         members, outcome = self._everyone()
         phase = f"evaluation of round {server_round}"
         held_out = {member.partition: member.held_out for member in members}
@@ -544,9 +548,15 @@ class Rounds:
         }
 
 
+def _active(messages: Sequence[Message]) -> list[str]:
+    """The groups of layers that a round trains, as its messages say; empty where they do not say,
+    which means all."""
+    return list(messages[0].content[wire.CONFIG].get(wire.ACTIVE, ())) if messages else []
+
+
 def _by_partition(messages: Sequence[Message], cohort: Sequence[Member]) -> dict[int, Message]:
-    """Each message by its receiver, in partition order; a strategy may write to the cohort in any,
-    and Flower's do so at random."""
+    """Each message by its receiver, in partition order.  A strategy may list them in any order;
+    Flower's list them in a random one."""
     partition_of = {member.node_id: member.partition for member in cohort}
     asked = {partition_of[message.metadata.dst_node_id]: message for message in messages}
     return dict(sorted(asked.items()))
@@ -594,7 +604,7 @@ def metrics_of(settings: ConfigRecord) -> frozenset[str]:
 
 
 def _mean_by_step(outcome: Outcome, key: str) -> list[float]:
-    """Over the clients that made this step."""
+    """For each local step the mean of `key` over the clients that made it, to six digits."""
     series = [outcome.accepted[name][key] for name in sorted(outcome.accepted)]
     longest = max(map(len, series))
     by_step = [[s[k] for s in series if k < len(s)] for k in range(longest)]
@@ -602,4 +612,5 @@ def _mean_by_step(outcome: Outcome, key: str) -> list[float]:
 
 
 def _by_client(outcome: Outcome, key: str) -> dict[str, float]:
+    """A metric of the accepted replies, by client; those that do not have it are left out."""
     return {str(name): m[key] for name, m in sorted(outcome.accepted.items()) if key in m}
