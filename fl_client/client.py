@@ -143,7 +143,7 @@ class Clients:
         return self.together.choose(jobs, workers)
 
     def begin(self, partition: int, content: RecordDict, state: RecordDict) -> Job | RecordDict:
-        """All that precedes the first step; or the reply that asks for what is lacking."""
+        """What a local round starts from; or the reply that asks for what the client lacks."""
         started = time.process_time()
         config, data, settings = self.config, self.local_data(partition), content[wire.CONFIG]
         server_round = int(settings["server-round"])
@@ -173,7 +173,7 @@ class Clients:
         self, partition: int, content: RecordDict, state: RecordDict, memory: Memory | None
     ) -> tuple[Flat, Flat | None] | RecordDict:
         """The model that a message means, and what the client remembers, None before its first
-        round; or the reply that asks for what is lacking."""
+        round; or the reply that asks for what the client lacks."""
         cache = Cache.of(self.config.client.state_dir, partition, content, state)
         lost = {}
         try:
@@ -214,7 +214,7 @@ class Clients:
             self.graphs.refuse(first_line(error))
         except BeginAnew:
             pass
-        # Here, where what the first try held is let go of.
+        # Outside of the `try`, where the error, and the memory that it holds, is gone.
         torch.cuda.empty_cache()
         return self._local_round(job, settings)
 
@@ -358,8 +358,9 @@ class Clients:
         return self.shares[partition]
 
     def local_data(self, partition: int) -> LocalData:
-        """The partition's tensors; a GPU keeps those of its first client, and of all if they are
-        a small part of its memory; on the CPU the mapped cache is near."""
+        """The partition's tensors on the training device.  A GPU keeps those of its first client,
+        and of all clients if they take a small part of its memory.  The CPU keeps none: it copies
+        them from the mapped cache."""
         if self.device.type == "cpu":
             return self._brought(partition)
         if partition not in self.on_device:
@@ -379,8 +380,8 @@ class Clients:
         return LocalData(x, y, self.transform.train, self.transform.draws)
 
     def _holds_all(self) -> bool:
-        """Whether all partitions are a small part of a GPU's memory: one that trains several is
-        brought all of them at once, so that later rounds bring nothing."""
+        """Whether all partitions are a small part of a GPU's memory.  They are then brought there
+        together, so that later rounds copy nothing."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.partitions is not None and self.data.train.x.nbytes < free / 10
 
@@ -442,7 +443,8 @@ class Clients:
         return tuple(float(remembered[k]) for k in sorted(remembered) if k.startswith(prefix))
 
     def _optimizer_state(self, state: dict[str, Tensors] | None) -> Flat:
-        """By "optimizer.name.i", i with leading zeros, so that the order of names is theirs."""
+        """An optimizer's state by "optimizer.name.i".  Leading zeros in i make the order of the
+        names that of the tensors."""
         if not self.config.train.keeps_state:
             return {}
         return {

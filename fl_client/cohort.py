@@ -61,10 +61,11 @@ class Known:
     """What is known of a network under vmap, from round to round."""
 
     checked: set[bool] = field(default_factory=set)
-    """Whether torch stacks it rightly: batches without padding, and with."""
+    """The kinds of batches that torch was seen to stack rightly: with padding (True), without
+    (False)."""
     dropouts: dict[torch.Size, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
-    """By the shape of a batch: ones (B, ...) in the place of what dropouts get, in the order in
-    which they run, and p.  Dropped out, they are a client's mask."""
+    """By the shape of a batch, for each dropout in the order in which they run: ones in the shape
+    (B, ...) of its input, and its p.  Dropout of the ones gives a client's mask."""
 
 
 @dataclass(eq=False)
@@ -78,7 +79,7 @@ class Member:
     start: Flat
     """The model that it starts from; what it comes to will lie on the same device."""
     optimizer: State = None
-    """What its optimizer kept; as long as the others', `steps` included."""
+    """What its optimizer kept.  Members whose optimizers kept something took equally many steps."""
     result: LocalResult | None = None
     trained: Flat = field(default_factory=dict)
 
@@ -86,8 +87,8 @@ class Member:
 def why_alone(
     net: torch.nn.Module, methods: Sequence[LocalMethod], samples: int, settings: Train
 ) -> str:
-    """Why a client cannot be trained beside others; "": it may be tried.  What else torch cannot
-    stack, `cohort_round` raises."""
+    """Why a client cannot be trained beside others, as far as that is known beforehand; "": it may
+    be tried.  For what else torch cannot stack, `cohort_round` raises."""
     for method in methods:
         if method.alone:
             return f"{getattr(method, 'name', 'strategy')}: {method.alone}"
@@ -171,6 +172,8 @@ def _unrounded() -> Iterator[None]:
 
 
 class _Cohort:
+    """One round of clients that are trained at once; `key` is (seed, round)."""
+
     def __init__(
         self,
         net: torch.nn.Module,
@@ -272,7 +275,8 @@ class _Cohort:
     def _gradient(
         self, x: torch.Tensor, y: torch.Tensor, *more: torch.Tensor
     ) -> tuple[torch.Tensor, Tensors]:
-        """Of the clients' batches; `more`: the masks of dropouts, and which samples count."""
+        """The losses (A,) of the clients' batches and the gradients of their parameters; `more`:
+        the masks of dropouts, then, if there is padding, which samples count."""
         each = [methods[: len(x)] for methods in self.terms]
         masks, samples = list(more[: len(self.dropouts)]), list(more[len(self.dropouts) :])
         with self.precision():
@@ -292,8 +296,12 @@ class _Cohort:
     def _check(
         self, x: torch.Tensor, y: torch.Tensor, masks: Tensors, samples: Tensors, sizes: list[int]
     ) -> None:
-        """Layers unknown to us are stacked by torch's rules, and not all of these are right; and
-        some do not take samples one by one, but the padding with them."""
+        """Compare one client's gradient and buffers with those of a pass of its own.  Raises
+        NotImplementedError where they differ.
+
+        Layers that are unknown to us are stacked by torch's rules, not all of which are right; and
+        a layer that mixes the samples of a batch mixes the padding in.
+        """
         k = max(range(len(sizes)), key=lambda k: (-sizes[k], k))  # most padding; not the first
         cut = slice(sizes[k])
 
@@ -373,7 +381,7 @@ class _Cohort:
         return overriding("transform", member.methods)
 
     def _dropouts(self) -> list[tuple[torch.Tensor, float]]:
-        """Of the batches to come, see `Known`."""
+        """The entry of `Known.dropouts` for this round's batches; made by a pass if it is new."""
         if not any(isinstance(module, _DropoutNd) for module in self.net.modules()):
             return []
         x, _, _ = self.batches.at(0)
@@ -389,7 +397,8 @@ class _Cohort:
         return self.known.dropouts[x[0].shape]
 
     def _stacked_state(self) -> State:
-        """The members' own momentum; where one has none yet it is zero."""
+        """The members' optimizer states side by side, zeros for a member without one; None if no
+        member has one."""
         kept = [member.optimizer for member in self.members]
         known = next(filter(None, kept), None)
         if known is None:
@@ -408,6 +417,7 @@ class _Cohort:
         return stacked
 
     def _finish(self, state: State, losses: torch.Tensor) -> None:
+        """Give each member its result, trained model and optimizer state; losses (S, K)."""
         batches = self.batches
         sizes = torch.tensor(batches.sizes, dtype=torch.float64)
         losses = losses.to("cpu", torch.float64)
@@ -428,6 +438,7 @@ class _Cohort:
             member.optimizer = self._own_state(state, member, k, steps)
 
     def _own_state(self, state: State, member: Member, k: int, steps: int) -> State:
+        """Client k's part of the optimizer's state; its step number is its own."""
         if not (state and self.settings.keeps_state):
             return None
         before = member.optimizer or {}

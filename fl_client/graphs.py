@@ -40,7 +40,7 @@ class BeginAnew(Exception):
 
 @dataclass
 class Recorded:
-    """One pass."""
+    """One recorded pass; called with the inputs of a step, it gives their loss and gradients."""
 
     inputs: Tensors
     replay: Callable[[], None]
@@ -63,13 +63,14 @@ class Graphs:
 
     def __init__(self) -> None:
         self.passes: dict[Hashable, Recorded | None] = {}
-        """None: came once."""
+        """By all that decides on the kernels of a pass; None for one that came once, unrecorded."""
         self.stacks: dict[Hashable, Tensors] = {}
+        """Stacked parameters that stay where they are (`in_place`)."""
         self.refused = ""
         """Why nothing is recorded any more."""
         self.pool: Any = None
         self.bytes = 0
-        """Of inputs and gradients, about."""
+        """What inputs and gradients of the recorded passes take, about."""
 
     @staticmethod
     def fit(methods: Sequence[LocalMethod], *, stacked: bool = False) -> bool:
@@ -89,8 +90,10 @@ class Graphs:
         leaves: Callable[[], Tensors],
         methods: Sequence[LocalMethod],
     ) -> Gradient:
-        """`gradient`, recorded: a pass of `net` that sets the gradients of `leaves`; of so many
-        clients at once, whose stacked parameters are `in_place`, or 0.
+        """A function like `gradient` that replays recorded passes of it.
+
+        `gradient` is a pass of `net` that sets the gradients of `leaves`.  `clients`: how many it
+        is of at once, with their stacked parameters `in_place`; 0: of one, on `net`'s own.
 
         Raises BeginAnew when it finds that nothing can be recorded, which is told in the log.
         """
@@ -128,6 +131,7 @@ class Graphs:
         return replayed
 
     def record(self, gradient: Gradient, inputs: Sequence[torch.Tensor]) -> Recorded:
+        """One pass, which is recorded and not run; raises whatever keeps it from being recorded."""
         held = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -151,8 +155,8 @@ class Graphs:
 
     @staticmethod
     def most() -> float:
-        """How many bytes of inputs and gradients may stay with what is recorded: of unequal
-        clients there are many shapes."""
+        """How many bytes of inputs and gradients may stay with what is recorded, a quarter of the
+        card: clients of unequal sizes have batches of many shapes, each recorded by itself."""
         if not torch.cuda.is_available():
             return inf
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 4

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     State = dict[str, Tensors] | None
 
 END = torch.iinfo(torch.int64).max
-"""Sorts behind all that is drawn."""
+"""The largest number: in the place of padding, it sorts behind all that is drawn."""
 
 
 class Batches:
@@ -54,7 +54,7 @@ class Batches:
             [_size(n, size, t, epochs * own, own) for n, own in zip(samples, each, strict=True)]
             for t in range(self.steps[0])
         ]
-        """Of the batches by step and client; 0: no steps left."""
+        """The batch size of each client in each step, [step][client]; 0: it has no steps left."""
         self.padded = False
         """Whether the last batch that was taken has clients with fewer samples than others."""
 
@@ -100,14 +100,16 @@ class Batches:
 
 
 def _size(samples: int, size: int, step: int, steps: int, each: int) -> int:
-    """Of a client's batch, with `each` steps in an epoch and `steps` in all."""
+    """The batch size of a client in this step, if an epoch has `each` steps, and all epochs
+    `steps`; 0 after the last."""
     return min(size, samples - step % each * size) if step < steps else 0
 
 
 def numbers(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
-    """(n,) on the device; a GPU takes them with the work itself, not as a copy."""
+    """A tensor (n,) on the device.  A GPU gets the numbers as arguments of its kernels: a copy from
+    the host would be waited for."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
     found = torch.zeros(len(values), dtype=dtype, device=device)
@@ -246,7 +248,7 @@ def _embedding(
 
 
 def _of(value: Any, count: int) -> Any:
-    """The first clients' part of a stacked tensor; what is the same for all stays."""
+    """The first `count` clients' part of a stacked tensor; a plain number holds for all of them."""
     return value[:count] if isinstance(value, torch.Tensor) else value
 
 

@@ -47,11 +47,12 @@ class Together:
     def __init__(self, clients: Clients) -> None:
         self.clients: Clients = weakref.proxy(clients)  # or both would outlive their last use
         self.most = sys.maxsize
-        """How many clients can be trained at once, as far as is known."""
+        """The most clients that can be trained at once, as far as is known."""
         self.measured: dict[tuple[str, ...], int] = {}
-        """The largest batch that this was measured for, by the groups that were trained."""
+        """The largest batch whose memory was measured, by the groups that were trained."""
         self.known = Known()
         self.said: set[str] = set()
+        """Lines that the log has."""
 
     def train(self, messages: Sequence[Message], at_once: int) -> list[RecordDict | Exception]:
         """The reply to each message, or why there is none."""
@@ -119,7 +120,7 @@ class Together:
         return job.server_round, job.active, clients.steps_taken(job.remembered)
 
     def _size(self, jobs: list[Job], at_once: int) -> int:
-        """How many of these jobs go at once."""
+        """How many of these jobs are trained at once: `at_once`, or as many as memory holds."""
         clients, largest = self.clients, max(jobs, key=lambda job: len(job.data.y))
         free = free_bytes(clients.device)
         batch = min(clients.config.train.batch_size, len(largest.data.y))
@@ -175,7 +176,7 @@ class Together:
         return [], False
 
     def _halve(self, count: int) -> None:
-        """So many clients were too many for the card."""
+        """Half of `count` at most from now on, as the card's memory was too small for so many."""
         if self.clients.graphs:
             self.clients.graphs.forget()
         torch.cuda.empty_cache()
@@ -183,6 +184,7 @@ class Together:
         self._say(f"the card holds no {count} clients at once; trying {self.most}")
 
     def _at_once(self, jobs: Sequence[Job], settings: Train) -> list[Member]:
+        """The members of these jobs, trained in one pass for all; see `cohort_round`."""
         clients = self.clients
         members = [
             Member(
@@ -215,14 +217,14 @@ class Together:
 
     @staticmethod
     def _seconds(run: Callable[..., Any], jobs: list[Job], settings: Train) -> float:
-        """Per step of a client, by the clock."""
+        """The wall time of `run`, divided by the steps that all these clients take [s]."""
         started = time.perf_counter()
         run(jobs, settings)
         steps = sum(settings.steps(len(job.data.y)) for job in jobs)
         return (time.perf_counter() - started) / steps
 
     def _say(self, text: str) -> None:
-        """In the log, once."""
+        """Log this line, unless the log has it."""
         if text not in self.said:
             self.said.add(text)
             _log.warning(text)
@@ -243,6 +245,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _shortened(job: Job, samples: int) -> Job:
+    """The same job with its first samples only."""
     data = job.data
     return replace(job, data=replace(data, x=data.x[:samples], y=data.y[:samples]))
 
