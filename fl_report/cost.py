@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fl_common.groups import Groups
 
 SHAPE, CLASSES = (3, 32, 32), 10
-"""Of a sample and a data set of which nothing is known."""
+"""A sample's shape and the number of classes, where neither data set nor options say them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Pass:
     """F of the published table: `forward`, 4 per element that a norm gives, and window + 1 per
     element that an average pool gives.  Inferred: it reproduces the table's cells."""
     changes: frozenset[str]
-    """The kinds of buffers that are others afterwards."""
+    """The kinds of buffers whose values the pass changes."""
 
     @property
     def step(self) -> int:
@@ -55,8 +55,8 @@ class Pass:
 
 
 def passing(net: torch.nn.Module, shape: Sequence[int]) -> Pass:
-    """Counted on a real pass, whose graph says what needs a gradient; of two samples, since a
-    BatchNorm in training that sees one pixel refuses a single one."""
+    """Counts a sample's way through `net` on a real pass, whose graph says what needs a gradient.
+    The pass is of two samples: BatchNorm in training refuses a single value per channel."""
     sums: Counter[str] = Counter()
 
     def count(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -238,8 +238,8 @@ def report(plan: Plan, samples: float, cohort: Callable[[int], list[int]]) -> Re
 
 
 def plan_of(values: Mapping[str, Any]) -> Plan | None:
-    """That of a run's settings.  None where the samples' shape is only known by reading them, or
-    the settings are of another version."""
+    """The plan of a run by its settings.  None where only reading the samples tells their shape,
+    or where the settings are those of another version."""
     settings = {key: value for key, value in values.items() if not key.startswith("engine.")}
     try:  # nodes elsewhere have the data: none is read here
         config = resolve({**settings, "engine.name": "grpc"}, absolute_paths=False)
@@ -249,8 +249,9 @@ def plan_of(values: Mapping[str, Any]) -> Plan | None:
 
 
 def published_tmacs(values: Mapping[str, Any], samples: float, rounds: int) -> float | None:
-    """The published accounting of a run's settings: 1e12 MACs of a client with so many samples
-    that takes part in the first `rounds` rounds.  None as in `plan_of`."""
+    """What a run with these settings costs a client by the published accounting [1e12 MACs].  The
+    client has so many samples and takes part in the first `rounds` rounds.  None as in `plan_of`.
+    """
     plan = plan_of(values)
     if plan is None:
         return None

@@ -196,9 +196,11 @@ def _state() -> dict[str, Any]:
 
 
 def _present(state: dict[str, Any]) -> dict[int, str]:
-    """What lives of a state file's federation; nothing after the machine was started anew.
+    """The processes of a state file's federation that live, id to start time; none after the
+    machine was started anew.
 
-    Those that lost their parent are known by the mark in their environment.
+    The state file names those that `up` started; those that they started are known by the mark in
+    their environment, which they keep if their parent ends.
     """
     if not state or state["boot"] != processes.boot():
         return {}
@@ -243,10 +245,10 @@ class Federation:
         for name in ("empty", "flower", "keys", "logs"):
             (self.folder / name).mkdir(mode=0o700, parents=True)
         try:
-            self._superlink()
+            self._start_superlink()
             if not self.insecure:
-                self._register()
-            self._nodes(data_paths, node_options)
+                self._register_keys()
+            self._start_nodes(data_paths, node_options)
         except BaseException:
             self.stop()
             raise
@@ -257,8 +259,8 @@ class Federation:
         (self.folder / "state.json").unlink(missing_ok=True)
         return left
 
-    def _superlink(self) -> None:
-        """Start a SuperLink on free ports; written for it: Flower's connection `up`."""
+    def _start_superlink(self) -> None:
+        """Start a SuperLink on free ports, and write Flower's connection `up` that leads to it."""
         options = ["--insecure"]
         if not self.insecure:
             from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
@@ -288,7 +290,7 @@ class Federation:
         config = self.folder / "flower" / "config.toml"
         config.write_text(f'{text}address = "{self.address}"\n{trust}\n')
 
-    def _register(self) -> None:
+    def _register_keys(self) -> None:
         """Make a key for every node and tell the SuperLink of it."""
         from fl_server.certificates import make_node_key
 
@@ -299,7 +301,7 @@ class Federation:
             if call.returncode or "registered successfully" not in text:
                 raise FederationError(f"a node's key was refused: {' '.join(text.split())}")
 
-    def _nodes(self, data_paths: Sequence[str], options: Sequence[str]) -> None:
+    def _start_nodes(self, data_paths: Sequence[str], options: Sequence[str]) -> None:
         """Start the nodes, and wait until the SuperLink has them all."""
         started = {}
         for i in range(self.clients):
@@ -334,6 +336,7 @@ class Federation:
         return [*command, f"num-partitions={self.clients}"]
 
     def _online(self) -> int:
+        """How many nodes the SuperLink says are online."""
         call = self._flwr("supernode", "list", CONNECTION, "--format", "json")
         with suppress(ValueError, LookupError):
             return sum(n["status"] == "online" for n in json.loads(self._answer(call))["nodes"])
@@ -363,6 +366,7 @@ class Federation:
         )
 
     def _start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a process of the federation, with a log of its name, and put it into the state."""
         with (self.folder / "logs" / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [BIN / command, *arguments],
@@ -380,6 +384,7 @@ class Federation:
         return process
 
     def _broken(self, what: str, log: Path) -> FederationError:
+        """The error that says what went wrong, with the reason or the end of a process's log."""
         lines = without_colours(log.read_text(errors="replace")).splitlines()
         reason = [line for line in lines if line.startswith("error: ")]
         tail = reason or [f"the end of its log {log}:", *lines[-8:]]

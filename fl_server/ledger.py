@@ -71,12 +71,15 @@ class Ledger:
     def begin(self) -> None:
         """Before the first reply of a round."""
         self.sel: dict[str, WeightedMean] = {}
-        """The mean of the models of the round's cohort, once the round counts."""
+        """By kind, the mean of the models of the round's cohort; empty until the round counts."""
         self.first: Flat | None = None
-        """BatchNorm's statistics of the cohort's first client, alike."""
+        """BatchNorm's statistics of the cohort's first client; None until the round counts."""
         self.cohort: dict[str, WeightedMean] = {}
+        """What becomes `sel` when the round counts."""
         self.stats: Flat | None = None
+        """What becomes `first` when the round counts."""
         self.change: dict[str, WeightedMean] = {}
+        """What is added to `sum` when the round counts: how far each client's last model moved."""
 
     def take(self, name: int, message: Message, reply: Message, checkpoints: list[int]) -> None:
         """One good reply to `message`: the client's memory after the round, which counts once the

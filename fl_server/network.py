@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fl_server.roster import Member
 
 PART_S = 0.1
-"""At least so long a part of an evaluation is worth a process of its own [s]."""
+"""A part of an evaluation that takes at least so long is worth a process of its own [s]."""
 
 
 class ServerNetwork:
@@ -43,10 +43,10 @@ class ServerNetwork:
             kind: [tensor.stride() for tensor in tensors.values()]
             for kind, tensors in tensors_of(self.net).items()
         }
-        """The order of each tensor in memory, which one that is put away has no more."""
+        """The strides of each tensor: one that was put away is made anew with them."""
         self.data: Dataset | None = None
         self.most, self.processes = processes, 1
-        """Processes there may be, and those that an evaluation is shared out among."""
+        """The most processes that an evaluation may use, and how many the next one uses."""
 
     def load_data(self, first: Member) -> None:
         """The data set whose test split models are evaluated on.  Raises RunFailed."""

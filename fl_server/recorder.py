@@ -93,7 +93,7 @@ def stored_config(folder: Path) -> dict[str, Scalar]:
 
 
 def record_setting(folder: Path, key: str, value: Scalar) -> None:
-    """What a run found out about itself and keeps when it goes on."""
+    """Store a setting that a run chose itself, so that it has the same when it is resumed."""
     write_atomically(folder / CONFIG, _json({**stored_config(folder), key: value}))
 
 
@@ -134,7 +134,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _lock(folder: Path) -> IO[bytes]:
-    """A run's own.  Raises RunFailed, OSError."""
+    """The lock on a run's folder.  Raises RunFailed if another process has it, OSError."""
     if held := lock(folder):
         return held
     raise RunFailed(f"{folder}: another process is at work on this run")
@@ -176,17 +176,18 @@ class Recorder:
         self._before = read_summary(folder) if resume else None
         """The summary of a run that is to go on, as long as nothing of it was touched."""
         self.summary: dict[str, Any] = {**(self._before or {}), "status": "running"}
-        for of_the_end in ("error", "model_sha256"):
-            self.summary.pop(of_the_end, None)
+        for key in ("error", "model_sha256"):  # an earlier end wrote them
+            self.summary.pop(key, None)
         self.labels: dict[str, Any] = {}
         self._tracking: Tracking | None = None
         self._config: dict[str, Scalar] = {}
         self._length, self._digest = 0, hashlib.sha256()
-        """Of the history's rows."""
+        """Bytes and SHA-256 of the history's rows so far."""
 
     def begin(self, config: CoreConfig, values: Mapping[str, Scalar], engine: str) -> None:
-        """What is known before the roll call, to the disk unless a run is to be resumed; `values`:
-        the settings as the run uses them.  Raises OSError."""
+        """Take down what is known before the roll call.  It is written at once, unless a run is to
+        be resumed: that one's files stay until its checkpoint was read.  `values`: the settings as
+        the run uses them.  Raises OSError."""
         self._config = {**values, "run.resume": False}
         if self._before is None:
             self._write_beginning()
@@ -205,7 +206,7 @@ class Recorder:
         write_atomically(self.folder / SUMMARY, _json(self.summary))
 
     def track(self, config: CoreConfig, note: Callable[[str], None]) -> None:
-        """Tell the rounds to `tracking.to` from now on, and those before that it has not had."""
+        """Tell `tracking.to` every round from now on, and first the earlier ones that it lacks."""
         if config.tracking.names:
             from fl_server.tracking import Tracking
 
@@ -306,7 +307,7 @@ class Recorder:
         self.summary["memory_given_back"] = [*self.summary.get("memory_given_back", ()), *told]
 
     def measured(self, down: int, up: int) -> None:
-        """Bytes that went only to measure flatness."""
+        """Add bytes that were sent only to measure flatness."""
         for key, size in (("flatness_bytes_down", down), ("flatness_bytes_up", up)):
             self.summary[key] = self.summary.get(key, 0) + size
 

@@ -182,16 +182,17 @@ class Roster:
         self._partition_of = None if keys is None else {key: i for i, key in keys.items()}
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
-        """Reasons by node id."""
+        """Why nodes are refused, by node id."""
         self.known: dict[int, Member] = {}
         """Everyone who has been a member since the roll call ended, as it was first."""
         self._told: set[str] = set()
-        """Reasons that the log has."""
+        """Reasons of refusals that were noted: each is noted once."""
         self._again: dict[int, float] = {}
-        """When a node that answered with an error is asked again; it may have passed."""
+        """When to ask a node again that answered with an error, by the monotonic clock [s]."""
         self._left: dict[int, float] = {}
         """When it was seen that a client's node is gone, by partition."""
         self._listed: set[int] = set()
+        """The nodes that were connected at the last look."""
         self._asked: dict[str, int] = {}
         """Nodes that were asked and have not answered yet, by message id."""
         self._answers: dict[int, Member] = {}
@@ -247,9 +248,9 @@ class Roster:
     def ask(self) -> None:
         """Ask the nodes that are new and collect the answers that have come.
 
-        Nodes that were refused are asked again once any node has gone: the place that they
-        claimed may be free; those that answered with an error, after AGAIN_S.  A node with an
-        unknown key is refused without being asked.
+        A node that was refused is asked again once any node has gone, since the place that it
+        claimed may be free; one that answered with an error, after AGAIN_S.  A node with an unknown
+        key is refused without being asked.
         """
         grid = self.exchange.grid
         nodes = self._list_nodes()
@@ -274,7 +275,8 @@ class Roster:
                 self._take(reply)
 
     def _list_nodes(self) -> set[int]:
-        """The nodes that are connected, by id; what they were is forgotten of those who left."""
+        """The ids of the nodes that are connected.  Once any node has left, all refusals are
+        forgotten: see `ask`."""
         if self._partition_of is None:
             nodes = set(self.exchange.grid.get_node_ids())
         else:

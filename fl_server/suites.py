@@ -64,7 +64,7 @@ class State:
     """Folders that hold something else, a line each."""
 
     def check(self) -> None:
-        """Raises SuiteError for them, with the first few."""
+        """Raises SuiteError with the first few problems, if there are any."""
         if self.problems:
             more = len(self.problems) - TOLD
             told = [f"and {more} more folders"] if more > 0 else []
@@ -72,7 +72,8 @@ class State:
 
 
 def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
-    """The first setting in which the run in `folder` is not of this configuration, as words."""
+    """The first setting in which the run in `folder` differs from this configuration, as words;
+    None if it is a run of this configuration."""
     try:
         stored = read_object(folder / CONFIG)
     except (OSError, ValueError) as error:
@@ -186,7 +187,7 @@ class Runner:
         """Of the cells that came to their end here."""
 
     def run(self) -> list[Cell]:
-        """All cells; gives those that failed.  Ends the children if it is interrupted."""
+        """Run all that is left; gives the cells that failed.  Ends the children if interrupted."""
         before = processes.at_signal(signal.SIGTERM, lambda: sys.exit(TERMINATED))
         try:
             while self.waiting or self.running:
@@ -301,7 +302,8 @@ def child() -> None:
 
 
 def _take_cores(place: int, jobs: int) -> None:
-    """This cell's share, with a worker for each: cells do not take each other's."""
+    """Keep this process to its share of the cores, so that cells do not slow each other down.  Its
+    run then has a worker for each core of the share."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[place::jobs] or [cores[place % len(cores)]])
@@ -367,7 +369,7 @@ class OpenSuite:
     """How many cells run at once."""
 
     def run(self) -> list[str]:
-        """What is missing; gives the names of those that failed.
+        """Run the cells that are missing; gives the names of those that failed.
 
         Raises SuiteError, before anything starts, where folders hold something else or another
         process is at work."""
@@ -417,7 +419,8 @@ class OpenSuite:
         return shlex.join(words)
 
     def table(self) -> dict[str, Any]:
-        """What is there.  Raises SuiteError for folders that hold something else."""
+        """The table, as JSON has it, of the cells that are there.  Raises SuiteError for folders
+        that hold something else."""
         look(self.plan, self.base).check()
         remembered = _read(self.base / REMEMBERED)
         told = remembered.get("command") or self.command()
