@@ -35,6 +35,11 @@ def dashed(name: str) -> str:
     return name.rstrip("_").replace("_", "-")
 
 
+def items_of(text: str) -> tuple[str, ...]:
+    """The items of a comma-separated setting, without blanks around them."""
+    return tuple(filter(None, (item.strip() for item in text.split(","))))
+
+
 class Group(BaseModel):
     """A group of keys; attributes have underscores where keys have dashes."""
 
@@ -235,7 +240,7 @@ class Eval(Group):
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return tuple(filter(None, (name.strip() for name in self.models.split(","))))
+        return items_of(self.models)
 
 
 class Flatness(Group):
@@ -283,7 +288,7 @@ class Tracking(Group):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(filter(None, (name.strip() for name in self.to.split(","))))
+        return items_of(self.to)
 
 
 PATHS = ("run.output-dir", "clients.keys", "data.cache-dir", "client.state-dir", "data.path")
@@ -376,9 +381,8 @@ class CoreConfig(Group):
     @property
     def regularizer_names(self) -> tuple[str, ...]:
         """Those that are part of the strategy, and those that were asked for."""
-        chosen = (name.strip() for name in self.regularizers.split(","))
         strategy = methods("strategies").get(self.strategy.name)
-        return (*(strategy.regularizers if strategy else ()), *filter(None, chosen))
+        return (*(strategy.regularizers if strategy else ()), *items_of(self.regularizers))
 
     @property
     def cohort_size(self) -> int:
@@ -487,6 +491,7 @@ def from_text(values: Mapping[str, str]) -> dict[str, Scalar]:
 
 
 def _convert(text: str, kind: Any) -> Scalar:
+    """`text` as a value of this type, or as it is where it does not spell one."""
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.strip().lower()]
@@ -597,6 +602,7 @@ _TYPES = {
 
 
 def _explain(error: Any) -> str:
+    """One of pydantic's errors as a line: key, value, what it must be."""
     key = _key_of(error)
     value, limits = error["input"], error.get("ctx", {})
     if error["type"] == "literal_error":

@@ -67,13 +67,14 @@ def _over_batches(
 
 _on_card: WeakKeyDictionary[Split, dict[torch.device, tuple[torch.Tensor, torch.Tensor]]]
 _on_card = WeakKeyDictionary()
-"""What GPUs keep of a split, for as long as it is there itself."""
+"""The samples and labels of splits that GPUs keep, each as long as the split itself lives."""
 
 
 def _batches(
     split: Split, indices: np.ndarray, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """On the device.  A GPU keeps a split that is a small part of its memory."""
+    """Batches of these samples and their labels, on the device.  A GPU keeps all of a split that
+    is a small part of its memory."""
     kept = _on_card.setdefault(split, {})
     if device not in kept:
         if device.type == "cpu" or split.x.nbytes > torch.cuda.mem_get_info(device)[0] / 10:

@@ -174,6 +174,7 @@ class Groups:
         return {PARAMS: vector, **rest}
 
     def _spans(self, name: str) -> list[slice]:
+        """Where a group's elements lie in a vector (d,), those that lie together in one slice."""
         starts = [0]
         for size in self.sizes:
             starts.append(starts[-1] + size)
@@ -221,6 +222,7 @@ class Groups:
 
 
 def _trained(net: nn.Module) -> set[int]:
+    """Indices of the parameters that require a gradient."""
     return {i for i, p in enumerate(net.parameters()) if p.requires_grad}
 
 

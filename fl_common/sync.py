@@ -51,10 +51,11 @@ class Holdings:
 
     groups: Groups
     tracked: bool
-    """Without, every message is whole, and clients keep nothing."""
+    """Whether messages may leave arrays out.  If not, each is whole, and clients keep nothing."""
     held: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Versions by array, by client: of the last message that it answered well."""
+    """What each client has, by array: the versions in the last message that it answered well."""
     current: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    """Version and contents, by array, of the model that the next messages mean."""
 
     def state(self) -> dict[str, dict[str, str]]:
         """For the checkpoint, as JSON keeps it exactly."""

@@ -19,6 +19,7 @@ from flwr import serverapp
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fl_common import wire
+from fl_common.config import items_of
 from fl_common.deferred import torch
 from fl_common.layout import PARAMS
 from strategies.base import METHODS, BufferMean, ClientRule, FederatedStrategy, NoParams, Reply
@@ -65,7 +66,7 @@ def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
         if key not in OURS and not key.endswith(("_fn", "_key", "_rule"))
     }
     given: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in params.split(","))):
+    for item in items_of(params):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in scalars:
             raise ValueError(
