@@ -483,7 +483,9 @@ class Rounds:
                 lambda name: Expected(expected, server_round, samples[name], frozenset())
             ),
         )
-        yield from (reply for _, reply in replies)
+        for _, reply in replies:
+            yield reply
+            del reply  # before the next one comes
         self._tell(phase, outcome)
         row["flatness_failed"] = _reasons(outcome.failed | outcome.rejected)
         self.recorder.measured(outcome.bytes_down, outcome.bytes_up)
