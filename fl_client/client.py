@@ -129,9 +129,10 @@ class Clients:
 
     def train_together(
         self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], at_once: int
-    ) -> list[RecordDict | Exception]:
-        """What `train` would say to each of these messages, or why nothing; at most `at_once`
-        clients are trained at a time, in one pass for all of them."""
+    ) -> list[RecordDict | Exception | None]:
+        """What `train` would say to each of these messages, or why nothing; None where it is to
+        wait for others that lack something.  At most `at_once` clients are trained at a time, in
+        one pass for all of them."""
         return self.together.train(jobs, at_once)
 
     def choose_cohort(

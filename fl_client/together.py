@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flwr.app import RecordDict
 
 from fl_client.cohort import Known, Member, bytes_of, cohort_round, why_alone
 from fl_client.graphs import BeginAnew, first_line
@@ -23,8 +24,6 @@ from fl_common.local import correction_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from flwr.app import RecordDict
 
     from fl_client.client import Clients, Job
     from fl_common.config import Train
@@ -54,9 +53,17 @@ class Together:
         self.said: set[str] = set()
         """Lines that the log has."""
 
-    def train(self, messages: Sequence[Message], at_once: int) -> list[RecordDict | Exception]:
-        """The reply to each message, or why there is none."""
+    def train(
+        self, messages: Sequence[Message], at_once: int
+    ) -> list[RecordDict | Exception | None]:
+        """The reply to each message, or why there is none.
+
+        Where some ask for what they lack, the others are to wait for them, None, and nobody is
+        trained: who is trained beside whom decides on the last bits.
+        """
         begun = [_attempt(self.clients.begin, *message) for message in messages]
+        if any(isinstance(each, RecordDict) for each in begun):
+            return [None if _is_job(each) else each for each in begun]
         kinds = [self._kind(each) for each in begun]
         for kind in dict.fromkeys(kinds):
             left = [i for i, own in enumerate(kinds) if own == kind and _is_job(begun[i])]

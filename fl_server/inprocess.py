@@ -192,10 +192,11 @@ class InProcessGrid(Grid):
             context.state = RecordDict()  # the server's process keeps it
 
     def _at_once(self, messages: list[Message]) -> list[Message]:
-        """The replies to as many of these as are trained at once, the first one's among them."""
+        """The replies to as many of these as are trained at once, in the order of the nodes."""
         from fl_client.app import partition_of, resident
 
         messages = [m for m in messages if m.metadata.message_type == "train"]
+        messages.sort(key=lambda message: message.metadata.dst_node_id)
         contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
         jobs = [
             (partition_of(context), message.content, context.state)
@@ -217,6 +218,8 @@ class InProcessGrid(Grid):
             answers = [error]
         replies = []
         for message, answer in zip(messages, answers, strict=False):
+            if answer is None:
+                continue
             del self._queue[message.metadata.message_id]
             if isinstance(answer, Exception):
                 replies.append(_failure(reason(answer), message))

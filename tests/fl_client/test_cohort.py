@@ -494,15 +494,21 @@ def test_a_loss_of_its_own(monkeypatch, caplog):
 
 
 def test_a_failure_stays_its_own(monkeypatch):
-    """One client asks for the memory that it lost, one has no such partition, two train."""
+    """One client asks for the memory that it lost, one has no such partition; two train, once the
+    one that may be trained beside them has what it lacks."""
     federation = Federation(monkeypatch, strategy__name="scaffold")
     messages = federation.messages()
     lost = federation.messages(base=1)[1]
     jobs = [(0, messages[0], RecordDict()), (1, lost, RecordDict()), (7, messages[0], RecordDict())]
     jobs.append((3, messages[3], RecordDict()))
+    no_such = "DataError: partition-id 7, but clients.number = 4"
     first, asks, fails, last = federation.clients.train_together(jobs, 4)
     assert dict(asks[wire.METRICS]) == {"server-round": 1, wire.MEMORY_LOST: 1}
-    assert str(fails) == "DataError: partition-id 7, but clients.number = 4"
+    assert str(fails) == no_such
+    assert first is last is None
+    del jobs[1]
+    first, fails, last = federation.clients.train_together(jobs, 4)
+    assert str(fails) == no_such
     for i, reply in ((0, first), (3, last)):
         assert difference(federation.clients.train(i, messages[i], RecordDict()), reply) < 1e-11
 

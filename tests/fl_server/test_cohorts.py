@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fl_client.client import Clients
+from fl_client.cohort import cohort_round
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,6 +107,36 @@ def test_a_resumed_run_keeps_its_cohort(runner: Runner, capsys: pytest.CaptureFi
     assert main(["resume", str(half.folder), "run.rounds=4", "engine.cohort=2"]) == 2
     assert "engine.cohort = 2: the run in" in capsys.readouterr().err
     assert main(["resume", str(half.folder), "run.rounds=4"]) == 0
+    assert half.summary["model_sha256"] == whole.summary["model_sha256"]
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "fedpart"])
+def test_clients_that_lost_something_are_trained_beside_the_same_others(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """A resumed run's clients have lost their memory, or a part of the model, and ask for it; those
+    who have nothing to ask for wait for them."""
+    from fl_server.cli import main
+
+    beside: list[tuple[int, list[int]]] = []
+
+    def noted(net: object, members: list[Any], *args: Any, **kwargs: Any) -> None:
+        beside.append((kwargs["server_round"], [member.partition for member in members]))
+        cohort_round(net, members, *args, **kwargs)
+
+    monkeypatch.setattr("fl_client.together.cohort_round", noted)
+    settings = [f"strategy.name={strategy}", "model.name=mlp", "engine.cohort=4"]
+    settings += ["clients.number=8", "clients.per-round=4"]
+    settings += ["fedpart.warm-up=1"] * (strategy == "fedpart")
+    whole = runner(*settings, "run.rounds=3")
+    cohorts = [row["cohort"] for row in whole.history]
+    assert beside == list(enumerate(cohorts, 1))
+    newcomers = set(cohorts[2]) - set(cohorts[0] + cohorts[1])
+    assert newcomers and newcomers != set(cohorts[2])
+    half = runner(*settings, "run.rounds=2")
+    beside.clear()
+    assert main(["resume", str(half.folder), "run.rounds=3"]) == 0
+    assert beside == [(3, cohorts[2])]
     assert half.summary["model_sha256"] == whole.summary["model_sha256"]
 
 
