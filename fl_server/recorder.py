@@ -112,9 +112,10 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
     for key, value in values.items():
         # A count that a file gives as a number is stored as text.
         if key not in RESUMABLE and key in stored and stored[key] not in (value, str(value)):
+            now, was = (v if isinstance(v, str) else shown(v) for v in (value, stored[key]))
             return (
-                f"{key} = {shown(value)}: the run in {folder} has {shown(stored[key])}, and a "
-                "resumed run keeps its settings; leave it out"
+                f"{key} = {now}: the run in {folder} has {was}, and a resumed run keeps its "
+                "settings; leave it out"
             )
     rounds, reached = values.get("run.rounds", stored.get("run.rounds")), read_summary(folder)
     # The last row of a run that ended early may be of a round that does not count; how far it came
