@@ -66,6 +66,8 @@ def suite(args: argparse.Namespace) -> int:
         show(suite_page.terminal(table))
         for path in suite.write(table, args.publish):
             print(path)
+    except BrokenPipeError:
+        raise
     except (OSError, SuiteError) as error:  # of cells that failed, a full disk may be the reason
         code = complain(str(error).splitlines())
     except (KeyboardInterrupt, SystemExit) as end:
@@ -94,11 +96,12 @@ def _show_runs(args: argparse.Namespace, report: ModuleType, *, anyway: bool) ->
         runs = read(_folders(args))
         if not anyway and (problem := different_data(runs)):
             raise ValueError(problem)
-        show(report.table(runs))
+        table = report.table(runs)
         if args.picture:
             report.draw(runs, args.picture)
     except (OSError, ValueError) as error:
         return complain([str(error)])
+    show(table)
     return OK
 
 
@@ -159,6 +162,8 @@ def flatness(args: argparse.Namespace) -> int:
         for those, folder in [(measured, args.pictures)] if args.pictures else alone:
             for picture in report.draw(those, folder):
                 print(picture)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

@@ -20,6 +20,7 @@ from PIL import Image
 from fl_common.checks import unused
 from fl_common.config import from_text, resolve
 from fl_report.terminal import text
+from fl_server import result_commands
 from fl_server.cli import main
 from fl_server.console import show
 
@@ -581,6 +582,31 @@ def test_a_reader_that_has_enough(tmp_path: Path):
     done = subprocess.run([FLATFED, "config"], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("command", ["compare", "suite", "flatness"])
+def test_a_reader_that_has_enough_of_a_table(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not a mistake of the call, nor a disk that is full."""
+
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["run", "run.rounds=1", "clients.number=2", "run.name=a", "run.pictures=false"]) == 0
+    )
+    (tmp_path / "s.toml").write_text(
+        'title = "T"\nseeds = [0]\nmetrics = ["loss"]\n[methods.fedavg]\n'
+    )
+    monkeypatch.setattr(result_commands, "show", closed)
+    calls = {
+        "compare": ["results/a"],
+        "suite": ["s.toml", "--table"],
+        "flatness": ["results/a", "--top=1", "--probes=2", "--samples=8"],
+    }
+    assert main([command, *calls[command]]) == 141
 
 
 def test_colons_are_no_pictures(capsys):
