@@ -234,16 +234,22 @@ def _met(net: nn.Module, shape: Sequence[int]) -> list[nn.Module]:
         for module in net.modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
+    try:
+        output_of_zeros(net, shape)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return met
+
+
+def output_of_zeros(net: nn.Module, shape: Sequence[int]) -> torch.Tensor:
+    """What a network says to one sample of zeros, in evaluation mode: logits (1, classes)."""
     training, first = net.training, next(net.parameters())
     try:
         net.eval()
         with torch.no_grad():
             if len(shape) == 2:  # (V, L), of which ids are given
-                net(torch.zeros(1, shape[1], dtype=torch.int64, device=first.device))
-            else:
-                net(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+                return net(torch.zeros(1, shape[1], dtype=torch.int64, device=first.device))
+            return net(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
     finally:
         net.train(training)
-        for hook in hooks:
-            hook.remove()
-    return met

@@ -11,6 +11,7 @@ import torch
 
 from fl_common import assembly
 from fl_common.evaluation import evaluate
+from fl_common.groups import output_of_zeros
 from fl_common.layout import Layout, concatenate, tensors_of
 from fl_common.own import told
 from fl_server.exchange import RunFailed
@@ -37,6 +38,8 @@ class ServerNetwork:
         try:
             self.net = assembly.new_model(config, len(first.classes), first.shape, device)
             self.layout = Layout.of(self.net)
+            if ":" in config.model.name:
+                _check_own(self.net, first)
         except Exception as error:  # the model may be the user's own
             raise RunFailed(f"model.name = {config.model.name}: {told(error)}") from error
         self.strides = {
@@ -106,3 +109,16 @@ class ServerNetwork:
 
         transform = assembly.transform(self.config, self.device).eval
         return FlatnessOf.of(self.config, self.data.test, transform, self.device)
+
+
+def _check_own(net: torch.nn.Module, first: Member) -> None:
+    """Raises ValueError, or what the network raises, unless it trains and maps a sample to logits.
+
+    Labels that it has no logit for would fail at the clients, and logits without labels nowhere.
+    """
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ValueError("no parameter of it is to be trained")
+    output, logits = output_of_zeros(net, first.shape), (1, len(first.classes))
+    given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if given != logits:
+        raise ValueError(f"makes {given} of one sample {first.shape}; it must make logits {logits}")

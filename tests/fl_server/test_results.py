@@ -114,6 +114,25 @@ def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         sys.modules.pop(name, None)
 
 
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        ("Sequential(Flatten(), Linear(64, 3))", r"\(1, 3\) of one .* logits \(1, 10\)"),
+        ("Linear(8, 10)", r"makes \(1, 1, 8, 10\) of"),
+        ("Sequential(Flatten(), Linear(7, 10))", "RuntimeError: mat1"),
+        ("Flatten()", "no parameter"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_ends_the_run_before_it_begins(
+    runner, own_model, net: str, why: str
+):
+    source = f"from torch.nn import *\n\n\ndef Net(shape, classes):\n    return {net}\n"
+    done = runner("run.rounds=1", f"model.name={own_model(source)}")
+    assert done.code == 3
+    assert re.search(f"^model.name = own_net_0:Net: .*{why}", done.summary["error"])
+    assert not (done.folder / "history.jsonl").exists()
+
+
 def test_every_file_and_every_key(runner, capsys):
     runner.always = []
     began, cpu = time.perf_counter(), time.process_time()
