@@ -301,8 +301,11 @@ class FederatedStrategy(Strategy):
             del message, reply  # the next one comes before these names are used again
         if not samples:
             return None, None
+        new, sent = self.step(), Spec.of(self.w[PARAMS])
+        if (given := Spec.of(new)) != sent:
+            raise ValueError(f"{self.name}.step() gave {given}; the model is {sent}")
         # The old model is let go of before the new one is stored.
-        self.w = model = {PARAMS: self.step(), **buffers.value(self.w)}
+        self.w = model = {PARAMS: new, **buffers.value(self.w)}
         return wire.pack(model), MetricRecord({"loss": loss / samples, "num-examples": samples})
 
     def configure_evaluate(

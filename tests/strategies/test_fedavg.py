@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 
 from fl_common import wire
+from fl_common.layout import PARAMS
 from fl_server.inprocess import InProcessGrid
 from strategies.base import WeightedMean
 from strategies.fedavg import FedAvg
@@ -112,3 +114,20 @@ def test_serves_flowers_own_loop():
     result = FedAvg().start(InProcessGrid(app, 2, {}), ArrayRecord(start), num_rounds=3)
     assert torch.equal(result.arrays.to_torch_state_dict()["params"], torch.full((3,), 3.0))
     assert result.evaluate_metrics_clientapp[3]["accuracy"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("step", "given"),
+    [
+        (lambda self: self.w[PARAMS].double(), r"float64 \[10026\]"),
+        (lambda self: self.w[PARAMS][1:], r"float32 \[10025\]"),
+    ],
+)
+def test_a_step_to_something_else_than_a_model_is_told(runner, monkeypatch, step, given: str):
+    """The clients' next replies, like the first model, would all be refused."""
+    monkeypatch.setattr(FedAvg, "step", step)
+    done = runner("run.rounds=1", "clients.number=2")
+    assert done.code == 3
+    assert re.fullmatch(
+        rf"fedavg.step\(\) gave {given}; the model is float32 \[10026\]", done.summary["error"]
+    )
