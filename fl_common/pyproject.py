@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from fl_common.config import fields, meaning, resolve
+from fl_common.config import fields, flatten, meaning, resolve
+from fl_common.files import read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,17 @@ def _literal(value: Scalar) -> str:
 def flower_section() -> str:
     """The generated end of pyproject.toml: all defaults."""
     return f"{BEGIN}\n{as_toml(resolve({}).flat(), SECTION)}"
+
+
+def out_of_date(path: Path, values: Mapping[str, Scalar]) -> str:
+    """What is wrong with the keys in `path`, of which Flower takes no others; "" if nothing is."""
+    listed = flatten(read_toml(path)["tool"]["flwr"]["app"].get("config", {}))
+    if not (odd := sorted(set(values) ^ set(listed))):
+        return ""
+    return (
+        f"{path}: its keys are not those of these methods ({', '.join(odd)}); write them "
+        "anew, in its folder: flatfed config --write-pyproject"
+    )
 
 
 def write_pyproject(path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_write_pyproject_repairs_the_section_alone(tmp_path: Path, monkeypatch: 
     (tmp_path / "pyproject.toml").write_text(spoilt)
     assert main(["config", "--write-pyproject"]) == 0
     assert (tmp_path / "pyproject.toml").read_text() == good
+
+
+def test_a_run_on_flower_says_that_pyproject_is_out_of_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Flower would refuse the key of a method that was written since, and say no more."""
+    path = tmp_path / "pyproject.toml"
+    path.write_text((ROOT / "pyproject.toml").read_text().replace("\nmu = ", "\nnu = "))
+    monkeypatch.setattr("fl_server.bundle.app_directory", lambda: nullcontext(tmp_path))
+    assert main(["run", "engine.name=ray", f"run.output-dir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}: its keys are not those of these methods (")
+    assert "fedprox.mu" in line and "flatfed config --write-pyproject" in line
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_config_explains_every_key(capsys):
