@@ -435,7 +435,7 @@ def enter(room: dict[str, Any], method: type) -> None:
 @cache
 def schema() -> type[CoreConfig]:
     """The whole model: `CoreConfig` and a group for every method.  Raises ConfigError for a method
-    by whose name other keys go."""
+    by whose name other keys go, or one of whose defaults is no setting's."""
     groups: dict[str, Any] = {}
     for name, method in [*methods("strategies").items(), *methods("regularizers").items()]:
         group = name.replace("-", "_")
@@ -444,6 +444,14 @@ def schema() -> type[CoreConfig]:
             raise ConfigError([f"{where}: {name}.* are other keys; choose another name"])
         if ":" not in name:
             groups[group] = (method.Params, method.Params())
+        for key, value in method.Params().model_dump(by_alias=True).items():
+            if not isinstance(value, str | int | float):
+                raise ConfigError(
+                    [
+                        f"{method.__module__}: {name}.{key} = {value}: a setting is text, a "
+                        "number, true or false"
+                    ]
+                )
     return create_model("Config", __base__=CoreConfig, **groups)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fl_common import config
-from fl_common.config import ConfigError, methods
+from fl_common.config import ConfigError, Group, methods
 from fl_server.cli import main
 
 
@@ -30,6 +30,19 @@ def test_a_name_is_no_other_groups(name: str, monkeypatch: pytest.MonkeyPatch):
     known["strategies"] = known["strategies"] | {name: known["strategies"]["fedprox"]}
     monkeypatch.setattr(config, "methods", known.get)
     with pytest.raises(ConfigError, match=rf": {name}\.\* are other keys; choose another name"):
+        config.schema.__wrapped__()
+
+
+@pytest.mark.parametrize("value", [[], None])
+def test_a_default_is_a_settings(value: object, monkeypatch: pytest.MonkeyPatch):
+    """TOML and Flower's settings have no such values, and reports compare none."""
+
+    class Params(Group):
+        my_key: list[str] | None = value
+
+    mine = type("Mine", (), {"__module__": "strategies.mine", "Params": Params})
+    monkeypatch.setattr(config, "methods", {"strategies": {"mine": mine}, "regularizers": {}}.get)
+    with pytest.raises(ConfigError, match=r"strategies.mine: mine.my-key = .*: a setting is text"):
         config.schema.__wrapped__()
 
 
