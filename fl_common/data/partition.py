@@ -260,8 +260,8 @@ def _pathological(
     deck: list[int] = []
     for client in range(clients):
         for _ in range(classes_per_client):
-            if all(client in holders[label] for label in deck):
-                deck += rng.permutation(len(names)).tolist()
+            if not deck:
+                deck = rng.permutation(len(names)).tolist()
             label = next(label for label in deck if client not in holders[label])
             deck.remove(label)
             holders[label].append(client)

@@ -199,11 +199,15 @@ def test_pathological_leaves_no_class_to_nobody_where_it_can_be_avoided(seed):
         assert ((label_counts(parts, y) > 0).sum(axis=1) == per_client).all()
 
 
-def test_pathological_does_not_follow_the_order_of_samples():
-    parts = partition(
-        np.repeat([0, 1], 50), scheme="pathological", clients=4, seed=0, classes_per_client=1
-    )
-    assert parts[0].max() - parts[0].min() > 25
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_samples_of_a_class_are_dealt_in_random_order(scheme):
+    """In the order of the data a client would have neighbours alone."""
+    y = np.repeat([0, 1], 50)
+    parts = partition(y, scheme=scheme, clients=4, seed=0, classes_per_client=1, min_size=5)
+    for label in (0, 1):
+        several = [own for part in parts if len(own := part[y[part] == label]) > 4]
+        assert several
+        assert all(np.diff(own).max() > 1 for own in several)
 
 
 @pytest.mark.parametrize(
