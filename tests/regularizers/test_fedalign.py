@@ -253,8 +253,15 @@ def test_the_ratio_is_that_of_each_pass_of_sam():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_bfloat16_autocast(norm):
+def test_bfloat16_autocast(monkeypatch, norm):
     """Features of 1e4 have a T T^T of 1e16 and more: nothing for half precision."""
+    found = []
+
+    def noted(p, q):
+        found.append((p.detach(), q.detach(), spectral_norm(p, q)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(fedalign, "spectral_norm", noted)
     net, (x, y) = model(norm=norm), batch()
     method = begun(net)
     with torch.autocast("cpu", torch.bfloat16):
@@ -264,6 +271,8 @@ def test_bfloat16_autocast(norm):
     assert term.dtype == torch.float32
     assert term.item() == pytest.approx(0.05 * cross_entropy(output.float(), y).item(), rel=1e-2)
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+    assert len(found) == 2
+    assert all(torch.equal(sigma, spectral_norm(p, q)) for p, q, sigma in found)
 
 
 def test_soft_labels():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fl_common.data import transforms
 from fl_common.data.catalogue import SOURCES
+from fl_common.data.sources import load
 from fl_common.data.transforms import pipeline
 
 
@@ -64,6 +65,13 @@ def test_normalisation(source, name, expected):
     single = pipeline(source, name).eval(x)
     assert single.dtype == torch.float32
     np.testing.assert_allclose(single, batch, atol=1e-6)
+
+
+def test_digits_have_mean_0_and_deviation_1(tmp_path):
+    data = load("digits", cache_dir=tmp_path)
+    x = torch.from_numpy(np.concatenate([data.train.x, data.test.x]))
+    batch = pipeline("digits").eval(x)
+    assert abs(batch.mean()) < 1e-3 and abs(batch.std() - 1) < 1e-3
 
 
 def test_the_input_is_left_as_it_is():
@@ -184,6 +192,13 @@ def test_feddc_pads_with_zeros_after_normalising_and_only_half_of_the_samples():
     assert (batch[torch.from_numpy(top == 0)][:, :, :4] == 0).all()
 
 
+def test_a_crop_may_be_of_some_samples_only():
+    x = images(500, seed=3)
+    cropped = transforms.crop(x, drawn(transforms.crop, 500), pad=4, probability=0.1)
+    # 50 are drawn, of which one in 81 stays in its place.
+    assert 30 < (cropped != x).flatten(1).any(1).sum() < 70
+
+
 def test_fedalign_pads_with_black_before_normalising():
     x = images(200, seed=2)
     batch = trained(pipeline("cifar10", "fedalign"), x)
@@ -224,6 +239,15 @@ def test_rotation_angles():
     angle = torch.rad2deg(torch.asin((32 - centre) / 30))
     assert -17 < angle.min() < -13 and 13 < angle.max() < 17
     assert abs(angle.mean()) < 1
+
+
+@pytest.mark.parametrize("source", ["cifar100", "tiny-imagenet"])
+def test_published_rotations_are_by_15_degrees_at_most(source, monkeypatch):
+    found = []
+    monkeypatch.setattr(transforms, "rotated", lambda x, angle: found.append(angle) or x)
+    trained(pipeline(source, "fling"), images(2000))
+    degrees = torch.rad2deg(torch.cat(found))
+    assert -15 <= degrees.min() < -14.9 and 14.9 < degrees.max() <= 15
 
 
 def test_imagenet_windows_are_resized_crops():
@@ -337,7 +361,7 @@ def test_nothing_waits_for_the_device(source, name):
     assert transform.eval(x).device.type == "meta"
 
 
-@pytest.mark.parametrize("name", ["none", "default", "moon"])
+@pytest.mark.parametrize("name", ["none", "default", "moon", "feddc"])
 def test_channels_last_is_an_order_in_memory_alone(name):
     x = images(6)
     for kind in (trained, transforms.Transform.eval):
