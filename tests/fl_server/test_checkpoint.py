@@ -80,10 +80,10 @@ def test_the_last_two_are_kept(three: Path):
 def test_the_rounds_of_the_good_ones_are_told_while_writing(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     told = [checkpoints.rounds]
-    for server_round in (0, 10, 20):
+    for server_round in (0, 10, 20, 20):  # Ctrl-C may come after a write, which is then repeated
         checkpoints.write(checkpoint(server_round))
         told.append(checkpoints.rounds)
-    assert told == [[], [0], [0, 10], [10, 20]]
+    assert told == [[], [0], [0, 10], [10, 20], [10, 20]]
 
 
 def test_a_flipped_bit_anywhere_is_seen(three: Path):

@@ -145,14 +145,16 @@ def test_who_asks_for_more_when_time_is_up_has_failed():
     assert not outcome.restored
 
 
+@pytest.mark.parametrize("held", [None, 12.0])
 @pytest.mark.parametrize("returns", [False, True])
-def test_a_node_that_left_before_it_was_asked(returns: bool):
-    """Flower gives messages to such nodes no id: each is a failure, or awaited if it may return."""
+def test_a_node_that_left_before_it_was_asked(returns: bool, held: float | None):
+    """Flower gives messages to such nodes no id: each is a failure, or awaited if it may return,
+    where replies are fetched one by one too."""
     grid = Grid(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
     grid.unknown = {10, 11}
     places = iter([AWAITED, AWAITED, 20, 21])
     locate = (lambda names: {name: next(places) for name in names}) if returns else None
-    _, outcome = ask(grid, locate=locate)
+    _, outcome = ask(grid, locate=locate, held_bytes=held)
     if returns:
         assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
     else:

@@ -194,6 +194,14 @@ def test_members_come_go_and_come_back(grid):
     ]
 
 
+def test_who_answered_and_left_before_the_verdict_is_no_member(grid):
+    roster = Roster(Exchange(grid, 10.0, lambda text: None), 3)
+    roster.ask()
+    grid.listed = grid.all[:2]
+    roster.refresh()
+    assert sorted(roster.members) == [0, 1]
+
+
 def test_missing_nodes_are_waited_for_and_both_numbers_said(grid):
     grid.listed = grid.all[:2]
     roster = Roster(Exchange(grid, 1.0, lambda text: None), 3)
@@ -369,6 +377,9 @@ def test_a_client_whose_node_went_away_is_waited_for(grid):
     grid.listed = grid.all
     roster.wait_for([0, 1, 2])
     assert sorted(roster.members) == [0, 1, 2]
+    grid.listed = grid.all[:2]  # its time begins anew
+    roster.refresh()
+    assert roster.awaited([0, 1, 2]) == [2]
 
 
 def test_clients_that_went_away_are_located_by_one_look_at_the_nodes(grid):
