@@ -79,3 +79,5 @@ def test_bad_input_is_refused():
         match(example()[:1])
     with pytest.raises(ValueError, match=r"client 1: .* use more probes"):
         match([torch.ones(2), torch.tensor([[1.0, 0], [-1.0, 0]])])
+    with pytest.raises(ValueError, match=r"client 0: .* use more probes"):
+        match([torch.zeros(2), torch.ones(2)])

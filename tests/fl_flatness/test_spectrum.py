@@ -81,6 +81,16 @@ def test_equal_eigenvalues_are_all_found_in_the_whole_space():
     torch.testing.assert_close(gram, torch.eye(5, dtype=torch.float64))
 
 
+def test_two_distinct_eigenvalues_take_two_products():
+    """Rounding leaves a remainder of about 1e-16, which is no direction."""
+    lanczos = Lanczos(quadratic(3, 3, 3, 1, 1), 0)
+    lanczos.step()
+    assert not lanczos.exhausted
+    lanczos.step()
+    assert lanczos.exhausted
+    torch.testing.assert_close(lanczos.ritz()[0], torch.tensor([1.0, 3.0], dtype=torch.float64))
+
+
 def test_without_curvature_all_is_zero():
     found = eigenpairs(Lanczos(quadratic(0, 0, 0), 0))
     assert (found.values.item(), found.residuals.item(), found.lowest) == (0, 0, 0)

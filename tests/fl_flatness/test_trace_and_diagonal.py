@@ -83,9 +83,12 @@ def test_diagonals_are_within_three_standard_errors(factory):
 
 def test_the_error_of_two_probes_is_half_their_distance():
     """Their standard deviation, by n - 1, is the distance over the root of 2."""
-    found = diagonal(rotated(*[4.0, -2.0, 1.0] * 5)[0], probes=2)
+    curvature, _ = rotated(*[4.0, -2.0, 1.0] * 5)
+    found = diagonal(curvature, probes=2)
     assert found.error.min() > 0
     torch.testing.assert_close(found.error, (found.halves[0] - found.halves[1]).abs() / 2)
+    one, other = found.halves.sum(1).tolist()  # v^T H v of the same probes
+    assert hutchinson(curvature, probes=2).error == pytest.approx(abs(one - other) / 2)
 
 
 def test_the_halves_give_the_squared_norm_without_bias():
