@@ -199,6 +199,19 @@ def test_optimizers(monkeypatch, optimizer: str):
     same(federation, 1e-11, rounds=2 if kept else 1)
 
 
+def test_the_momentum_of_a_newcomer_is_zero(monkeypatch):
+    """Two clients were in a round before, the largest of all not."""
+    federation = Federation(monkeypatch, model__name="mlp", **OPTIMIZERS["kept momentum"])
+    replies = []
+    for train in (federation.alone, federation.together):
+        states = federation.states()
+        train(federation.messages()[:2], states[:2])
+        messages = [*federation.messages(2, base=1)[:2], *federation.messages(2)[2:]]
+        replies.append(train(messages, states))
+    assert not federation.clients.together.said
+    assert all(difference(a, b) < 1e-11 for a, b in zip(*replies, strict=True))
+
+
 METHODS = {
     "fedprox": {"fedprox__mu": 0.1},
     "scaffold": {},
@@ -217,6 +230,15 @@ METHODS = {
     "fedasam": {},
     "mofedsam": {"train__clip_norm": 0.3},
 }  # fmt: skip
+
+
+def test_terms_that_differ_from_client_to_client():
+    """grad + 2 theta, and grad / 2 + (1, -1)."""
+    terms = [Affine(slope=2.0), Affine(constant=torch.tensor([1.0, -1.0]), scale=0.5)]
+    correct = stacked.Corrections(terms, lambda rows: [torch.stack(rows)], torch.zeros(()))
+    grads = [torch.ones(2, 2)]
+    assert correct([torch.tensor([[3.0, 4.0], [5.0, 6.0]])], grads) == 0
+    assert grads[0].tolist() == [[7.0, 9.0], [1.5, -0.5]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -245,6 +267,17 @@ def test_regularizers(monkeypatch, method: str):
     names = method.partition(" ")[0]
     settings = {"model__norm": "group", **REGULARIZERS[method]}
     same(Federation(monkeypatch, regularizers=names, **settings), 1e-10)
+
+
+def test_activations_that_are_overwritten(monkeypatch):
+    """Before a ReLU that works in place, MAN sees what came in, not what it made of that."""
+    torch.manual_seed(0)
+    relu = torch.nn.ReLU(inplace=True)
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 6), relu, torch.nn.Linear(6, 4)
+    ).double()
+    monkeypatch.setattr(assembly, "new_model", lambda *args: net)
+    same(Federation(monkeypatch, regularizers="man", man__site="pre-act"), 1e-11)
 
 
 @pytest.mark.parametrize("active", ["conv2", "fc"])

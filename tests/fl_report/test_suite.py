@@ -323,6 +323,15 @@ def test_published_ours_and_the_difference():
     assert "**1 of 2 runs are missing (1 interrupted).**" in page
 
 
+def test_every_setting_has_its_own_published_number():
+    more = {"settings": ["few", "many"], "values": {"fedavg": [50, 40]}}
+    block = a_table()["published"][0] | more
+    cells = [cell("fedavg", 0, 52.0, setting=setting) for setting in ("many", "few")]
+    rows = suite_table.rows(a_table(published=[block], cells=cells, metrics=["accuracy"]))
+    told = [(row.setting, row.published, row.difference) for row in rows]
+    assert told == [("many", "40", "+12.0"), ("few", "50", "+2.0")]
+
+
 def test_only_remarks_that_a_line_cites_are_told_with_numbers_of_their_own():
     [first] = a_table()["published"]
     other = first | {"table": "Table 0", "metric": "loss"}
