@@ -174,7 +174,7 @@ def _write(folder: Path, arrays: dict[int, torch.Tensor]) -> None:
     here = set()
     for path in folder.glob("*.safetensors"):
         stem = path.stem.partition("-")[0]
-        if stem in kept and stem not in here:
+        if stem in kept:
             here.add(stem)
         else:
             path.unlink(missing_ok=True)
