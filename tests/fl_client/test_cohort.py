@@ -464,6 +464,12 @@ def test_what_torch_stacks_wrongly_is_noticed(monkeypatch, caplog, known: bool):
     assert "it gives another gradient than for a client alone" in line
 
 
+def test_padding_may_be_counted_from_the_end():
+    weight = torch.ones(3, 2, requires_grad=True)
+    stacked._embedding(torch.tensor([0, 2, 1]), weight, -1).sum().backward()
+    assert weight.grad.tolist() == [[1, 1], [1, 1], [0, 0]]
+
+
 class Mixing(torch.nn.Module):
     """Takes samples together, in a way that torch stacks and padding spoils."""
 

@@ -61,7 +61,7 @@ def model(size: int = 3) -> ArrayRecord:
 
 
 def ask(grid: Grid, clients: int = 3, size: int = 3, deadline_s: float = 10.0, **more):
-    """The names whose replies were handed on, and the outcome."""
+    """After how many looks each good reply was handed on, and the outcome."""
     exchange = Exchange(grid, deadline_s, lambda text: None)
     vars(exchange).update({k: more.pop(k) for k in ("held_bytes", "locate") if k in more})
     messages = [
@@ -76,7 +76,7 @@ def ask(grid: Grid, clients: int = 3, size: int = 3, deadline_s: float = 10.0, *
     replies = exchange.replies(
         messages, range(clients), "round 1", outcome, lambda name: expected, **more
     )
-    return [reply.metadata.reply_to_message_id for _, reply in replies], outcome
+    return [len(grid.pulled) for _ in replies], outcome
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,22 @@ def test_what_came_to_a_superlink_while_the_server_was_busy_came_in_time(held_by
     grid = Slow(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
     _, outcome = ask(grid, deadline_s=0.2, held_bytes=held_bytes)
     assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+
+
+def test_nobody_waits_for_one_that_was_rejected():
+    """Replies come one by one; that of client 0 is no good."""
+
+    class OneByOne(Grid):
+        def pull_messages(self, ids):
+            return super().pull_messages(list(ids)[:1])
+
+    def answer(message: Message) -> RecordDict:
+        size = 4 if message.metadata.dst_node_id == 10 else 3
+        return RecordDict({wire.ARRAYS: model(size), wire.METRICS: GOOD})
+
+    handed_on, outcome = ask(OneByOne(answer))
+    assert list(outcome.rejected) == [0]
+    assert handed_on == [2, 3]
 
 
 def test_who_asks_for_more_when_time_is_up_has_failed():
