@@ -256,7 +256,7 @@ class Roster:
         nodes = self._list_nodes()
         for partition in [p for p, m in self.members.items() if m.node_id not in nodes]:
             del self.members[partition]
-            self._left.setdefault(partition, time.monotonic())
+            self._left[partition] = time.monotonic()
         self._answers = {n: m for n, m in self._answers.items() if n in nodes}
         self._asked = {i: n for i, n in self._asked.items() if n in nodes}
         for node in [n for n, when in self._again.items() if when < time.monotonic()]:
