@@ -317,6 +317,14 @@ def test_the_round_that_makes_no_finite_model_is_recorded(runner, monkeypatch):
     assert [row["replies"] for row in result.history] == [[0, 1, 2, 3]]
 
 
+def test_bad_answers_are_answers(runner, monkeypatch):
+    """Where all four are asked for, one that is rejected costs the round, not the run."""
+    with_hostile(monkeypatch, metric(steps=0), rounds=(2,))
+    result = runner(*HONEST, "clients.min-replies=4")
+    assert result.code == 0
+    assert [row["client_loss"] is None for row in result.history] == [False, True, False]
+
+
 def test_too_few_answers_end_the_run_at_once(runner, monkeypatch):
     with_hostile(monkeypatch, lambda reply, message: Message(Error(2, "gone"), reply_to=message))
     result = runner(*HONEST, "clients.min-replies=4")

@@ -394,6 +394,16 @@ def test_bernoulli_cohorts_vary_and_are_never_empty(runner):
     assert done.summary["bytes_up"] == DIGITS_CNN_BYTES * sum(sizes)
 
 
+def test_a_cohort_may_be_smaller_than_the_replies_that_are_asked_for(runner):
+    done = runner(
+        "clients.sampling=bernoulli", "clients.per-round=2", "clients.min-replies=2",
+        "clients.deadline-s=2", "data.max-samples=8", "run.rounds=8", "eval.every=8",
+    )  # fmt: skip
+    assert done.code == 0
+    assert min(len(row["cohort"]) for row in done.history) == 1
+    assert all(row["client_loss"] is not None for row in done.history)
+
+
 @pytest.mark.parametrize(
     ("sampling", "per_round"), [("fixed", 0), ("bernoulli", 0), ("bernoulli", 4)]
 )
