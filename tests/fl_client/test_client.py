@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from strategies.base import ClientRule
 from tests.fl_client.test_cohort import Federation, difference
@@ -26,6 +27,21 @@ def test_a_client_that_failed_leaves_nothing(monkeypatch, regularizer: str):
         clients.train(1, message, states[2])
     handle.remove()
     assert difference(clients.train(0, message, states[3]), expected) == 0.0
+
+
+def test_what_an_optimizer_keeps_comes_back_in_its_order(monkeypatch):
+    """Of more than ten tensors."""
+    federation = Federation(
+        monkeypatch, (8,), model__name="moon-cnn", shape=(3, 16, 16),
+        train__momentum=0.9, train__keep_optimizer=True,
+    )  # fmt: skip
+    clients = federation.clients
+    clients.train(0, *federation.messages(), *federation.states())  # makes the network
+    params = list(clients.net.parameters())
+    assert len(params) > 10
+    velocity = [torch.full_like(p, i) for i, p in enumerate(params)]
+    back = clients.kept(clients._optimizer_state({"velocity": velocity}))
+    assert all(map(torch.equal, back["velocity"], velocity))
 
 
 def test_a_method_knows_the_round(monkeypatch, runner):

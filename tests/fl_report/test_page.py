@@ -27,7 +27,7 @@ from fl_report.compare import Run, read
 from fl_report.markup import Pictures
 from fl_report.page import summary_table, write
 from fl_report.seeds import alike
-from fl_report.series import curve, local_gain, reached, states_of
+from fl_report.series import curve, local_gain, reached, sized, states_of
 from fl_report.settings import command, different_data
 from fl_report.suite_metrics import KINDS as METRICS
 from fl_report.terminal import text
@@ -140,6 +140,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(real: Path) -> Path:
     return write([real], real.parent / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0 B"), (999_499, "999 kB"), (999_500, "1 MB"), (1.5e12, "1500 GB")],
+)
+def test_bytes_have_three_digits(count, told):
+    assert sized(count) == told
 
 
 def test_the_numbers_are_those_of_the_run(real: Path, report: Path):

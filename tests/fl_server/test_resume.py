@@ -588,12 +588,21 @@ def test_a_count_in_a_file_is_the_one_that_the_run_has(runs: Runs):
 
 @pytest.mark.parametrize("method", ["scaffold", "flwr:FedAdam", "averages"])
 def test_more_rounds_are_a_longer_run(runs: Runs, method: str):
-    whole = runs("whole", *METHODS[method], "run.rounds=8")
-    folder = runs("short", *METHODS[method], "run.rounds=3")
+    """A run's last round has a checkpoint, whatever `server.checkpoint-every`."""
+    settings = [*METHODS[method], "server.checkpoint-every=2"]
+    whole = runs("whole", *settings, "run.rounds=8")
+    folder = runs("short", *settings, "run.rounds=3")
     assert runs.resume(folder, "run.rounds=8") == 0
     assert reached(folder) == reached(whole)
     assert summary(folder)["resumed_after_rounds"] == [3]
     assert json.loads((folder / "config.json").read_text())["run.rounds"] == 8
+
+
+def test_a_longer_run_has_no_model_until_its_end(runs: Runs):
+    folder = runs("short", "run.rounds=2")
+    crash(lambda: kill_after(3), ["resume", str(folder), "run.rounds=4"])
+    assert not (folder / "model.safetensors").exists()
+    assert "model_sha256" not in summary(folder)
 
 
 def test_fewer_rounds_than_are_done(runs: Runs, capsys: pytest.CaptureFixture[str]):
