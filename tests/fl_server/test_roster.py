@@ -202,6 +202,20 @@ def test_who_answered_and_left_before_the_verdict_is_no_member(grid):
     assert sorted(roster.members) == [0, 1]
 
 
+def test_who_left_before_answering_is_not_waited_for(grid, monkeypatch):
+    """A node dies at the roll call, and is started again under another id."""
+    pull, seen = Changing.pull_messages, iter([[*grid.all[:2], 77]] * 2)
+
+    def silent(self, ids):
+        return pull(self, [i for i in ids if self._queue[i].metadata.dst_node_id != 77])
+
+    monkeypatch.setattr(Changing, "pull_messages", silent)
+    monkeypatch.setattr(grid, "get_node_ids", lambda: next(seen, grid.all))
+    started = time.monotonic()
+    Roster(Exchange(grid, 20.0, lambda text: None), 3).assemble(nodes_may_come=True)
+    assert time.monotonic() - started < 10
+
+
 def test_missing_nodes_are_waited_for_and_both_numbers_said(grid):
     grid.listed = grid.all[:2]
     roster = Roster(Exchange(grid, 1.0, lambda text: None), 3)
