@@ -42,6 +42,17 @@ def test_by_hand(monkeypatch, block, dtype):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [1, 2, 1 << 18])
+def test_of_a_large_model_evenly_spaced_updates_are_added_up(monkeypatch, block):
+    """As above, of the parameters 0 and 2: the mean is (3/4, 3/4), squared 18/16; the mean of
+    squares is (9 + 3) / 4 = 3.  Norms are those of all parameters."""
+    monkeypatch.setitem(drift.BLOCK, "cpu", block)
+    monkeypatch.setattr(drift, "MOST", 2)
+    assert told([1, 1, 1], (10, [4, 5, 1]), (30, [1, 1, 2])) == {
+        "update_norm": 3.0, "update_norm_max": 5.0, "update_alignment": 0.375,  # 18/48
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("deltas", "alignment"),
     [
