@@ -105,6 +105,7 @@ def main() -> int:
     for column in ("model", "batch", "plain ms", *WAYS[1:], "warm-up s"):
         table.add_column(column, justify="right")
     for name, size in CASES:
+        torch._dynamo.reset()  # or it compiles no more models after some
         steps = {way: step_of(way, name, size) for way in WAYS}
         for step in steps.values():
             started = time.perf_counter()
