@@ -91,8 +91,19 @@ def timed(step: Callable[[], None], steps: int = 1) -> float:
     return time.process_time() - started
 
 
+def case(text: str) -> tuple[str, int]:
+    name, _, size = text.partition(":")
+    if name not in MODELS or not size.isdecimal() or not int(size):
+        raise argparse.ArgumentTypeError(f"{text}: give a model of the catalogue and a batch size")
+    return name, int(size)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "cases", nargs="*", type=case, default=CASES, metavar="MODEL:BATCH",
+        help="in the place of those of the table in docs/speed.md, e.g. moon-cnn:32",
+    )  # fmt: skip
     parser.add_argument("--turns", type=int, default=7, help="turns per model (default: 7)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of one way in a turn, about")
     args = parser.parse_args()
@@ -104,7 +115,7 @@ def main() -> int:
     table = Table(title="processor time of a step over the plain one's")
     for column in ("model", "batch", "plain ms", *WAYS[1:], "warm-up s"):
         table.add_column(column, justify="right")
-    for name, size in CASES:
+    for name, size in args.cases:
         torch._dynamo.reset()  # or it compiles no more models after some
         steps = {way: step_of(way, name, size) for way in WAYS}
         for step in steps.values():

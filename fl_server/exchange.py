@@ -158,12 +158,12 @@ class Exchange:
         outcome, sizes = phase.outcome, list(map(payload_bytes, phase.asked.values()))
         outcome.bytes_down += sum(sizes)
         at_once = self._at_once(max([large, *sizes]), len(sizes))
+        # A reply that waits at the SuperLink came in time, however late it is fetched; one that
+        # this process makes is made by fetching it, and is as late as that.
+        elsewhere = self.held_bytes is not None
         while phase.pending or phase.gone:
             again: dict[int, Message] = {}
             any_came = False
-            # A reply that waits at the SuperLink came in time, however late it is fetched; one
-            # that this process makes is made by fetching it, and is as late as that.
-            elsewhere = self.held_bytes is not None
             expired = elsewhere and time.monotonic() > end
             arrived = self._pulled(phase, at_once, expired)
             if not elsewhere:

@@ -32,7 +32,7 @@ class ModelInfo:
     norms: the kinds of its norm layers that `model.norm` chooses from; empty without norm layers.
     head: whether it has MOON's projection head by itself.
     innermost: whether a CPU's steps are faster with channels innermost in memory
-        (`python -m benchmarks.eager`).
+        (`python -m benchmarks.eager NAME:BATCH`).
     """
 
     help: str
