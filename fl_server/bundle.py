@@ -1,4 +1,4 @@
-"""The folder that Flower bundles and ships: the checkout, or a copy of the installed packages."""
+"""The folder that Flower bundles and ships: the code of servers and clients, and no more."""
 
 from __future__ import annotations
 
@@ -38,26 +38,32 @@ COMMANDS = (
 """What only the `flatfed` command runs: no server or client needs to be sent it."""
 
 
+def checkout() -> Path | None:
+    """FlatFed's own checkout, if it runs from one."""
+    root = Path(__file__).resolve().parents[1]
+    path = root / "pyproject.toml"
+    return root if path.exists() and read_toml(path)["project"]["name"] == "flatfed" else None
+
+
 @contextmanager
 def app_directory() -> Iterator[Path]:
-    """The Flower app to run; a copy made from an installed wheel is removed afterwards."""
+    """A copy of the Flower app to run, removed afterwards.  In a checkout itself Flower would look
+    at every file, those of the environment and of results too, for seconds."""
     root = Path(__file__).resolve().parents[1]
-    if _is_checkout(root):
-        yield root
-        return
+    patterns = [f"{package}/**/*.py" for package in PACKAGES]
+    if checkout():
+        told = read_toml(root / "pyproject.toml")["tool"]["flwr"]["app"]
+        patterns = ["pyproject.toml", ".gitignore", *told.get("fab-include", patterns)]
     with tempfile.TemporaryDirectory(prefix="flatfed-app-") as folder:
         app = Path(folder) / "flatfed"
-        for package in PACKAGES:
-            shutil.copytree(
-                root / package, app / package, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        (app / "pyproject.toml").write_text(_pyproject())
+        for path in {path for pattern in patterns for path in root.glob(pattern)}:
+            if path.is_file() and not path.is_symlink():
+                copy = app / path.relative_to(root)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
+        if not checkout():
+            (app / "pyproject.toml").write_text(_pyproject())
         yield app
-
-
-def _is_checkout(root: Path) -> bool:
-    path = root / "pyproject.toml"
-    return path.exists() and read_toml(path)["project"]["name"] == "flatfed"
 
 
 def _pyproject() -> str:

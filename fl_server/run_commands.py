@@ -262,15 +262,16 @@ def _on_flower(
     elsewhere: bool = False,
 ) -> int:
     from fl_common.pyproject import out_of_date
-    from fl_server.bundle import app_directory
+    from fl_server.bundle import app_directory, checkout
     from fl_server.progress import Screen
     from fl_server.recorder import ended
 
+    root = checkout()
+    if root and (problem := out_of_date(root / "pyproject.toml", config.flat())):
+        return complain([problem])
     told = _Told()
     try:
         with app_directory() as app_dir, Screen(config.run.rounds) as screen:
-            if problem := out_of_date(app_dir / "pyproject.toml", config.flat()):
-                return complain([problem])
             told.screen = screen
             status = submit(app_dir, config.flat(), on_line=told)
     except RuntimeError as error:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def test_a_run_on_flower_says_that_pyproject_is_out_of_date(
     """Flower would refuse the key of a method that was written since, and say no more."""
     path = tmp_path / "pyproject.toml"
     path.write_text((ROOT / "pyproject.toml").read_text().replace("\nmu = ", "\nnu = "))
-    monkeypatch.setattr("fl_server.bundle.app_directory", lambda: nullcontext(tmp_path))
+    monkeypatch.setattr("fl_server.bundle.checkout", lambda: tmp_path)
     assert main(["run", "engine.name=ray", f"run.output-dir={tmp_path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path}: its keys are not those of these methods (")

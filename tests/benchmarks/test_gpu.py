@@ -8,10 +8,17 @@ import torch
 from benchmarks import gpu
 
 
-def test_everything_runs_in_a_tiny_form(capsys):
-    assert gpu.main(["--device", "cpu", "--small"]) == 0
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ("abcd", ["(a)", "lenet", "cnn", "(b)", "2 at once", "(c)", "proximal", "(d)"]),
+        pytest.param("e", ["(e)", "resnet8 on Ray"], marks=pytest.mark.long),
+    ],
+)
+def test_everything_runs_in_a_tiny_form(parts: str, told: list[str], capsys):
+    assert gpu.main(["--device", "cpu", "--small", "--only", parts]) == 0
     printed = capsys.readouterr().out
-    for text in ("(a)", "lenet", "cnn", "(b)", "2 at once", "(c)", "proximal", "(d)", "(e)"):
+    for text in told:
         assert text in printed
 
 

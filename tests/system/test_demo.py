@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from fl_server.bundle import COMMANDS
+from fl_server.bundle import COMMANDS, app_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -75,7 +75,12 @@ def modules(root: Path) -> list[str]:
 
 
 def test_flower_bundle_holds_the_rooms_and_nothing_else():
-    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as fab:
+    """By plain `flwr run` in the checkout, and of the copy that `flatfed run` makes of it."""
+    with app_directory() as app:
+        bundle = build_fab_from_disk(app)
+        assert len([*app.rglob("*")]) < 500
+    assert bundle == build_fab_from_disk(ROOT)
+    with zipfile.ZipFile(io.BytesIO(bundle)) as fab:
         names = fab.namelist()
     assert {"fl_client/app.py", "fl_common/data/images.py"} <= set(modules(ROOT))
     assert sorted(names) == sorted([".info/CONTENT", "pyproject.toml", *modules(ROOT)])
