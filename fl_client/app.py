@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_common import determinism  # noqa: F401  (sets MKL's environment before torch loads)
-from fl_common.failures import Failed, reason
+from fl_common import (
+    determinism,  # noqa: F401  (sets MKL's environment before torch loads)
+    wire,
+)
+from fl_common.failures import Failed, harmless, reason
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -142,7 +145,10 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
 @app.query(mods=[explained])
 def query(message: Message, context: Context) -> Message:
     """The roll call: who is here, with how many samples of which labels; with a model, how its
-    loss is curved on them."""
+    loss is curved on them.  Who is refused is told, in the node's log."""
+    if why := message.content.get(wire.CONFIG, {}).get(wire.REFUSED):
+        logging.getLogger("flwr").warning("the server refuses this node: %s", harmless(str(why)))
+        return Message(RecordDict(), reply_to=message)
     return _reply("query", message, context)
 
 

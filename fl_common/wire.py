@@ -38,6 +38,8 @@ GRAD_NORM = "grad-norm"
 name, the norm of that part of it."""
 GROUPS_LOST = "groups-lost"
 """The number in a reply that asks for a whole message: how many arrays the client lacks."""
+REFUSED = "refused"
+"""The setting of a message that tells a node why it cannot take part; nothing comes of it."""
 
 
 class TensorArray(Array):

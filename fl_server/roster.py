@@ -92,6 +92,11 @@ class Cohort:
         return getattr(self.grid, name)
 
 
+def _query(node: int, key: str, value: str | bool) -> Message:
+    content = RecordDict({wire.CONFIG: ConfigRecord({key: value})})
+    return Message(content, node, MessageType.QUERY, group_id="roll-call")
+
+
 def judge(
     answers: Iterable[Member],
     present: Mapping[int, Member],
@@ -266,9 +271,8 @@ class Roster:
         known |= {*self.refused, *self._answers, *self._asked.values()}
         new = sorted(nodes - known)
         if new:
-            ask = RecordDict({wire.CONFIG: ConfigRecord({"roll-call": True})})
-            messages = [Message(ask, n, MessageType.QUERY, group_id="roll-call") for n in new]
-            ids = grid.push_messages(messages)  # "" for a node that has just left
+            ids = grid.push_messages([_query(node, "roll-call", True) for node in new])
+            # "" for a node that has just left
             self._asked |= {i: node for i, node in zip(ids, new, strict=True) if i}
         while self._asked and (replies := list(grid.pull_messages(list(self._asked)))):
             for reply in replies:
@@ -329,10 +333,14 @@ class Roster:
         self.known = {**self.members, **self.known}
         for partition in self.members:
             self._left.pop(partition, None)
-        self._refuse(refused | changed)
+        refused |= changed
+        self._refuse(refused)
+        if refused:  # they are told, and nobody waits for an answer
+            told = [_query(node, wire.REFUSED, refused[node]) for node in sorted(refused)]
+            self.exchange.grid.push_messages(told)
         own = tuple(versions().items())
         for member in answers:
-            if member.versions != own and member.node_id not in refused | changed:
+            if member.versions != own and member.node_id not in refused:
                 self.exchange.note(
                     f"roll call: client {member.partition} has {dict(member.versions)}, the "
                     f"server {dict(own)}: bits may differ"

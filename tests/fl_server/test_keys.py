@@ -52,7 +52,9 @@ class Keyed(InProcessGrid):
         return [node.node_id for node in self.get_nodes()]
 
     def push_messages(self, messages):
-        self.asked += [m.metadata.dst_node_id for m in messages]
+        for message in messages:
+            told = "refused" in message.content["config"]
+            (self.told if told else self.asked).append(message.metadata.dst_node_id)
         return super().push_messages(messages)
 
 
@@ -69,7 +71,7 @@ def grid(runner, keys) -> Keyed:
     config = resolve({"clients.number": 3, "train.device": "cpu"})
     grid = Keyed(client_app, 3, config.flat())
     grid.held = dict(zip(grid._contexts, keys, strict=False))
-    grid.asked = []
+    grid.asked, grid.told = [], []
     return grid
 
 
@@ -99,7 +101,7 @@ def test_a_key_with_anothers_partition_is_refused_and_the_right_one_is_taken(gri
     grid.held |= {second: keys[1]}
     roster.refresh()
     assert {p: m.node_id for p, m in roster.members.items()} == {1: second, 2: third}
-    assert grid.asked.count(impostor) == 1
+    assert grid.asked.count(impostor) == grid.told.count(impostor) == 1
 
 
 def test_an_unknown_key_is_refused_before_anything_is_sent(grid, keys):
@@ -110,7 +112,7 @@ def test_an_unknown_key_is_refused_before_anything_is_sent(grid, keys):
     roster.refresh()
     roster.refresh()
     assert sorted(roster.members) == [1]
-    assert grid.asked == [second]
+    assert (grid.asked, grid.told) == ([second], [])
     refusals = [line for line in said if "its key was not in clients.keys" in line]
     assert refusals == [
         f"roll call: refused nodes {first}, {third}: its key was not in clients.keys when the "

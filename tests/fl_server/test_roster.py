@@ -11,10 +11,11 @@ import pytest
 
 import fl_server.inprocess
 import fl_server.roster
+from fl_common import wire
 from fl_common.config import Clients
 from fl_server.exchange import AWAITED, Exchange, RunFailed
 from fl_server.inprocess import InProcessGrid
-from fl_server.roster import Member, Roster, draw, judge
+from fl_server.roster import Member, Roster, _query, draw, judge
 
 FIRST = Member(
     node_id=100,
@@ -139,7 +140,7 @@ def grid(runner):
     return grid
 
 
-def test_members_come_go_and_come_back(grid):
+def test_members_come_go_and_come_back(grid, caplog):
     said: list[str] = []
     roster = Roster(Exchange(grid, 10.0, said.append), 3)
     roster.assemble(nodes_may_come=False)
@@ -179,7 +180,7 @@ def test_members_come_go_and_come_back(grid):
     roster.refresh()
     assert roster.members[2].node_id == 999
 
-    # A stranger that claims partition 0 is refused and asked once only.
+    # A stranger that claims partition 0 is refused and asked once only, and told why.
     stranger = type(context)(
         run_id=1, node_id=1000, node_config={"partition-id": 0}, state=context.state,
         run_config=context.run_config,
@@ -189,9 +190,19 @@ def test_members_come_go_and_come_back(grid):
     roster.refresh()
     roster.refresh()
     assert roster.members[0].node_id == grid.all[0]
-    assert [line for line in said if "1000" in line] == [
-        "roll call: refused node 1000: another node has partition-id 0 too; give each its own"
-    ]
+    why = "another node has partition-id 0 too; give each its own"
+    assert [line for line in said if "1000" in line] == [f"roll call: refused node 1000: {why}"]
+    (message,) = (m for m in grid._queue.values() if m.metadata.dst_node_id == 1000)
+    grid.send_and_receive([message])
+    assert caplog.messages == [f"the server refuses this node: {why}"]
+
+
+def test_what_a_server_tells_a_node_does_nothing_to_its_terminal(grid, caplog):
+    told = _query(grid.all[0], wire.REFUSED, "\x1b[2J" + "b" * 10**6)
+    (reply,) = grid.send_and_receive([told])
+    assert not reply.has_error() and not reply.content
+    (line,) = caplog.messages
+    assert line == rf"the server refuses this node: \x1b[2J{'b' * 496} ..."
 
 
 def test_who_answered_and_left_before_the_verdict_is_no_member(grid):

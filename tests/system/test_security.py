@@ -242,6 +242,7 @@ def test_a_key_that_claims_anothers_partition(site: Site):
     )
     said = "it says partition-id 1, but its key is that of client 2 (clients.keys)"
     assert wait_for(lambda: said in site.log("run"), 300), site.log("run")
+    assert wait_for(lambda: f"the server refuses this node: {said}" in site.log("impostor"), 60)
     assert run.poll() is None
     site.node("one", 1, 1, address=honest.address)
     assert run.wait(500) == 0, site.log("run")
