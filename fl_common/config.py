@@ -478,7 +478,8 @@ def meaning(field: FieldInfo) -> str:
             for name, words in _BOUNDS.items()
             if hasattr(limit, name)
         ]
-    return f"{field.description} ({', '.join(notes)})" if notes else str(field.description)
+    words = field.description or "no description"
+    return f"{words} ({', '.join(notes)})" if notes else words
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -49,6 +49,8 @@ class Curvature:
         self.sizes = [p.numel() for p in self.params]
         self.d = sum(self.sizes)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        self._differentiable = False
+        """Whether a loss's graph was looked at, and is differentiable twice."""
 
     def loss(self) -> float:
         """Mean loss over the samples."""
@@ -105,6 +107,9 @@ class Curvature:
         # The gradients of the faster ways to compute it have none themselves.
         with attention.sdpa_kernel(attention.SDPBackend.MATH):
             loss = self._loss(x, y)
+        if not self._differentiable:
+            _refuse_once_differentiable(loss)
+            self._differentiable = True
         grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant: the parameter is unused, or enters linearly.
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
@@ -134,6 +139,24 @@ class Curvature:
         return [
             piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.params, strict=True)
         ]
+
+
+def _refuse_once_differentiable(loss: torch.Tensor) -> None:
+    """Raise ValueError for an operation whose gradient torch silently takes for a constant."""
+    mark = torch.autograd.function.once_differentiable(None).__code__
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [before for before, _ in node.next_functions]
+        function = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is mark:
+            raise ValueError(
+                f"{function.__name__}.backward is once_differentiable: the curvature behind it "
+                "would be taken for 0; write it in differentiable operations, without that mark"
+            )
 
 
 def cut(

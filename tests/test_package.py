@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, Field
 
+from fl_common.config import meaning
 from fl_server.bundle import COMMANDS
 from fl_server.cli import main
 
@@ -114,6 +116,15 @@ def test_config_explains_every_key(capsys):
     for above, line in zip(["", *lines], lines, strict=False):
         if line and line[0] not in "#[":
             assert above.startswith("# "), line
+
+
+def test_a_key_of_a_method_of_ones_own_may_lack_words():
+    class Params(BaseModel):
+        mu: float = Field(0.1, gt=0)
+        nu: float = 0.0
+
+    told = [meaning(field) for field in Params.model_fields.values()]
+    assert told == ["no description (greater than 0)", "no description"]
 
 
 @pytest.mark.parametrize(

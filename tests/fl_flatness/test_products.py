@@ -127,6 +127,43 @@ def test_unused_and_linear_parameters_have_no_curvature():
     assert torch.equal(flat.products(torch.ones(2, 2)), torch.zeros(2, 2, dtype=torch.float64))
 
 
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g * ctx.saved_tensors[0] ** 2
+
+
+class OnceCube(Cube):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Cube.backward))
+
+
+class Activated(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(16, 5), nn.Linear(5, 3), function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x.flatten(1))))
+
+
+def test_an_operation_that_hides_its_curvature_is_named():
+    """torch takes its gradient for a constant, without a word."""
+    plain, good, bad = (
+        Curvature(made(lambda f=f: Activated(f)), cut(images(), Y, 5))
+        for f in (lambda x: x**3, Cube.apply, OnceCube.apply)
+    )
+    v = torch.ones(103, dtype=torch.float64)
+    torch.testing.assert_close(good.product(v), plain.product(v), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(bad.gradient(), plain.gradient(), rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match=r"OnceCube.backward is once_differentiable: "):
+        bad.product(v)
+
+
 def test_float32_networks_are_summed_in_float64():
     """Beside 2^24 a float32 sum loses the curvature 2 of every further batch."""
     net = Odd()
