@@ -47,16 +47,20 @@ def checkout() -> Path | None:
 
 @contextmanager
 def app_directory() -> Iterator[Path]:
-    """A copy of the Flower app to run, removed afterwards.  In a checkout itself Flower would look
-    at every file, those of the environment and of results too, for seconds."""
+    """The Flower app to run: a copy, removed afterwards.  In a checkout Flower would look at every
+    file, those of the environment and of results too, for seconds; it does where the bundle is to
+    hold more than the packages."""
     root = Path(__file__).resolve().parents[1]
     patterns = [f"{package}/**/*.py" for package in PACKAGES]
     if checkout():
         told = read_toml(root / "pyproject.toml")["tool"]["flwr"]["app"]
-        patterns = ["pyproject.toml", ".gitignore", *told.get("fab-include", patterns)]
+        if {*told.get("fab-include", ())} != {*patterns}:
+            yield root
+            return
+        patterns += ["pyproject.toml", ".gitignore"]
     with tempfile.TemporaryDirectory(prefix="flatfed-app-") as folder:
         app = Path(folder) / "flatfed"
-        for path in {path for pattern in patterns for path in root.glob(pattern)}:
+        for path in (path for pattern in patterns for path in root.glob(pattern)):
             if path.is_file() and not path.is_symlink():
                 copy = app / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from fl_common.config import meaning
-from fl_server.bundle import COMMANDS
+from fl_server.bundle import COMMANDS, app_directory
 from fl_server.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +251,19 @@ def test_the_bundle_holds_every_room():
         used = set(imports(ast.Module(run, []), package_of(path)))
         assert not used & left_out, f"{path} imports what is not in the bundle"
     assert {file.relative_to(ROOT).parts[0] for file in bundled} <= set(ROOMS)
+
+
+def test_a_bundle_that_is_to_hold_more_is_made_of_the_checkout(monkeypatch: pytest.MonkeyPatch):
+    """Flower's patterns are those of .gitignore, not of Python."""
+    with app_directory() as app:
+        assert app != ROOT
+    assert not app.exists()
+    more = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    more["tool"]["flwr"]["app"]["fab-include"].append("mine/")
+    monkeypatch.setattr("fl_server.bundle.read_toml", lambda path: more)
+    with app_directory() as app:
+        assert app == ROOT
+    assert (ROOT / "pyproject.toml").exists()
 
 
 def test_one_file_at_most_imports_torchvision():
