@@ -108,7 +108,7 @@ class Curvature:
         with attention.sdpa_kernel(attention.SDPBackend.MATH):
             loss = self._loss(x, y)
         if not self._differentiable:
-            _refuse_once_differentiable(loss)
+            refuse_once_differentiable(loss)
             self._differentiable = True
         grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant: the parameter is unused, or enters linearly.
@@ -141,10 +141,11 @@ class Curvature:
         ]
 
 
-def _refuse_once_differentiable(loss: torch.Tensor) -> None:
-    """Raise ValueError for an operation whose gradient torch silently takes for a constant."""
+def refuse_once_differentiable(output: torch.Tensor) -> None:
+    """Raise ValueError for an operation behind `output` whose gradient torch silently takes for a
+    constant."""
     mark = torch.autograd.function.once_differentiable(None).__code__
-    seen, left = set(), [loss.grad_fn]
+    seen, left = set(), [output.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:

@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fl_common.determinism import seed_of
+from fl_flatness.products import refuse_once_differentiable
 from fl_flatness.spectrum import Density, merged
 from fl_flatness.trace import Estimate
 
@@ -149,6 +150,7 @@ class PyHessian:
         loss_of = getattr(net, "loss", cross_entropy)
 
         def criterion(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            refuse_once_differentiable(output)
             away = sum((p - s).square().sum() for p, s in zip(params, starts, strict=True))
             return loss_of(output, y) + shift / 2 * away
 

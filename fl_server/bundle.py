@@ -50,9 +50,9 @@ def app_directory() -> Iterator[Path]:
     """The Flower app to run: a copy, removed afterwards.  In a checkout Flower would look at every
     file, those of the environment and of results too, for seconds; it does where the bundle is to
     hold more than the packages."""
-    root = Path(__file__).resolve().parents[1]
+    own, root = checkout(), Path(__file__).resolve().parents[1]
     patterns = [f"{package}/**/*.py" for package in PACKAGES]
-    if checkout():
+    if own:
         told = read_toml(root / "pyproject.toml")["tool"]["flwr"]["app"]
         if {*told.get("fab-include", ())} != {*patterns}:
             yield root
@@ -65,7 +65,7 @@ def app_directory() -> Iterator[Path]:
                 copy = app / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, copy)
-        if not checkout():
+        if not own:
             (app / "pyproject.toml").write_text(_pyproject())
         yield app
 

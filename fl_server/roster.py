@@ -271,8 +271,8 @@ class Roster:
         known |= {*self.refused, *self._answers, *self._asked.values()}
         new = sorted(nodes - known)
         if new:
+            # The id of a message to a node that has just left is "".
             ids = grid.push_messages([_query(node, "roll-call", True) for node in new])
-            # "" for a node that has just left
             self._asked |= {i: node for i, node in zip(ids, new, strict=True) if i}
         while self._asked and (replies := list(grid.pull_messages(list(self._asked)))):
             for reply in replies:

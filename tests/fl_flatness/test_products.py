@@ -6,7 +6,19 @@ import gc
 
 import pytest
 import torch
-from small_nets import NETS, Y, batch_norm, exact_hessian, generator, group_norm, images, made
+from small_nets import (
+    NETS,
+    Activated,
+    Cube,
+    OnceCube,
+    Y,
+    batch_norm,
+    exact_hessian,
+    generator,
+    group_norm,
+    images,
+    made,
+)
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -125,30 +137,6 @@ def test_unused_and_linear_parameters_have_no_curvature():
     assert Curvature(net, one).gradient().tolist() == [0, 0, 3, 3, 2, 2]
     flat = Curvature(net, one, only=["b"])
     assert torch.equal(flat.products(torch.ones(2, 2)), torch.zeros(2, 2, dtype=torch.float64))
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g * ctx.saved_tensors[0] ** 2
-
-
-class OnceCube(Cube):
-    backward = staticmethod(torch.autograd.function.once_differentiable(Cube.backward))
-
-
-class Activated(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.first, self.last, self.function = nn.Linear(16, 5), nn.Linear(5, 3), function
-
-    def forward(self, x):
-        return self.last(self.function(self.first(x.flatten(1))))
 
 
 def test_an_operation_that_hides_its_curvature_is_named():

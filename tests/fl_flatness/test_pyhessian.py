@@ -10,6 +10,9 @@ import pytest
 import torch
 from small_nets import (
     NETS,
+    Activated,
+    Cube,
+    OnceCube,
     Y,
     batch_norm,
     curvature_of,
@@ -62,6 +65,16 @@ def test_a_negative_trace_does_not_stop_it():
     found = PyHessian(negative, 0).trace(probes=100)
     assert found.error < 0.3 * h.norm()
     assert abs(found.value + h.trace().item()) < 3 * found.error
+
+
+def test_an_operation_that_hides_its_curvature_is_named():
+    plain, good, bad = (
+        PyHessian(Curvature(made(lambda f=f: Activated(f)), cut(images(), Y, 5)), 0)
+        for f in (lambda x: x**3, Cube.apply, OnceCube.apply)
+    )
+    assert good.trace(probes=3).value == pytest.approx(plain.trace(probes=3).value)
+    with pytest.raises(ValueError, match=r"OnceCube.backward is once_differentiable: "):
+        bad.trace(probes=3)
 
 
 def test_the_largest_by_algebraic_value():
