@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from fl_client.app import release
 from fl_client.client import Clients
 from fl_common import assembly, snapshots, wire
 from fl_common.config import resolve
-from fl_server import rounds
+from fl_server import recorder, rounds
 from fl_server.app import _unresumable
 from fl_server.checkpoint import Checkpoints
 from fl_server.cli import main
@@ -290,6 +291,18 @@ def test_a_resumed_runs_times_are_those_of_all_its_parts(runs: Runs):
     assert told["wall_s"] >= before["wall_s"] + sum(row["seconds"] for row in rows) - 1e-3
     assert told["wall_s"] <= before["wall_s"] + elapsed
     assert told["cpu_s"] >= before["cpu_s"] + sum(row["client_cpu_s"] for row in rows) - 1e-3
+
+
+def test_workers_times_are_counted_once(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """This process itself takes no time at all: what is added is the workers'."""
+    folder = runs.crashed("killed", "engine.workers=2", after=3)
+    before = Checkpoints(folder / "checkpoints").newest(print).facts
+    clock = SimpleNamespace(perf_counter=time.perf_counter, process_time=lambda: 0.0)
+    monkeypatch.setattr(recorder, "time", clock)
+    assert runs.resume(folder) == 0
+    rows = [json.loads(line) for line in (folder / "history.jsonl").open()][3:]
+    added = summary(folder)["cpu_s"] - before["cpu_s"]
+    assert added == pytest.approx(sum(row["client_cpu_s"] for row in rows), abs=2e-3)
 
 
 FLATNESS = [
