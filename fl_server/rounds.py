@@ -291,12 +291,13 @@ class Rounds:
             row |= drift.row()
         if shortage:
             self._round_failed(shortage, outcome, len(names))
-        vectors = [*self.model.values(), *self.strategy.state().values()]
-        if not all(torch.isfinite(vector).all() for vector in vectors):
-            raise RunFailed(
-                f"{phase}: the new model has NaN or infinite values; lower the "
-                "learning rates (train.lr, or the strategy's)"
-            )
+        results = {"the new model": self.model, "the strategy's state": self.strategy.state()}
+        for what, vectors in results.items():
+            if not all(torch.isfinite(vector).all() for vector in vectors.values()):
+                raise RunFailed(
+                    f"{phase}: {what} has NaN or infinite values; lower the learning rates "
+                    "(train.lr, or the strategy's)"
+                )
 
     def _gather(self, names: Sequence[int], at_least: int, server_round: int) -> None:
         """Wait for the cohort: for each client as long as it may take to come back, and for as

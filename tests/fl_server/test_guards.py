@@ -16,6 +16,7 @@ from fl_common import wire
 from fl_common.guards import Expected, Spec, objection
 from fl_server.cli import main
 from fl_server.inprocess import InProcessGrid
+from strategies.feddyn import FedDyn
 
 PLAIN = ["clients.number=4", "train.device=cpu"]
 BASE = [*PLAIN, "model.norm=group"]  # no buffers: one array
@@ -315,6 +316,21 @@ def test_the_round_that_makes_no_finite_model_is_recorded(runner, monkeypatch):
     result = runner(*HONEST)
     assert result.code == 3 and "the new model has NaN or infinite" in result.summary["error"]
     assert [row["replies"] for row in result.history] == [[0, 1, 2, 3]]
+
+
+def test_what_a_strategy_keeps_is_finite_too(runner, monkeypatch):
+    """The model of the first round is finite; what would spoil that of the second is not."""
+    step = FedDyn.step
+
+    def overflown(self) -> torch.Tensor:
+        w = step(self)
+        self.kept["H"] = self.kept["H"].index_fill(0, torch.tensor([0]), torch.inf)
+        return w
+
+    monkeypatch.setattr(FedDyn, "step", overflown)
+    result = runner(*HONEST, "strategy.name=feddyn")
+    assert result.code == 3 and "round 1: the strategy's state has NaN" in result.summary["error"]
+    assert len(result.history) == 1
 
 
 def test_bad_answers_are_answers(runner, monkeypatch):
