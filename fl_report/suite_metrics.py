@@ -92,8 +92,12 @@ def _tmacs_until(run: Run, t: float, _: Any) -> float | None:
 
 
 def _seconds(run: Run, _: float, __: Any) -> float | None:
-    """Measuring flatness can take longer than the round that it ends."""
-    found = [row["seconds"] for row in run.rows if not series.measured(row)]
+    """Of rounds that did nothing else: measuring flatness can take longer than the round that it
+    ends, and so can evaluating, unless every round is evaluated."""
+    rows = [row for row in run.rows if not series.measured(row)]
+    found = [row["seconds"] for row in rows if row.get("accuracy") is None] or [
+        row["seconds"] for row in rows
+    ]
     return fmean(found) if found else None
 
 

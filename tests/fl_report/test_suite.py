@@ -103,6 +103,12 @@ def test_every_metric_of_a_run_whose_numbers_are_known():
     assert {name.partition(":")[0] for name in EXPECTED} == set(KINDS)
 
 
+def test_seconds_per_round_leave_out_the_evaluation_of_some_rounds():
+    rows = [{"round": i, "seconds": s} for i, s in ((1, 1.0), (2, 2.0), (3, 60.0))]
+    rows[2]["accuracy"] = 0.5
+    assert Metric.of("seconds-per-round").value(Run("one", SUMMARY, rows), {}) == 1.5
+
+
 def test_a_run_without_numbers_has_none():
     empty = Run("none", {}, [])
     assert {Metric.of(name).value(empty, {}) for name in EXPECTED} == {None}
