@@ -15,12 +15,13 @@ HEAD = """\
 # Methods
 
 `python -m fl_report.methods` writes this page from the code. A strategy is chosen with
-`strategy.name`, regularizers with `regularizers=one,another`; each has the keys listed with it.
-`flatfed run` refuses what has no meaning together, with the reason, before anything starts.
+`strategy.name`, regularizers with `regularizers=one,another`; the keys of each are listed below.
+`flatfed run` refuses combinations that make no sense, with the reason, before anything starts.
 
-N is the number of clients and S a round's cohort. Of a round, w is the model that is sent, theta_i
-what client i has trained, and Delta_i = theta_i - w. Client i has n_i samples, which are p_i of the
-cohort's and omega_i times the mean of all clients'; it takes K_i steps with the learning rate eta.
+N is the number of clients and S a round's cohort. In a round, w is the model that is sent, theta_i
+client i's trained model, and Delta_i = theta_i - w. Client i has n_i samples: a share p_i of the
+cohort's samples, and omega_i times the mean over all clients. It takes K_i local steps with the
+learning rate eta.
 """
 WORKS, NEEDLESS, REFUSED, PART = "yes", "needless", "no", "part of it"
 
@@ -33,7 +34,7 @@ def page() -> str:
     parts += [_section(name, cls, _kept(cls)) for name, cls in strategies.items()]
     parts.append("## Regularizers\n")
     parts += [_section(name, cls, _held(cls)) for name, cls in regularizers.items()]
-    parts += ["## Which go together\n", _matrix(strategies, regularizers), _notes(strategies)]
+    parts += ["## Combinations\n", _matrix(strategies, regularizers), _notes(strategies)]
     return "\n".join(parts)
 
 
@@ -60,27 +61,25 @@ def _default(field: Any) -> str:
 
 
 def _kept(cls: type[Any]) -> str:
-    model = "the active groups up, what a client lacks of the model down"
+    model = "the active groups up, the parts of the model that a client lacks down"
     up_down = [
-        model if cls.partial else "the model each way",
+        model if cls.partial else "the model both ways",
         *(f"{name} down" for name in cls.sends),
     ]
     client = ", ".join(cls.Rule.memory) or "nothing"
     if cls.Rule.also:
         client += f" ({cls.Rule.also})"
     server = ", ".join(cls.keeps) or "nothing"
-    return (
-        f"Travels: {', '.join(up_down)}. A client remembers {client}, the server {server} "
-        "(each as large as the model)."
-    )
+    size = " (each as large as the model)" if cls.Rule.memory or cls.keeps else ""
+    return f"Sent: {', '.join(up_down)}. A client remembers {client}, the server {server}{size}."
 
 
 def _held(cls: type[Any]) -> str:
     remembered = ", ".join(cls.memory) or "nothing"
-    models = f"{cls.copies or 'no'} model{'s' * (cls.copies > 1)}"
+    models = f"{cls.copies or 'no'} extra model{'s' * (cls.copies > 1)}"
     return (
-        f"Neutral, the plain run bit for bit: `{cls.neutral}`. A client holds {models} more in a "
-        f"round, and remembers {remembered}. Nothing more travels."
+        f"Off with `{cls.neutral}`: the same bits as without it. In a round a client holds "
+        f"{models}; it remembers {remembered}. Nothing else is sent."
     )
 
 

@@ -1,15 +1,15 @@
 """FedAlign: the last stage's Lipschitz constant, matched between full and reduced width.
 
 Mendieta et al., Local Learning Matters: Rethinking Data Heterogeneity in Federated Learning, CVPR
-2022 (https://arxiv.org/abs/2111.14213), eq. 5-7; what the paper leaves open is as in the official
-code (https://github.com/mmendiet/FedAlign): division by the positions, X sliced for the slim
-pass, full features without gradient.  With X (B, C1, H1, W1) and Y (B, C2, H, W), the last stage's
-input and output, Y_S its output at width omega on the first channels X' of X, sigma the spectral
-norm and T(P, Q) = P Q^T / (H W) per sample, P average-pooled to Q's size,
+2022 (https://arxiv.org/abs/2111.14213), eq. 5-7.  What the paper leaves open is as in the official
+code (https://github.com/mmendiet/FedAlign): division by the number of positions, X sliced for the
+slim pass, full features without gradient.  X (B, C1, H1, W1) and Y (B, C2, H, W) are the last
+stage's input and output, Y_S is its output at width omega on the first channels X' of X, sigma is
+the spectral norm, and T(P, Q) = P Q^T / (H W) per sample, with P average-pooled to Q's size:
 
     L_lip = mean_B (sigma(T(X', Y_S)) - sigma(T(X, Y)))^2,    loss + mu (CE / L_lip) L_lip,
 
-the ratio taken as a constant.  Only the last stage's first channels get a gradient.
+where the ratio counts as a constant.  Only the last stage's first channels get a gradient.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FedAlign(Regularizer):
     params: FedAlignParams
     refuses: ClassVar = {
         "mixup": "FedAlign weighs its term by the loss on the labels that came with the batch, "
-        "which a mixed one may have little of; choose one of them"
+        "which a mixed batch may contain little of; choose one of them"
     }
     neutral = "fedalign.mu=0"
     hooks: tuple[Any, ...] = ()

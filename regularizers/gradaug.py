@@ -1,17 +1,18 @@
-"""GradAug: sub-networks on resized images learn what the whole network says.
+"""GradAug: sub-networks on resized images learn from the whole network's outputs.
 
 Yang et al., GradAug, NeurIPS 2020 (https://arxiv.org/abs/2006.07989), as in FedAlign's comparison
 (eq. 2 of https://arxiv.org/abs/2111.14213; https://github.com/mmendiet/FedAlign):
 
     loss + mu sum_{j=1..n} KL(softmax(f(x)) || softmax(f_{w_j}(x_j)))
 
-with f_w the network at width w, which shares the first channels of f's layers, x_j the batch at a
-random side, and f(x) taken as a constant.  The widths are omega_min and n - 1 draws from
-U[omega_min, 1]; the first layer keeps all its inputs and the classifier all its outputs.  A network
-that flattens a feature map has one input side: its sub-networks see the images as they are.
+where f_w is the network at width w, which shares the first channels of f's layers, x_j the batch
+resized to a random side, and f(x) counts as a constant.  The widths are omega_min and n - 1 draws
+from U[omega_min, 1]; the first layer keeps all its inputs and the classifier all its outputs.  A
+network that flattens a feature map accepts one image size only, so its sub-networks see the images
+unresized.
 
-Draws are host numbers from the seed that the trainer gives the device's generator for each step,
-not from that generator: no wait for a GPU, and the second pass of SAM repeats them.
+Draws are made on the host, from the seed that the trainer gives the device's generator for each
+step and not from that generator: nothing waits for a GPU, and SAM's second pass repeats them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class GradAugParams(Group):
 
 
 class GradAug(Regularizer):
-    """BatchNorm's running statistics follow the whole network alone."""
+    """BatchNorm's running statistics follow only the whole network."""
 
     name = "gradaug"
     alone = "every client draws sub-networks of its own"

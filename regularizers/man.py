@@ -1,17 +1,17 @@
-"""MAN: the mean activation norm as a penalty, which flattens the minimum that is found.
+"""MAN: a penalty on the mean activation norm, which flattens the minimum that is found.
 
 Official code: https://github.com/vcl-iisc/fedMAN (WACV 2024; https://arxiv.org/abs/2512.08314).
 For a batch of B samples and activations A_1 ... A_L with m_l elements per sample
 
     L_total = L + (zeta / 2) R,    R = sum_l ||A_l||_F^2 / (B m_l),
 
-where A_l are, as in that code, the outputs of ReLUs, before pooling and without the logits.  That
-code has terms for its two plain networks alone; here it is every ReLU of any network.  Its smaller
+where, as in that code, A_l are the outputs of ReLUs, before pooling and without the logits.  That
+code has terms only for its two plain networks; here every ReLU of any network counts.  Its smaller
 network for 64 px, outside the SAM folder, overwrites one term and penalises a variance in another;
-that is taken for a mistake and not reproduced.
+we consider that a mistake and do not reproduce it.
 
-The gradient of R's term by A_l is a multiple of A_l, so it is added to the gradient that passes
-there, and no graph is built.
+The gradient of R's term with respect to A_l is a multiple of A_l, so it is added to the gradient
+that passes there, and no graph is built.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class MANParams(Group):
 
 
 class MAN(Regularizer):
-    """Every call of a module is a site, so one that is used twice counts twice.
+    """Every call of a module is a site, so a module that is used twice counts twice.
 
-    Calls outside a step's own pass are not seen (`fl_common.passes`), nor are activations that no
-    trained parameter can change.  That leaves the input out.
+    Calls outside a step's own pass do not count (`fl_common.passes`), nor do activations that no
+    trained parameter can change, such as the input.
     """
 
     name = "man"

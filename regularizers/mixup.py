@@ -1,12 +1,12 @@
 """Mixup: training on convex combinations of pairs of samples.
 
-Zhang et al., mixup, ICLR 2018 (https://arxiv.org/abs/1710.09412).  Per batch one weight
+Zhang et al., mixup, ICLR 2018 (https://arxiv.org/abs/1710.09412).  Each batch draws one weight
 lambda ~ Beta(gamma, gamma) and one permutation pi:
 
     x <- lambda x + (1 - lambda) x_pi,    loss = lambda CE(y) + (1 - lambda) CE(y_pi).
 
 gamma is that paper's alpha, named as in FedAlign's comparison (Mendieta et al., CVPR 2022), where
-the default comes from; with it lambda is within 0.01 of 0 or 1 for 80 % of the batches.
+the default comes from; with that default lambda is within 0.01 of 0 or 1 for 80 % of the batches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MixupParams(Group):
 
 class Mixup(Regularizer):
     """Labels stay classes: the loss of the batch is mixed, whichever loss the network has, so
-    that nothing needs to know the number of classes."""
+    nothing needs to know the number of classes."""
 
     name = "mixup"
     alone = ""

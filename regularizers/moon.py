@@ -1,14 +1,14 @@
 """MOON: features like the global model's, unlike those of the client's last model.
 
 Li et al., Model-Contrastive Federated Learning, CVPR 2021 (https://arxiv.org/abs/2103.16257), eq.
-2-3; official code: https://github.com/QinbinLi/MOON.  With z the output of the projection head,
-which the classifier reads, z_g that of the received model and z_p that of the client's model after
-its last round, both in evaluation mode,
+2-3; official code: https://github.com/QinbinLi/MOON.  Here z is the output of the projection
+head, which the classifier reads, z_g that of the received model, and z_p that of the client's model
+after its last round, both in evaluation mode:
 
     loss + mu mean_B -log(e^{cos(z, z_g) / tau} / (e^{cos(z, z_g) / tau} + e^{cos(z, z_p) / tau})).
 
-A client's first round has no z_p and no term, as in that code's first round; later on, that code
-takes the random network that such a client began with.
+A client's first round has no z_p and no term, as in that code's first round of a run.  In later
+rounds, that code compares a new client with the random network that it began with.
 """
 
 from __future__ import annotations

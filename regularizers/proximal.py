@@ -1,6 +1,6 @@
 """Proximal term: pulls local training towards the model that the client received.
 
-Li et al., FedProx, MLSys 2020 (https://arxiv.org/abs/1812.06127), as a word beside any strategy.
+Li et al., FedProx, MLSys 2020 (https://arxiv.org/abs/1812.06127), for use with any strategy.
 """
 
 from __future__ import annotations

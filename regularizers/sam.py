@@ -1,8 +1,8 @@
-"""SAM and ASAM: the gradient of a step is taken where the loss is worst nearby.
+"""SAM and ASAM: the gradient of a step is taken where the loss nearby is worst.
 
 Foret et al., Sharpness-Aware Minimization, ICLR 2021 (https://arxiv.org/abs/2010.01412), eq. 2 and
 3; Kwon et al., ASAM, ICML 2021 (https://arxiv.org/abs/2102.11600), eq. 7.  Both passes see the same
-mini-batch and the same random draws; BatchNorm's running statistics follow the first alone.
+mini-batch and the same random draws; BatchNorm's running statistics follow only the first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stochastic depth: batches that go through a random part of a residual network's blocks.
+"""Stochastic depth: each batch passes through a random subset of a residual network's blocks.
 
 Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (https://arxiv.org/abs/1603.09382),
 eq. 2-5; default p_L from FedAlign's comparison (Mendieta et al., CVPR 2022).  Block l of L keeps
@@ -7,11 +7,11 @@ its residual with probability p_l, drawn once per batch, and
     training    relu(b_l residual(x) + shortcut(x)),  b_l ~ Bernoulli(p_l),
     evaluation  relu(p_l residual(x) + shortcut(x)).
 
-A dropped residual is not computed, so that its norm layers see nothing.  The weight p_l is the
-network's own, on clients and on the server, since its parameters mean nothing without it: who
-takes `model.safetensors` elsewhere needs it.  To divide by p_l in training instead, as dropout
-does, spares that and describes the same functions, but trains otherwise: SGD would move the scale
-of a residual by 1 / p_l^2 as much.
+A dropped residual is not computed, so its norm layers see nothing.  The weight p_l is part of the
+network, on clients and on the server, since the parameters mean nothing without it: whoever
+uses `model.safetensors` elsewhere needs it.  Dividing by p_l in training instead, as dropout
+does, would avoid that and describe the same functions, but it trains differently: SGD would move
+the scale of a residual 1 / p_l^2 times as far.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StochasticDepthParams(Group):
 
 
 class StochasticDepth(Regularizer):
-    """Works on the blocks of `fl_common.models.resnet`, by their own switches."""
+    """Switches the blocks of `fl_common.models.resnet` on and off."""
 
     name = "stochastic-depth"
     alone = "every client drops other blocks"

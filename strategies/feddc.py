@@ -1,10 +1,10 @@
-"""FedDC: every client learns its drift and is corrected by it, and by control variates.
+"""FedDC: every client learns its drift, and is corrected by it and by control variates.
 
 Gao et al., FedDC: Federated Learning with Non-IID Data via Local Drift Decoupling and Correction,
-CVPR 2022 (https://arxiv.org/abs/2203.11751).  As in the authors' code the drift of all clients, not
-only of the cohort, enters the server's mean (with the cohort's alone it does not converge under
-partial participation), alpha and c are divided by omega_i, and the gradient correction G is
-SCAFFOLD's: without it FedDC is FedDyn, without the drift and with alpha = 0 it is SCAFFOLD.
+CVPR 2022 (https://arxiv.org/abs/2203.11751).  As in the authors' code, the drift of all clients,
+not only of the cohort, enters the server's mean (with the cohort's alone FedDC does not converge
+under partial participation), alpha and c are divided by omega_i, and the gradient correction G is
+SCAFFOLD's.  Without G FedDC is FedDyn; without the drift and with alpha = 0 it is SCAFFOLD.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FedDyn: a dynamic regularizer that makes local optima agree with the global one.
 
 Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2021
-(https://arxiv.org/abs/2111.04263).  Written as the authors' code has it, with h_i = -g_i / alpha_i
+(https://arxiv.org/abs/2111.04263).  Written as in the authors' code, with h_i = -g_i / alpha_i
 and H = -h / alpha, and alpha_i = alpha / omega_i: with H added to an unweighted mean, the fixed
 point has sum omega_i grad f_i = 0, the optimum of the data-weighted loss.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fl_common.layout import Flat
     from strategies.base import Reply
 
-DUAL = "the drift term pulls already; the fixed point stays, the way there is slower"
+DUAL = "the drift term pulls already; the fixed point is the same, but reached more slowly"
 
 
 class DriftParams(Weighting):

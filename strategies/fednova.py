@@ -1,8 +1,8 @@
-"""FedNova: updates are normalised by the local work behind them before they are averaged.
+"""FedNova: updates are normalised by the amount of local work before they are averaged.
 
 Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization,
-NeurIPS 2020 (https://arxiv.org/abs/2007.07481), eq. 7 and section 4; a_i is K_i for plain SGD, and
-for momentum and a proximal term (`regularizers=proximal`) as in the paper's table of local solvers.
+NeurIPS 2020 (https://arxiv.org/abs/2007.07481), eq. 7 and section 4.  a_i is K_i for plain SGD;
+for momentum and a proximal term (`regularizers=proximal`) it is as in the paper's table of solvers.
 """
 
 from __future__ import annotations

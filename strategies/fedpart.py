@@ -1,10 +1,10 @@
-"""FedPart: rounds that train, send and average one group of layers, between rounds that do all.
+"""FedPart: rounds that train, send and average one group of layers, between full rounds.
 
 Wang et al., Why Go Full? Elevating Federated Learning Through Partial Network Updates, NeurIPS
 2024 (https://arxiv.org/abs/2410.11559); the schedule, the groups and the defaults are those of the
-authors' code (FLAIR-Community/Fling).  There frozen layers still get gradients; here the backward
-pass ends at the active group.  There statistics of BatchNorm stay with their clients; here they are
-averaged in every round, unless `bn_stats` says otherwise.
+authors' code (FLAIR-Community/Fling), with two differences.  There, frozen layers still get
+gradients; here the backward pass ends at the active group.  There, BatchNorm's statistics stay with
+their clients; here they are averaged in every round, unless `bn_stats` says otherwise.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Schedule:
 
 
 class FedPartRule(ClientRule):
-    """The active group alone is trained, which the message says and the client sees to."""
+    """Trains the active group alone, which the message names."""
 
     params: FedPartParams
     also: ClassVar = "with `fedpart.bn-stats=local`: its statistics"

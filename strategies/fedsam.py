@@ -1,9 +1,9 @@
 """FedSAM, FedASAM and MoFedSAM: sharpness-aware local steps under FedAvg.
 
 Caldarola et al., Improving Generalization in Federated Learning by Seeking Flat Minima, ECCV 2022
-(https://arxiv.org/abs/2203.11834): FedAvg with SAM or ASAM; and Qu et al., Generalized Federated
+(https://arxiv.org/abs/2203.11834): FedAvg with SAM or ASAM.  Qu et al., Generalized Federated
 Learning via Sharpness Aware Minimization, ICML 2022 (https://arxiv.org/abs/2206.02618): FedSAM and
-MoFedSAM.  The perturbation's own parameters are those of `regularizers/sam.py`.
+MoFedSAM.  The keys of the perturbation are those of `sam` and `asam` (`regularizers/sam.py`).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class MoFedSAMRule(ClientRule):
 
 
 class MoFedSAM(FederatedStrategy):
-    """w <- w + mean_S Delta_i;  m <- -mean_S Delta_i / (K_i eta), the cohort's mean direction, with
-    client i's own K_i where the authors' code has one nominal K."""
+    """w <- w + mean_S Delta_i;  m <- -mean_S Delta_i / (K_i eta), the cohort's mean direction;
+    K_i is client i's own, where the authors' code uses one nominal K."""
 
     name = "mofedsam"
     Params = MoFedSAMParams

@@ -1,10 +1,10 @@
-"""SCAFFOLD, option II: control variates take the clients' drift out of every local step.
+"""SCAFFOLD, option II: control variates correct the clients' drift in every local step.
 
 Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020
 (https://arxiv.org/abs/1910.06378), Algorithm 1 with eq. 4 and 5.  For clients of unequal sizes
-the control variate of the server is divided by omega_i, client i's samples over their mean, in the
-step and in the update, so that c_i is the mean local gradient and the fixed point is the optimum
-of the data-weighted loss; `weighting = "uniform"` is the paper as printed.
+the server's control variate is divided by omega_i, client i's samples over the clients' mean, both
+in the step and in the update.  Then c_i is the mean local gradient and the fixed point is the
+optimum of the data-weighted loss.  `weighting = "uniform"` is the paper as printed.
 """
 
 from __future__ import annotations
