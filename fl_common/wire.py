@@ -210,8 +210,8 @@ def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
 
 
 def payload_bytes(record: ArrayRecord) -> int:
-    """numel x itemsize of all arrays: what the algorithm sends, without framing.  Of one that says
-    what cannot be, or more than there is, what there is."""
+    """numel x itemsize of all arrays: what the algorithm sends, without framing.  Of an array that
+    claims a form that cannot be, or more than it holds: the bytes that it holds."""
     return sum(map(_payload_bytes, record.values()))
 
 
@@ -221,7 +221,7 @@ def _payload_bytes(array: Array) -> int:
     there = array.nbytes if isinstance(array, ArrivedArray) else len(array.data)
     try:
         return min(abs(prod(array.shape)) * np.dtype(array.dtype).itemsize, there)
-    except TypeError:
+    except Exception:  # the dtype is a stranger's text: SyntaxError and ValueError too
         return there
 
 

@@ -55,6 +55,12 @@ def test_payload_is_elements_times_size_whatever_the_form():
     assert wire.payload_bytes(plain) == 10 * 4 + 3 * 8 + 4
 
 
+@pytest.mark.parametrize("dtype", ["nonsense", "(2,", "i4,(", "2**99i4", "(99999,99999)f8"])
+def test_payload_of_an_array_that_claims_no_dtype_is_what_it_holds(dtype: str):
+    record = ArrayRecord({"a": Array(dtype, (2,), "numpy.ndarray", b"12345")})
+    assert wire.payload_bytes(record) == 5
+
+
 def test_model_sha256_sees_names_dtypes_shapes_and_bytes_but_not_order():
     one, two = torch.arange(6.0), torch.tensor(3)
     digest = wire.model_sha256({"a": one, "b": two})
