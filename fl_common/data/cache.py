@@ -60,7 +60,7 @@ class Writer:
         digest, rows, shape = hashlib.sha256(), 0, ()
         with (self._folder / f"{name}.npy").open("wb") as file:
             for block in map(np.ascontiguousarray, blocks):
-                if not rows:
+                if not shape:
                     dtype, shape = np.lib.format.dtype_to_descr(block.dtype), (n, *block.shape[1:])
                     header = {"descr": dtype, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)

@@ -92,6 +92,14 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     assert not (tmp_path / "e.partial").exists()
 
 
+def test_blocks_without_rows_add_nothing(tmp_path):
+    def with_empty_blocks(writer: cache.Writer) -> dict:
+        writer.add("x", [np.arange(0), np.arange(3), np.arange(0)], 3)
+        return {}
+
+    assert cache.fetch(tmp_path, "entry", with_empty_blocks).arrays["x"].tolist() == [0, 1, 2]
+
+
 def test_wrong_number_of_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="4 rows, 5 were announced"):
         cache.fetch(tmp_path, "e", lambda w: w.add("a", [np.zeros(4)], 5))
