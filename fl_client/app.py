@@ -16,6 +16,7 @@ from fl_common import (
     wire,
 )
 from fl_common.failures import Failed, harmless, reason
+from fl_common.layout import PARAMS
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -84,7 +85,7 @@ def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
         return clients.train(partition, content, state)
     if kind == "evaluate":
         return clients.evaluate(partition, content, state)
-    if "arrays" in content:
+    if wire.ARRAYS in content:
         return clients.curvature(partition, content)
     return clients.describe(partition)
 
@@ -112,15 +113,15 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     reply = call_next(message, context)
     if not clip or reply.has_error():
         return reply
-    sent = RecordDict({n: r for n, r in message.content.items() if n != "memory"})
+    sent = RecordDict({n: r for n, r in message.content.items() if n != wire.MEMORY})
     received, told = (
-        [(n, *r) for n, r in content.items() if n not in ("config", "metrics")]
+        [(n, *r) for n, r in content.items() if n not in (wire.CONFIG, wire.METRICS)]
         for content in (sent, reply.content)
     )
     if not told:  # it asks for what it has lost
         return reply
     for arrays in (received, told):
-        if arrays != [("arrays", "params")]:
+        if arrays != [(wire.ARRAYS, PARAMS)]:
             raise ValueError(
                 f"dp-clip: {arrays} would leave this client without noise; use a model without "
                 "BatchNorm (model.norm=group)"

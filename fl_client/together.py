@@ -258,7 +258,7 @@ def _shortened(job: Job, samples: int) -> Job:
 
 
 def _is_job(begun: Any) -> bool:
-    return hasattr(begun, "remembered")
+    return not isinstance(begun, RecordDict | Exception)
 
 
 def _attempt(act: Callable[..., Any], *args: Any) -> Any:

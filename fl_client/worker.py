@@ -208,14 +208,14 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict, Rec
     return json.loads(header), content, state
 
 
-def _outlive_not(node: int) -> None:
-    """End this process, whatever it is at, when its parent is no longer `node`."""
+def _end_with(node: int) -> None:
+    """End this process, whatever it is doing, when its parent is no longer `node`."""
     while os.getppid() == node:
         time.sleep(WATCH_S)
     os._exit(1)
 
 
 if __name__ == "__main__":  # of a node
-    threading.Thread(target=_outlive_not, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with suppress(KeyboardInterrupt):
         run(sys.argv[1])

@@ -197,11 +197,11 @@ def _check_methods(config: CoreConfig) -> list[str]:
     errors = []
     strategies, regularizers = methods("strategies"), methods("regularizers")
     chosen = config.regularizer_names
-    if config.strategy.name not in strategies:
+    strategy = strategies.get(config.strategy.name)
+    if strategy is None:
         errors.append(unknown_name("strategy.name", config.strategy.name, list(strategies)))
     else:
-        errors += strategies[config.strategy.name].check(config)
-    strategy = strategies.get(config.strategy.name)
+        errors += strategy.check(config)
     given = f"regularizers = {shown(config.regularizers)}"
     for name in chosen:
         if name not in regularizers:

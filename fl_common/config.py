@@ -231,7 +231,6 @@ class Eval(Group):
         "(the global one with BatchNorm's statistics of the cohort's first client); papers report "
         "different ones",
     )
-
     grad_norm: bool = Field(
         False,
         description="record the norm of the loss's gradient at every local step, whole and per "
@@ -408,28 +407,27 @@ class ConfigError(ValueError):
 
 
 @cache
-def methods(room: Literal["strategies", "regularizers"]) -> dict[str, Any]:
-    """The methods of a room by name: the files in it declare them."""
-    base = importlib.import_module(f"{room}.base")
-    package = importlib.import_module(room)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{room}.{module.name}")
+def methods(package: Literal["strategies", "regularizers"]) -> dict[str, Any]:
+    """The methods of a package by name, as its files declare them."""
+    base = importlib.import_module(f"{package}.base")
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
     return dict(sorted(base.METHODS.items()))
 
 
-def enter(room: dict[str, Any], method: type) -> None:
-    """Add a class to the methods of its room, by the name that it declares, if it does.
+def enter(known: dict[str, Any], method: type) -> None:
+    """Add a class to the known methods under the `name` that it declares, if it declares one.
 
-    Raises ConfigError for a name that is another file's, which would else be replaced by it.
+    Raises ConfigError for a name that another file has declared.
     """
     if "name" not in vars(method):
         return
-    known = room.setdefault(method.name, method)
-    if known.__module__ != method.__module__:
+    earlier = known.setdefault(method.name, method)
+    if earlier.__module__ != method.__module__:
         raise ConfigError(
-            [f"{method.__module__}: {method.name} is {known.__module__}'s name; choose another"]
+            [f"{method.__module__}: {method.name} is {earlier.__module__}'s name; choose another"]
         )
-    room[method.name] = method
+    known[method.name] = method
 
 
 @cache

@@ -167,8 +167,9 @@ class Groups:
             return flat
         parts = {name: flat[name] for name in self.members if name in flat}
         if base is None:
-            base = next(iter(parts.values())).new_empty(sum(self.sizes))
-        vector = base.clone()
+            vector = next(iter(parts.values())).new_empty(sum(self.sizes))
+        else:
+            vector = base.clone()
         self.put(vector, parts)
         rest = {name: tensor for name, tensor in flat.items() if name not in self.members}
         return {PARAMS: vector, **rest}

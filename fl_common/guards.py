@@ -6,9 +6,8 @@ rejected, with the reason; the round goes on without it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -131,10 +130,10 @@ def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
         if key in expected.series:
             if not isinstance(value, list) or len(value) != expected.steps:
                 return f"{key} is not a list of {expected.steps} numbers"
-            if not all(math.isfinite(number) and number >= 0 for number in value):
+            if not all(isfinite(number) and number >= 0 for number in value):
                 return f"{key} has numbers that are no norm"
             continue
-        if isinstance(value, list) or not math.isfinite(value):
+        if isinstance(value, list) or not isfinite(value):
             return f"{key} = {value} is not a finite number"
         if key.startswith("accuracy") and not 0 <= value <= 1:
             return f"{key} = {value} is not between 0 and 1"

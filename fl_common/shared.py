@@ -211,9 +211,9 @@ def receive(
         if not data:
             raise EOFError
         data += read(connection, LENGTHS.size - len(data))
-        length, rest = LENGTHS.unpack(data)
-        words = _read(connection, files, length + rest)
-        parts, body = json.loads(words[:length]), words[length:]
+        head, tail = LENGTHS.unpack(data)
+        words = _read(connection, files, head + tail)
+        parts, body = json.loads(words[:head]), words[head:]
         own = files[1:] if parts["shared"] else files
         maps = [_shared(files[0], kept)] if parts["shared"] else []
         end = None if parts["slot"] is None else partial(released, parts["slot"])
@@ -226,13 +226,13 @@ def receive(
         tensors.append(known[at] if place == KNOWN else _view(maps[place], at, dtype, shape))
     left, start, records = iter(tensors), 0, []
     for arrays, length in zip(parts["records"], parts["rest"], strict=True):
-        others = ProtoRecordDict.FromString(bytes(body[start : start + length]))
+        proto = ProtoRecordDict.FromString(bytes(body[start : start + length]))
         start += length
-        rest = recorddict_from_proto(others)
+        others = recorddict_from_proto(proto)
         made = RecordDict()
         for name, forms in arrays.items():
             if forms is None:
-                made[name] = rest[name]
+                made[name] = others[name]
                 continue
             made[name] = record = ArrayRecord()
             for key, form in forms.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fl_common.layout import PARAMS
 from strategies.base import FederatedStrategy, WeightedMean
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class FedAvg(FederatedStrategy):
         self.mean = WeightedMean()
 
     def add(self, reply: Reply) -> None:
-        self.mean.add(reply.model["params"], reply.samples)
+        self.mean.add(reply.model[PARAMS], reply.samples)
 
     def step(self) -> torch.Tensor:
         return self.mean.take(self.dtype)

@@ -54,12 +54,13 @@ class FedDynRule(ClientRule):
     memory = ("h",)
 
     @property
-    def alpha(self) -> float:
+    def weight(self) -> float:
+        """alpha, before it is divided by omega_i."""
         return self.params.alpha
 
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:
-        alpha_i = self.alpha / self.params.omega(self.work)
-        return self.params.pull(alpha_i, memory["h"], sent[PARAMS])
+        weight_i = self.weight / self.params.omega(self.work)
+        return self.params.pull(weight_i, memory["h"], sent[PARAMS])
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
         return {"h": memory["h"] + (model[PARAMS] - sent[PARAMS])}

@@ -33,7 +33,7 @@ class FedSpeedRule(FedDynRule):
     params: FedSpeedParams
 
     @property
-    def alpha(self) -> float:
+    def weight(self) -> float:
         return self.params.lambda_
 
     def perturbation(self) -> Perturbation | None:

@@ -140,8 +140,8 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
 def _dataset(splits: dict[str, Split], classes: tuple[str, ...], digests: object) -> Dataset:
     """digests: of the splits' arrays."""
     shape = _sample_shape(**splits)
-    return Dataset(**splits, classes=classes, shape=shape,
-                   fingerprint=_digest([digests, shape, classes]))  # fmt: skip
+    fingerprint = _digest([digests, shape, classes])
+    return Dataset(**splits, classes=classes, shape=shape, fingerprint=fingerprint)
 
 
 def _check_own(source: str, name: str, split: Split, classes: int) -> None:
