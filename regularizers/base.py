@@ -30,19 +30,19 @@ class Regularizer(LocalMethod):
     name: ClassVar[str]
     Params: ClassVar[type[Group]]
     refuses: ClassVar[dict[str, str]] = {}
-    """Other regularizers without meaning beside this one, with the reason and the remedy."""
+    """Other regularizers that make no sense with this one, with the reason and the remedy."""
     neutral: ClassVar[str]
     """The setting at which it is the plain run, bit for bit."""
     copies: ClassVar[int] = 0
-    """What a client holds of it in a round, in models."""
+    """Memory that it takes on a client during a round [models]."""
     alone: ClassVar[str] = "it does not say that it works on several clients at once"
     stacked = False
-    """Whether several clients are trained at once.  Then `begin` and `finish` are called on the
-    first client's instance only; forward passes are each client's, all at once under vmap, so that
-    hooks see one client's tensors without gradients; and `stacked_term` stands for `data_term`."""
+    """Whether several clients are trained at once (`fl_client.cohort`).  Then `begin` and `finish`
+    are called on the first client's instance only; the forward pass runs under vmap, where hooks
+    see one client's tensors, without gradients; and `stacked_term` replaces `data_term`."""
     seen: list[torch.Tensor]
-    """With `stacked`: what hooks of the first client's instance note in a pass, there or empty from
-    `begin` on; `stacked_term` finds each as (A, ...), with its graph."""
+    """With `stacked`: the tensors that hooks of the first client's instance collect in a pass, a
+    list from before `begin` on; `stacked_term` finds each as (A, ...), with its graph."""
 
     def __init_subclass__(cls) -> None:
         enter(METHODS, cls)
@@ -54,18 +54,18 @@ class Regularizer(LocalMethod):
 
     @classmethod
     def prepare(cls, net: torch.nn.Module, params: Group) -> None:
-        """What the method makes of the network itself, once, wherever one is built: on clients,
-        and on the server, which evaluates it.  Raises ValueError if the network will not do."""
+        """Adapt a newly built network to the method, on clients and on the server, which evaluates
+        it.  Raises ValueError if the network is not suitable."""
 
     @classmethod
     def warnings(cls, config: CoreConfig) -> list[str]:
-        """What works, but not as its user may think; told once."""
+        """Settings that work, but not as a user may expect; told once."""
         return []
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
-        """Before the first step; `net` holds the model of `sent`, all that came down, or what the
-        strategy's `start` made of it; `memory`: what this method remembered of the client's last
-        round, or `blank`."""
+        """Called before the first step.  `sent`: all that was received, its model as the strategy's
+        `start` left it, which `net` holds too; `memory`: what this method remembers of the client's
+        last round, or `blank`."""
 
     def transform(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch that the step sees; x (B, ...) float, y (B,) int64 or (B, C) float."""
@@ -85,4 +85,4 @@ class Regularizer(LocalMethod):
         return 0.0
 
     def finish(self) -> None:
-        """After the last step; hooks that were put on the network are removed here."""
+        """Called after the last step; removes the hooks that were put on the network."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ITERATIONS = 10
 """Power iterations, from the vector of ones, as in the official code."""
 EPS = 1e-12
-"""Added to the norm of an iterate, which is 0 for features of zeros; an L_lip below it is 0."""
+"""Added to an iterate's norm, which all-zero features make 0; an L_lip below it counts as 0."""
 
 
 class FedAlignParams(Group):
@@ -121,7 +121,7 @@ class FedAlign(Regularizer):
 
 
 def unfit(net: torch.nn.Module, omega: float) -> str:
-    """Why there is nothing to align in `net` at this width, with the remedy; "": there is."""
+    """Why there is nothing to align in `net` at this width, with the remedy; "" if there is."""
     from fl_common.slim import narrower
     from fl_common.stage import last_stage
 
@@ -146,8 +146,8 @@ def features(x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
 def spectral_norm(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """sigma (B,) of T = P Q^T / n for P (B, c, n) and Q (B, c', n), by power iteration.
 
-    u = T T^T v, v = u / ||u||, sigma = sqrt(||u||) from v = 1, with v in the smallest of the
-    spaces that this map goes through, of size c, c' or n: the same numbers, but for rounding.
+    From v = 1: u = T T^T v, v = u / ||u||, sigma = sqrt(||u||).  Iterates in the smallest of the
+    spaces that this map goes through, of size c, c' or n, which differs by rounding alone.
     """
     n = p.shape[2]
     if n <= min(p.shape[1], q.shape[1]):  # z = P^T v

@@ -60,7 +60,7 @@ class GradAug(Regularizer):
     params: GradAugParams
     neutral = "gradaug.n=0"
     tries: bool | None = None
-    """Whether cuDNN tried its kernels before this round; None: it was not asked."""
+    """cuDNN's `benchmark` flag before this round; None if this round leaves it alone."""
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
@@ -76,7 +76,7 @@ class GradAug(Regularizer):
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
         self.slim, self.resizes = whole_net(net), takes_any_side(net)
         if self.params.mu and self.params.n:
-            # Every step has other shapes: to try all of cuDNN's kernels for each takes longer.
+            # Shapes change with every step: benchmarking cuDNN's kernels for each costs more time.
             self.tries = torch.backends.cudnn.benchmark
             torch.backends.cudnn.benchmark = False
 
@@ -115,7 +115,7 @@ class GradAug(Regularizer):
 
 
 def unfit(net: torch.nn.Module, omega_min: float) -> str:
-    """Why `net` has no sub-networks, with the remedy; "": it has."""
+    """Why `net` has no sub-networks, with the remedy; "" if it has."""
     from fl_common.slim import narrower
 
     try:

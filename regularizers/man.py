@@ -98,7 +98,7 @@ class MAN(Regularizer):
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
         self.net, self.seen = net, []
         self.layers = 0
-        """L of the pass whose gradient is next."""
+        """L of the pass whose backward pass comes next."""
         if not self.params.zeta:
             return
         after = self.params.site == "post-act"
@@ -116,7 +116,7 @@ class MAN(Regularizer):
         self._see(output)
 
     def _see(self, a: torch.Tensor, *, overwritten: bool = False) -> None:
-        """Note an activation (B, ...), and what is added to its gradient."""
+        """Record an activation (B, ...), and have its term added to its gradient."""
         if self.stacked:
             if is_main_pass(self.net):
                 self.seen.append(a.clone() if overwritten else a)

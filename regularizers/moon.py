@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _REFERENCES: WeakKeyDictionary[torch.nn.Module, tuple[dict[str, torch.Tensor], ...]] = (
     WeakKeyDictionary()
 )
-"""Of each network, the tensors of its two references, from round to round where recorded passes
-find them."""
+"""The tensors of each network's two reference models, at the same addresses in every round, where
+recorded passes read them."""
 
 OWN_HEAD = "let it be fl_common.models.layers.with_head(Chain(...))"
 
@@ -114,12 +114,12 @@ class MOON(Regularizer):
             return 0.0
         z = self.z
         del self.z
-        if not z.requires_grad:  # a partial round behind the projection: no gradient, no passes
+        if not z.requires_grad:  # a partial round that trains only layers behind the projection
             return 0.0
         return self.params.mu * contrast(z, *self._refer(x), self.params.tau).mean()
 
     def _refer(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """z_g and z_p (B, width): the network itself, with other tensors in the place of its."""
+        """z_g and z_p (B, width), of the network with each reference's tensors in turn."""
         if x.dim() == 4:  # faster on the CPU: pooling above all
             x = x.contiguous(memory_format=torch.channels_last)
         modes = [(module, module.training) for module in self.net.modules()]
@@ -150,7 +150,7 @@ def has_head(net: torch.nn.Module) -> bool:
 def contrast(z: torch.Tensor, z_g: torch.Tensor, z_p: torch.Tensor, tau: float) -> torch.Tensor:
     """(B,) of z (B, width) in float32 or wider: -log(e^a / (e^a + e^b)) is softplus(b - a).
 
-    Where both references are the same b - a is 0 exactly, and so is its gradient.
+    Where both references are the same, b - a is exactly 0, and so is its gradient.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     z, z_g, z_p = (torch.nn.functional.normalize(each.to(wide)) for each in (z, z_g, z_p))

@@ -94,10 +94,10 @@ class StochasticDepth(Regularizer):
             self.blocks = blocks_of(net)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step's draws, for each of its passes.
+        """Draw the blocks that all of the step's passes drop.
 
-        They steer the program, so they are made on the CPU, from the seed of the step: to read
-        them from a GPU would wait for it.
+        On the CPU, from the seed of the step: the draws decide on control flow, and reading them
+        from a GPU would wait for it.
         """
         if self.blocks:
             seed = torch.cuda.initial_seed() if x.is_cuda else torch.initial_seed()
@@ -109,7 +109,7 @@ class StochasticDepth(Regularizer):
 
     @property
     def replays(self) -> bool:
-        """With more blocks, steps seldom have a pattern that came before."""
+        """Not with more blocks: steps then seldom repeat an earlier pattern."""
         return len(self.blocks) <= 8
 
     def variant(self) -> tuple[bool, ...]:

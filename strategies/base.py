@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, type[FederatedStrategy]] = {}
 BLOCK = 1 << 16
-"""Elements that the CPU adds at a time: sums of two dtypes make a copy of what they add, which so
-stays in its cache."""
+"""Elements that the CPU adds at a time: adding across dtypes copies the addend, and a copy this
+small stays in its cache."""
 
 
 class NoParams(Group):
@@ -42,19 +42,19 @@ class NoParams(Group):
 
 
 class Weighting(Group):
-    """How much a client counts where models are averaged without weights."""
+    """The weights omega_i of methods whose server averages models uniformly."""
 
     weighting: Literal["omega", "uniform"] = Field(
         "omega", description="omega: clients count by their samples; uniform: all alike"
     )
 
     def omega(self, work: Work) -> float:
-        """omega_i, or 1."""
+        """omega_i, or 1 with `weighting=uniform`."""
         return work.omega if self.weighting == "omega" else 1.0
 
 
 class ClientRule(LocalMethod):
-    """The client half; as it stands, plain local training."""
+    """The client half of a strategy; this base class is plain local training."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Reply:
     steps: int
     """K_i, optimizer steps of the round."""
     model: Flat
-    """theta_i by kind; of a partial update, the parameters by group."""
+    """theta_i by kind; in a partial update, its parameters by group."""
 
     @classmethod
     def of(cls, message: Message) -> Reply:
@@ -79,7 +79,8 @@ class Reply:
 
 
 def over(vector: torch.Tensor, number: float) -> torch.Tensor:
-    """vector / number, to the same bits on every device: CUDA would multiply by 1 / number."""
+    """vector / number, the same bits on every device: by a Python number, CUDA multiplies by its
+    inverse."""
     return vector / vector.new_full((), number)
 
 
@@ -102,7 +103,7 @@ class WeightedMean:
 
     @property
     def sum(self) -> torch.Tensor:
-        """sum of weight * vector (d,), float64, to be read only."""
+        """sum of weight * vector (d,), float64, read-only."""
         if self._sum is None:
             raise ValueError("a mean of no vectors")
         return self._sum
@@ -115,21 +116,21 @@ class WeightedMean:
         return mean
 
     def take(self, dtype: torch.dtype) -> torch.Tensor:
-        """The mean, once: the sum is given up."""
+        """The mean; frees the sum, so it can be taken once."""
         mean = self.value(dtype)
         self._sum = None
         return mean
 
 
 def _blocks(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two tensors in parts of the same places; a GPU takes them whole."""
+    """Matching blocks of two tensors of one size; on a GPU, each tensor as one block."""
     length = BLOCK if one.device.type == "cpu" else max(1, one.numel())
     return zip(*(v.reshape(-1).split(length) for v in (one, other)), strict=True)
 
 
 class BufferMean:
-    """What becomes of buffers, whatever the algorithm: floating statistics are averaged by
-    samples, integer counters are those of the first client."""
+    """How buffers are aggregated, whatever the algorithm: floating-point statistics are averaged
+    with weights n_i, integer counters are the first client's."""
 
     def __init__(self) -> None:
         self.stats = WeightedMean()
@@ -150,9 +151,9 @@ class BufferMean:
 class FederatedStrategy(Strategy):
     """The server half: an algorithm overrides `begin`, `add` and `step`.
 
-    Implements Flower's five methods, so it runs wherever a Flower strategy does.  Who takes part
-    is the grid's: `configure_train` writes to every node that the given grid lists, in its
-    order.  `aggregate_train` takes replies one by one, holding at most one client's model.
+    Implements Flower's five methods, so it runs wherever a Flower strategy does.  The grid decides
+    who takes part: `configure_train` writes to every node that it lists, in its order.
+    `aggregate_train` takes replies one by one and holds at most one client's model.
     """
 
     name: ClassVar[str]
@@ -161,19 +162,19 @@ class FederatedStrategy(Strategy):
     regularizers: ClassVar[tuple[str, ...]] = ()
     """Regularizers that are part of this strategy; their parameters keep their own keys."""
     refuses: ClassVar[dict[str, str]] = {}
-    """Regularizers without meaning beside this strategy, with the reason and the remedy."""
+    """Regularizers that make no sense with this strategy, with the reason and the remedy."""
     redundant: ClassVar[dict[str, str]] = {}
-    """Regularizers that work beside it and bring nothing, with the reason; told once."""
+    """Regularizers that work with it but add nothing, with the reason; a warning says so once."""
     keeps: ClassVar[tuple[str, ...]] = ()
     """Names of the vectors (d,) that the server keeps from round to round; zero at first."""
     sends: ClassVar[tuple[str, ...]] = ()
-    """Those of them that go down with the model."""
+    """Those of `keeps` that are sent to clients with the model."""
     partial: ClassVar[bool] = False
     """Whether a round may train and send some groups of layers only."""
     tracked: ClassVar[bool] = True
-    """Whether messages may leave out what their receivers have."""
+    """Whether messages may leave out what their receiver already has."""
     on_card: ClassVar[bool] = True
-    """Whether all it does with vectors is torch's, on whatever device they lie."""
+    """Whether all its vector arithmetic is torch's, and so runs on any device."""
 
     def __init_subclass__(cls) -> None:
         enter(METHODS, cls)
@@ -213,11 +214,11 @@ class FederatedStrategy(Strategy):
 
     @classmethod
     def plain_sgd(cls, config: CoreConfig) -> str:
-        """Why clients must take plain SGD steps, without momentum and not Adam's; "": any."""
+        """Why clients must take plain SGD steps (no momentum, no Adam); "" if they need not."""
         return ""
 
     def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
-        """What works, but not as well as its user may think; told once, after `bind`."""
+        """Settings that work, but less well than a user may expect; told once, after `bind`."""
         return [
             f"{name} with strategy {self.name}: {self.redundant[name]}"
             for name in config.regularizer_names
@@ -236,7 +237,7 @@ class FederatedStrategy(Strategy):
         raise NotImplementedError
 
     def add(self, reply: Reply) -> None:
-        """One reply into the sums; replies come in partition order."""
+        """Add one reply to the sums; replies come in partition order."""
         raise NotImplementedError
 
     def step(self) -> torch.Tensor:
@@ -246,7 +247,7 @@ class FederatedStrategy(Strategy):
     # What it may use
 
     def work(self, reply: Reply) -> Work:
-        """The part that this client did, by the same computation as on its side."""
+        """The client's part of the round, by the same computation as on the client."""
         return Work.of(self.config, self.server_round, reply.samples, self.samples)
 
     def delta(self, reply: Reply) -> torch.Tensor:
@@ -254,7 +255,7 @@ class FederatedStrategy(Strategy):
         return reply.model[PARAMS] - self.w[PARAMS]
 
     def buffers(self) -> BufferMean:
-        """What gathers a round's buffers."""
+        """A new aggregator for a round's buffers."""
         return BufferMean()
 
     def expected(self) -> dict[str, dict[str, Spec]]:
@@ -266,11 +267,11 @@ class FederatedStrategy(Strategy):
         return {kind: Spec.of(vector) for kind, vector in model.items()}
 
     def state(self) -> Flat:
-        """All that the next round depends on, besides the model."""
+        """Everything besides the model that the next round depends on."""
         return dict(self.kept)
 
     def load_state(self, state: Flat) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.kept = dict(state)
 
     # Flower's Strategy
@@ -298,7 +299,7 @@ class FederatedStrategy(Strategy):
             buffers.add(reply)
             loss += reply.samples * float(message.content[wire.METRICS]["loss"])
             samples += reply.samples
-            del message, reply  # the next one comes before these names are used again
+            del message, reply  # else they would stay alive while the next one arrives
         if not samples:
             return None, None
         new, sent = self.step(), Spec.of(self.w[PARAMS])

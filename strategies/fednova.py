@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 
 def effective_steps(steps: int, momentum: float, pull: float = 0.0) -> float:
-    """a_i, the sum of the weights that the steps' gradients have in Delta_i, over eta: how far they
-    go together if each is 1.
+    """a_i, the paper's ||a_i||_1: the sum of the local gradients' coefficients in -Delta_i / eta.
 
-    K_i for plain SGD; `pull` is eta mu of a proximal term, which takes back a part of the way.
+    K_i for plain SGD; `pull` is eta mu of a proximal term, which undoes a part of each step.
     """
     velocity = way = 0.0
     for _ in range(steps):

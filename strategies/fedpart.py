@@ -88,7 +88,7 @@ class Schedule:
         return self.params.cycles * self.cycle - (0 if self.params.reopen else again)
 
     def problem(self, rounds: int) -> str:
-        """Why a run of so many rounds does not have these cycles; empty if it does."""
+        """Why a run of `rounds` rounds is not made up of `cycles` cycles; "" if it is."""
         cycles = self.params.cycles
         if not cycles or rounds == self.rounds:
             return ""
@@ -140,7 +140,7 @@ class FedPartRule(ClientRule):
         return sent | memory
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
-        # Copies, for MOON may remember the same vector.
+        # Copies: MOON may remember the same vector.
         return {name: model[name].clone() for name in memory}
 
 
@@ -178,7 +178,7 @@ class FedPart(FederatedStrategy):
                 names = groups_of(config, net, usual_shape(config)).names
             except ValueError as error:
                 return [*errors, str(error)]
-            except Exception:  # of a model's own code, which others tell
+            except Exception:  # from the model's own code; another check reports it
                 return errors
             if problem := Schedule(params, names, config.run.seed).problem(config.run.rounds):
                 errors.append(problem)

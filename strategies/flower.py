@@ -51,7 +51,7 @@ OURS = {
     "min_available_nodes": 1,
     "train_loss_key": "loss",
 }
-"""Arguments that are ours to give: who takes part is drawn by us (`clients.per-round`)."""
+"""Arguments that we set ourselves: our server draws the cohort (`clients.per-round`)."""
 
 
 def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
@@ -86,7 +86,7 @@ def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _number(text: str, whole: bool) -> float | None:
-    """The number that `text` spells, not negative where it counts; None if it is none."""
+    """The number in `text`: finite or, with `whole`, an integer from 0 on; None if it is not."""
     try:
         value = int(text) if whole else float(text)
     except ValueError:
@@ -103,17 +103,17 @@ STATEFUL = ("current_arrays", "m_t", "v_t", "momentum_vector")
 """Where Flower's strategies keep what the next round depends on."""
 HOLDERS: dict[type, tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]] = {
     ArrayRecord: (
-        lambda record: next(iter(record.values())).numpy(),  # some rename it
+        lambda record: next(iter(record.values())).numpy(),  # some rename the key
         lambda array: ArrayRecord({PARAMS: Array(array)}),
     ),
     dict: (lambda arrays: arrays[PARAMS], lambda array: {PARAMS: array}),
     list: (lambda arrays: arrays[0], lambda array: [array]),
 }
-"""How to take the one vector out of each container of theirs, and to put it back."""
+"""How to take the one vector out of each kind of container that they use, and to put it back."""
 
 
 class FlowerStrategy:
-    """One of Flower's strategies, with the faces of a `FederatedStrategy`."""
+    """One of Flower's strategies behind the interface of a `FederatedStrategy`."""
 
     name: ClassVar[str]
     Params = NoParams
@@ -130,15 +130,15 @@ class FlowerStrategy:
         self.w: Flat = {}
 
     def bind(self, groups: Groups) -> None:
-        """Nothing of Flower's knows of layers.  A run begins: its log has our line of each round,
-        and not Flower's own."""
+        """Flower's strategies know nothing of layers.  A run begins, which logs a line per round
+        itself: Flower's own lines are silenced."""
         logging.getLogger("flwr").setLevel(logging.WARNING)
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
         try:
             inner = cls(config).inner
-        except Exception as error:  # whatever the class behind it has against its arguments
+        except Exception as error:  # whatever Flower's class raises for its arguments
             return [str(error)]
         if isinstance(inner, serverapp.strategy.Bulyan):
             needed = 4 * inner.num_malicious_nodes + 3
@@ -151,14 +151,14 @@ class FlowerStrategy:
 
     @classmethod
     def rule(cls, config: CoreConfig, settings: ConfigRecord, work: Work) -> ClientRule:
-        """Plain training; Flower's FedProx leaves its term to the client, by the message."""
+        """Plain training, or FedProx's term where Flower's FedProx has sent its `proximal-mu`."""
         mu = settings.get("proximal-mu")
         if mu is None:
             return ClientRule(NoParams(), work)
         return FedProxRule(FedProxParams(mu=float(mu)), work)
 
     def state(self) -> Flat:
-        """The server optimizer's vectors, by the class's own attribute and what it holds there."""
+        """The server optimizer's vectors by "attribute.container"."""
         found = {name: getattr(self.inner, name, None) for name in STATEFUL}
         return {
             f"{name}.{kind.__name__}": torch.from_numpy(take(value).copy())
@@ -196,7 +196,7 @@ class FlowerStrategy:
         parts = {name: wire.pack(part) for name, part in _by_record(self.w).items()}
         arrays = parts.pop(wire.ARRAYS)
         messages = list(getattr(self.inner, method)(server_round, arrays, config, grid))
-        # Flower puts one content into all messages; each is to have its own.
+        # Flower puts the same content into all messages; each needs its own.
         return [
             Message(
                 RecordDict({**message.content, **parts}),
@@ -217,13 +217,13 @@ class FlowerStrategy:
             buffers.add(reply)
             metrics = message.content[wire.METRICS].items()
             content = {
-                # A copy: some compute in it, and a client may remember the same vector.
+                # A copy: some strategies write to it, and a client may remember the same vector.
                 wire.ARRAYS: wire.pack({PARAMS: reply.model[PARAMS].clone()}),
-                # Lists, which Flower averages too, have as many numbers as the client took steps.
+                # Without lists: Flower averages them too, but they are as long as a client's steps.
                 wire.METRICS: MetricRecord({k: v for k, v in metrics if not isinstance(v, list)}),
             }
             stripped.append(Message(RecordDict(content), reply_to=message))
-            del message, reply  # the next one comes before these names are used again
+            del message, reply  # else they would stay alive while the next one arrives
         arrays, metrics = self.inner.aggregate_train(server_round, stripped)
         if arrays is None:
             return None, None
@@ -238,7 +238,7 @@ class FlowerStrategy:
 
 
 def _by_record(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Parameters in one record, buffers, if there are any, in another."""
+    """Parameters in one record; buffers, if there are any, in another."""
     rest = {key: value for key, value in parts.items() if key != PARAMS}
     return {wire.ARRAYS: {PARAMS: parts[PARAMS]}, **({BUFFERS: rest} if rest else {})}
 
@@ -248,7 +248,7 @@ REFUSES = {
         "proximal": "it is the same term twice; set proximal_mu in strategy.params alone",
     },
 }
-"""Regularizers without meaning beside one of them, as `FederatedStrategy.refuses`."""
+"""`FederatedStrategy.refuses` of those that refuse any."""
 
 for _name in NAMES:
     _own = {"name": PREFIX + _name, "refuses": REFUSES.get(_name, {})}
