@@ -30,12 +30,13 @@ PARTITION_KEYS = ("partition-id", "num-partitions")
 """Settings of a node that do not change what its process holds."""
 
 _resident: list[tuple[tuple[object, ...], Clients | Exception]] = []
-"""The clients of this process, or why there are none, with their settings; at most one."""
+"""This process's clients, or the error that making them raised, with their settings; at most one
+entry."""
 
 
 def explained(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """The reply, or why there is none with the exception's class in the text, which is all that
-    Flower's simulation hands on."""
+    """The reply; errors are raised again with their class in the text, which is all that Flower's
+    simulation passes on."""
     try:
         return call_next(message, context)
     except Exception as error:
@@ -43,8 +44,9 @@ def explained(message: Message, context: Context, call_next: ClientAppCallable) 
 
 
 def resident(context: Context) -> Clients:
-    """The clients for these settings, the node's own over the run's: those of the last message,
-    or new ones.  What keeps one message from being answered is not tried again for the next."""
+    """The clients for these settings, of which the node's override the run's: those of the last
+    message if it had the same settings, else new ones.  An error in making them is raised again for
+    later messages, without another try."""
     node = {k: v for k, v in context.node_config.items() if k not in PARTITION_KEYS}
     settings = (dict(context.run_config), node)
     if not _resident or _resident[0][0] != settings:
@@ -79,7 +81,7 @@ def partition_of(context: Context) -> int:
 
 
 def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
-    """What the clients of this process say to a message."""
+    """The reply of this process's clients to a message."""
     clients, partition, state = resident(context), partition_of(context), context.state
     if kind == "train":
         return clients.train(partition, content, state)
@@ -91,7 +93,7 @@ def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
 
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
-    """From this process, or from the node's resident trainer."""
+    """The reply of this process, or of the node's resident trainer."""
     if path := context.node_config.get("worker-socket"):
         from fl_client.worker import ask
 
@@ -130,11 +132,11 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     from flwr.clientapp.mod import LocalDpMod
 
     # Flower draws from NumPy's global generator.  ClientApps that were forked from one process
-    # would all draw the same noise, which the difference of two replies is then free of.
+    # would all draw the same noise, and it would cancel in the difference of two replies.
     numpy.random.seed()  # noqa: NPY002
     flower = logging.getLogger("flwr")
     level = flower.level
-    flower.setLevel(logging.WARNING)  # it tells of clip and noise at every reply
+    flower.setLevel(logging.WARNING)  # it logs clip and noise with every reply
     try:
         # Two updates of norm C at most are 2 C apart.
         mod, asked = LocalDpMod(clip, 2 * clip, epsilon, delta), Message(sent, reply_to=message)
@@ -145,8 +147,8 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
 
 @app.query(mods=[explained])
 def query(message: Message, context: Context) -> Message:
-    """The roll call: who is here, with how many samples of which labels; with a model, how its
-    loss is curved on them.  Who is refused is told, in the node's log."""
+    """The roll call: partition, samples and labels.  With a model: the diagonal of its Hessian on
+    this client's data.  With a refusal: a line in the node's log, and an empty reply."""
     if why := message.content.get(wire.CONFIG, {}).get(wire.REFUSED):
         logging.getLogger("flwr").warning("the server refuses this node: %s", harmless(str(why)))
         return Message(RecordDict(), reply_to=message)

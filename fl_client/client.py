@@ -60,7 +60,7 @@ class Job:
     remembered: Flat
     sent: Flat
     start: Flat
-    """The model that the local round starts from: that of `sent`, or as the rule has it."""
+    """The model that the local round starts from, as the rule's `start` makes it of `sent`."""
     active: tuple[str, ...]
     metrics: dict[str, Any] = field(default_factory=dict)
     cpu_s: float = 0.0
@@ -76,7 +76,7 @@ class Job:
 
 
 def _asking(server_round: int, lost: dict[str, int]) -> RecordDict:
-    """The reply of a client that lacks something: it is sent that with the message again."""
+    """The reply of a client that lacks something; the server then sends the message with it."""
     return RecordDict({wire.METRICS: MetricRecord({"server-round": server_round, **lost})})
 
 
@@ -87,7 +87,7 @@ class Clients:
         self.config = config
         self.device = assembly.training_device(config)
         prepare_process(config.train.threads, config.train.deterministic, self.device.type)
-        if self.device.type == "cuda":  # for what torch does on the current one: draws, graphs
+        if self.device.type == "cuda":  # torch draws and records graphs on the current device
             torch.cuda.set_device(self.device)
         self.data = assembly.load_data(config)
         self.partitions = assembly.split_data(config, self.data)
@@ -122,29 +122,29 @@ class Clients:
 
     def train(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
         """One local round from the model in `content`; `state` is what Flower keeps for the
-        client.  Without the memory that the round starts from, or without what the message leaves
-        out, the reply asks for it."""
+        client.  A client that lacks its memory, or arrays that the message leaves out, replies by
+        asking for them."""
         job = self.begin(partition, content, state)
         return job if isinstance(job, RecordDict) else self.train_alone(job)
 
     def train_together(
         self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], at_once: int
     ) -> list[RecordDict | Exception | None]:
-        """What `train` would say to each of these messages, or why nothing; None where it is to
-        wait for others that lack something.  At most `at_once` clients are trained at a time, in
-        one pass for all of them."""
+        """`train`'s reply to each of these messages, or the error in its place; None for clients
+        that must wait for others that lack something.  At most `at_once` clients are trained at a
+        time, in one pass for all of them."""
         return self.together.train(jobs, at_once)
 
     def choose_cohort(
         self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], workers: int
     ) -> tuple[int, str]:
-        """`at_once` where `engine.cohort` is auto, by measurement on these messages of the first
-        round, which remain to be trained, against so many processes that train one by one; with the
-        reason in words."""
+        """`at_once` for engine.cohort=auto, and the reason in words: measured on these messages of
+        the first round, against `workers` processes that train one client at a time each.  The
+        messages are still to be trained afterwards."""
         return self.together.choose(jobs, workers)
 
     def begin(self, partition: int, content: RecordDict, state: RecordDict) -> Job | RecordDict:
-        """What a local round starts from; or the reply that asks for what the client lacks."""
+        """The job of a local round, or the reply that asks for what the client lacks."""
         started = time.process_time()
         config, data, settings = self.config, self.local_data(partition), content[wire.CONFIG]
         server_round = int(settings["server-round"])
@@ -173,8 +173,8 @@ class Clients:
     def _found(
         self, partition: int, content: RecordDict, state: RecordDict, memory: Memory | None
     ) -> tuple[Flat, Flat | None] | RecordDict:
-        """The model that a message means, and what the client remembers, None before its first
-        round; or the reply that asks for what the client lacks."""
+        """The model that a message refers to, and what the client remembers (None before its first
+        round); or the reply that asks for what the client lacks."""
         cache = Cache.of(self.config.client.state_dir, partition, content, state)
         lost = {}
         try:
@@ -204,8 +204,8 @@ class Clients:
     def local_round(self, job: Job, settings: Train) -> LocalResult:
         """Train the resident network as the job says, with the optimizer that its client kept.
 
-        Once more without recorded passes where these cannot be, or take the memory that a pass
-        beside them needs.
+        If passes cannot be recorded, or those that were leave too little memory, the round is run
+        again without them.
         """
         try:
             return self._local_round(job, settings)
@@ -215,7 +215,7 @@ class Clients:
             self.graphs.refuse(first_line(error))
         except BeginAnew:
             pass
-        # Outside of the `try`, where the error, and the memory that it holds, is gone.
+        # After the `try`: the error, and the memory that it held, is gone.
         torch.cuda.empty_cache()
         return self._local_round(job, settings)
 
@@ -248,7 +248,7 @@ class Clients:
 
     @contextmanager
     def training(self, job: Job) -> Iterator[None]:
-        """The network in training mode, where the job's groups alone train."""
+        """The network in training mode, with only the job's groups trainable."""
         if not self.net.training:
             self.net.train()
         frozen_norms = job.methods[0].frozen_norms
@@ -256,8 +256,8 @@ class Clients:
             yield
 
     def evaluate_job(self, job: Job, model: Flat | None, suffix: str) -> None:
-        """If the message asks for it, the client's held-out samples on `model`, or on the resident
-        network as it is."""
+        """If the message asks for it, evaluate `model`, or the resident network as it is, on the
+        client's held-out samples."""
         if job.evaluates:
             if model is not None:
                 self._install(model)
@@ -266,7 +266,7 @@ class Clients:
     def finish(
         self, job: Job, trained: Flat, result: LocalResult, optimizer: dict[str, Tensors] | None
     ) -> RecordDict:
-        """All that follows the last step: the new memory, and the reply."""
+        """Save the client's new memory and make the reply."""
         started = time.process_time()
         if job.memory is not None:
             new = new_memory(job.methods, job.remembered, job.sent, trained)
@@ -299,8 +299,8 @@ class Clients:
         return Memory.of(self.config.client.state_dir, partition, content, state)
 
     def evaluate(self, partition: int, content: RecordDict, state: RecordDict) -> RecordDict:
-        """The received model, with what the client has of its own in it, on its held-out
-        samples."""
+        """Evaluate the received model, with the client's own parts in it if the rule is `personal`,
+        on its held-out samples."""
         settings, share = content[wire.CONFIG], self.share(partition)
         server_round = int(settings["server-round"])
         rule, *_ = local_methods(self.config, settings, server_round, len(share.train))
@@ -332,7 +332,7 @@ class Clients:
 
     @staticmethod
     def _reply(up: Flat, content: RecordDict, metrics: dict[str, Any]) -> RecordDict:
-        """The vectors in the records in which they came; those that are new to it, in the first."""
+        """A reply with each vector in the record that it came in, and new ones in the first."""
         records: dict[str, Flat] = {wire.ARRAYS: dict(up)}
         for name, record in wire.array_records(content).items():
             if name not in (wire.ARRAYS, wire.MEMORY):
@@ -423,8 +423,8 @@ class Clients:
         return self.uploaded[kind][1]
 
     def kept(self, remembered: Flat) -> dict[str, Tensors] | None:
-        """The optimizer's state that the client kept from its last round, each tensor in the order
-        in memory of its parameter, as fused kernels take them; None: it begins anew."""
+        """The optimizer state that the client kept from its last round, each tensor in the memory
+        format of its parameter, as fused kernels need it; None: it starts afresh."""
         keys = sorted(key for key in remembered if key.startswith(f"{OPTIMIZER}."))
         if not keys:
             return None
@@ -439,13 +439,13 @@ class Clients:
 
     @staticmethod
     def steps_taken(remembered: Flat) -> tuple[float, ...]:
-        """The step numbers among what an optimizer kept; Adam has them."""
+        """Adam's step counts in what a client remembers; empty for SGD."""
         prefix = f"{OPTIMIZER}.steps."
         return tuple(float(remembered[k]) for k in sorted(remembered) if k.startswith(prefix))
 
     def _optimizer_state(self, state: dict[str, Tensors] | None) -> Flat:
-        """An optimizer's state by "optimizer.name.i".  Leading zeros in i make the order of the
-        names that of the tensors."""
+        """An optimizer's state by "optimizer.name.i", with leading zeros in i: sorted names are in
+        the order of the tensors."""
         if not self.config.train.keeps_state:
             return {}
         return {

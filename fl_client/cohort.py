@@ -52,16 +52,16 @@ if TYPE_CHECKING:
 
 
 ALIKE = {"bfloat16": 0.1, "float32": 0.01, "float64": 0.01}
-"""What a comparison lets gradients, and buffers, differ by, of their norm: more than rounding does,
-less than a wrong rule."""
+"""How far gradients, and buffers, may differ in a check, relative to their norm: more than by
+rounding, less than by a wrong rule."""
 
 
 @dataclass
 class Known:
-    """What is known of a network under vmap, from round to round."""
+    """What has been learned about a network under vmap; kept from round to round."""
 
     checked: set[bool] = field(default_factory=set)
-    """The kinds of batches that torch was seen to stack rightly: with padding (True), without
+    """The kinds of batches that torch was found to stack correctly: with padding (True), without
     (False)."""
     dropouts: dict[torch.Size, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
     """By the shape of a batch, for each dropout in the order in which they run: ones in the shape
@@ -77,9 +77,9 @@ class Member:
     methods: Sequence[LocalMethod]
     correction: Affine
     start: Flat
-    """The model that it starts from; what it comes to will lie on the same device."""
+    """The model that it starts from; `trained` will lie on the same device."""
     optimizer: State = None
-    """What its optimizer kept.  Members whose optimizers kept something took equally many steps."""
+    """The optimizer state that it kept; members that have one took equally many steps."""
     result: LocalResult | None = None
     trained: Flat = field(default_factory=dict)
 
@@ -87,8 +87,8 @@ class Member:
 def why_alone(
     net: torch.nn.Module, methods: Sequence[LocalMethod], samples: int, settings: Train
 ) -> str:
-    """Why a client cannot be trained beside others, as far as that is known beforehand; "": it may
-    be tried.  For what else torch cannot stack, `cohort_round` raises."""
+    """Why a client cannot be trained at once with others, as far as can be told beforehand; "" if
+    it may be tried.  Where torch then fails to stack the network, `cohort_round` raises."""
     for method in methods:
         if method.alone:
             return f"{getattr(method, 'name', 'strategy')}: {method.alone}"
@@ -101,8 +101,8 @@ def why_alone(
 
 
 def bytes_of(net: torch.nn.Module, data: LocalData, settings: Train) -> int:
-    """What one client of a cohort takes in memory, roughly: what a pass keeps for its gradient,
-    that gradient, and six copies of the parameters; its data."""
+    """Rough memory of one client of a cohort [bytes]: what a forward pass saves for its backward
+    pass, as much for the gradients there, six copies of the parameters, and its data."""
     device, held = data.x.device.type, {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -138,9 +138,9 @@ def cohort_round(
     """Train all members at once; their `result`, `trained` and `optimizer` are set.
 
     `net`: the resident network, whose parameters that require a gradient are trained; its own
-    tensors stay as they are.  `known`: before the first step with padding, and without, that it
-    has not seen, one member's gradient and buffers are compared with those of a pass of its own.
-    `graphs`: passes that were recorded.  Raises RuntimeError or the like where torch cannot stack
+    tensors stay as they are.  `known`: before the network's first step with padding, and its first
+    without, one member's gradient and buffers are compared with those of a pass of its own.
+    `graphs`: recorded passes of `net`.  Raises RuntimeError or the like where torch cannot stack
     the network, or stacks it wrongly; then no member has changed.
     """
     order = sorted(members, key=lambda member: len(member.data.y), reverse=True)
@@ -229,7 +229,7 @@ class _Cohort:
 
     def train(self) -> None:
         clients, batches = len(self.members), self.batches
-        gradient = self._gradient  # not kept: a cohort that refers to itself outlives its round
+        gradient = self._gradient  # a local: a cohort that refers to itself outlives its round
         if self.graphs:
             methods = self.members[0].methods
             gradient = self.graphs.of(gradient, self.net, clients, lambda: self.leaves, methods)
@@ -256,7 +256,7 @@ class _Cohort:
         return [tensor for tensor, trained in zip(stacked, self.trained, strict=True) if trained]
 
     def _take_first(self, count: int) -> None:
-        """Views of the first clients' tensors; what is trained, as leaves of the graph."""
+        """Take views of the first `count` clients' tensors, the trained ones as leaves."""
         named: dict[str, dict[str, torch.Tensor]] = {}
         for kind, tensors in self.stacks.items():
             names = [slot.name for slot in self.layout.slots[kind]]

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class BeginAnew(Exception):
-    """Nothing is recorded any more: the round, of which nothing is kept, is to begin once more."""
+    """Recording was given up; the round must be run again from its start."""
 
 
 @dataclass
@@ -63,19 +63,19 @@ class Graphs:
 
     def __init__(self) -> None:
         self.passes: dict[Hashable, Recorded | None] = {}
-        """By all that decides on the kernels of a pass; None for one that came once, unrecorded."""
+        """By all that determines a pass's kernels; None for a pass seen once, not yet recorded."""
         self.stacks: dict[Hashable, Tensors] = {}
-        """Stacked parameters that stay where they are (`in_place`)."""
+        """Stacked parameters at fixed addresses (`in_place`)."""
         self.refused = ""
-        """Why nothing is recorded any more."""
+        """Why recording was given up; "" if it was not."""
         self.pool: Any = None
         self.bytes = 0
-        """What inputs and gradients of the recorded passes take, about."""
+        """Approximate size of the recorded passes' inputs and gradients."""
 
     @staticmethod
     def fit(methods: Sequence[LocalMethod], *, stacked: bool = False) -> bool:
-        """Whether passes with these methods, which have begun, can be recorded; `stacked`: of
-        several clients, each of which would have draws of its own to copy."""
+        """Whether passes with these methods, after their `begin`, can be recorded; `stacked`: of
+        several clients at once, each of which would have its own draws to copy."""
         return all(
             method.replays and not (stacked and method.drawn)
             for method in methods
@@ -93,9 +93,9 @@ class Graphs:
         """A function like `gradient` that replays recorded passes of it.
 
         `gradient` is a pass of `net` that sets the gradients of `leaves`.  `clients`: how many it
-        is of at once, with their stacked parameters `in_place`; 0: of one, on `net`'s own.
+        trains at once, on stacked parameters of `in_place`; 0: one, on `net`'s own.
 
-        Raises BeginAnew when it finds that nothing can be recorded, which is told in the log.
+        The function raises BeginAnew, and logs why, where recording fails.
         """
         trained = tuple(p.requires_grad for p in net.parameters())
         norms = [module for module in net.modules() if isinstance(module, _NormBase)]
@@ -123,7 +123,7 @@ class Graphs:
                     if isinstance(error, torch.OutOfMemoryError) and clients:
                         raise  # there may be room for fewer
                     self.refuse(first_line(error))
-                    # What the broken pass holds goes with its frames, and so does this error.
+                    # The memory of the broken pass is freed with its frames, which `error` holds.
                     raise BeginAnew from None
                 self.bytes += size
             return self.passes[key](inputs, copied)
@@ -131,7 +131,7 @@ class Graphs:
         return replayed
 
     def record(self, gradient: Gradient, inputs: Sequence[torch.Tensor]) -> Recorded:
-        """One pass, which is recorded and not run; raises whatever keeps it from being recorded."""
+        """Record one pass without running it; raises whatever prevents that."""
         held = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -139,7 +139,7 @@ class Graphs:
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 loss, grads = gradient(*held)
-        finally:  # where ending a recording fails, torch stays on the stream that it recorded
+        finally:  # where ending a capture fails, torch stays on the capture's stream
             torch.cuda.set_stream(stream)
         return Recorded(held, graph.replay, loss, grads)
 
@@ -155,14 +155,14 @@ class Graphs:
 
     @staticmethod
     def most() -> float:
-        """How many bytes of inputs and gradients may stay with what is recorded, a quarter of the
-        card: clients of unequal sizes have batches of many shapes, each recorded by itself."""
+        """The limit on `bytes`, a quarter of the card: clients of unequal sizes have batches of
+        many shapes, each recorded separately."""
         if not torch.cuda.is_available():
             return inf
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 4
 
     def in_place(self, name: Hashable, tensors: Tensors) -> Tensors:
-        """These tensors, where those of the last call by this name are."""
+        """These tensors, copied to where those of the last call with this name lie."""
         kept = self.stacks.get(name)
         if kept is None or [t.shape for t in kept] != [t.shape for t in tensors]:
             self.stacks[name] = tensors
@@ -173,13 +173,13 @@ class Graphs:
 
 
 def first_line(error: Exception) -> str:
-    """Of what it says; its class where it says nothing."""
+    """The first line of an error's text; its class if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def records(train: Train, model: str, device: torch.device) -> bool:
-    """Whether passes are recorded; with `auto`, those of networks that are known to be the same
-    kernels every time."""
+    """Whether passes are recorded; with `auto`, those of networks that are known to run the same
+    kernels in every step."""
     on = train.graphs == "on" or (train.graphs == AUTO and model in MODELS)
     return on and device.type == "cuda"

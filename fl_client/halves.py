@@ -26,9 +26,9 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv2d)
 def halved(
     net: nn.Module, settings: Train, methods: Sequence[LocalMethod]
 ) -> dict[str, torch.Tensor]:
-    """The parameters of `net` that a pass has in bfloat16; none where it matters who copies them:
-    in networks that are not the catalogue's, which may compute with their weights, and with methods
-    whose data terms may pass through the network again."""
+    """The parameters of `net` that a pass has in bfloat16; none in networks that are not the
+    catalogue's, which may compute with their weights, and with methods whose data terms may run the
+    network again."""
     known = type(net) is Chain and not any(method.alone for method in methods)
     if settings.dtype != "bfloat16" or not known:
         return {}
@@ -41,7 +41,7 @@ def halved(
 
 
 def copies(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of these parameters, to which the copies' gradients go."""
+    """bfloat16 copies of these parameters; their gradients flow back to the parameters."""
     return dict(zip(params, _Halves.apply(*params.values()), strict=True))
 
 

@@ -44,17 +44,17 @@ SUPERNODE = "flwr.supernode.start_client_internal"
 RESTART_S = 0.5
 """Pause before a trainer that died is started anew [s]."""
 LONGEST_ROOT = 70
-"""Bytes; the names of sockets below it are of 30, and macOS allows 103."""
+"""Of a folder for sockets [bytes]: their names below it take 30, and macOS allows 103 in all."""
 LOGGERS = ("flwr", "uvicorn.error")
-"""Into which a SuperNode logs."""
+"""The loggers of a SuperNode."""
 REFUSED = "Exit Code: 305\n"
-"""Begins what a SuperNode logs when the server has not taken it."""
+"""The start of what a SuperNode logs when the server refuses it."""
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Where gRPC looks for a proxy; the first that is set counts."""
 CLOCKS = "Invalid timestamp"
-"""All that a server says of a request whose signed time is not its own."""
+"""All that a server says to a request whose signed time differs too much from its own."""
 IDLE_S, REPLY_S = 3, 0.5
-"""Flower's literal pauses: between two questions for a message, and for the ClientApp's reply."""
+"""Flower's hard-coded pauses between two polls, for a message and for the ClientApp's reply [s]."""
 
 
 class NodeError(ValueError):
@@ -73,7 +73,7 @@ class Node:
     port: int = 0
     """of the node's own loopback API; 0: any free one"""
     poll_interval: float = 0.2
-    """pause between two questions for work [s]"""
+    """pause between two polls for work [s]"""
     wait: float = 3.0
     """how long the server may take to come up [s]"""
     preload: bool = True
@@ -102,7 +102,7 @@ def check(node: Node) -> None:
 
 
 def check_settings(node: Node) -> None:
-    """Raise NodeError for the first thing that is wrong with `node` whatever its server is."""
+    """Raise NodeError for the first thing that is wrong with `node` itself, its server unasked."""
     _check_options(node)
     _check_config(node.config)
 
@@ -175,7 +175,7 @@ def default_state_dir() -> Path:
 
 
 def check_state_dir(folder: Path) -> None:
-    """It can be made and written to."""
+    """Make the folder; raise NodeError if that fails, or it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -187,7 +187,7 @@ def check_state_dir(folder: Path) -> None:
 
 
 def _check_flower_home() -> None:
-    """The SuperNode unpacks the app that it is sent there."""
+    """Raise NodeError if Flower's home, where the SuperNode unpacks apps, is not writable."""
     folder = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "apps"
     if problem := unwritable(folder):
         raise NodeError(f"FLWR_HOME: {problem}; set it to a folder that this node may write to")
@@ -284,7 +284,7 @@ def _check_port_is_free(port: int) -> None:
 
 
 def _check_server(node: Node, host: str, port: int, proxy: str = "") -> None:
-    """`proxy`: the variable of the environment that names one for gRPC."""
+    """`proxy`: the environment variable that names gRPC's proxy; "" if there is none."""
     where, end = f"SuperLink {node.superlink}", time.monotonic() + node.wait
     context = None
     if not node.insecure:
@@ -421,7 +421,7 @@ def why_unavailable(address: str, root_certificates: str | None, insecure: bool)
 
 
 def serve(node: Node) -> int:
-    """Be a SuperNode until a signal ends it; gives the exit code.  `node` has been checked."""
+    """Run a SuperNode until a signal ends it; returns the exit code.  `node` has been checked."""
     # Flower looks its own commands up, and reaches the ClientApps by loopback.
     os.environ |= {**processes.FLOWER, **processes.direct()}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -457,8 +457,8 @@ def serve(node: Node) -> int:
 
 
 def hear_denials(opening: Opening) -> None:
-    """Tell `opening` why the server takes no request of this SuperNode: Flower ends it without a
-    word then, as if Ctrl-C had been typed."""
+    """Tell `opening` why the server rejects this SuperNode's requests: Flower then ends it without
+    a word, as on Ctrl-C."""
     module = importlib.import_module(SUPERNODE)
     make = module.make_simple_grpc_retry_invoker
 
@@ -478,8 +478,8 @@ def hear_denials(opening: Opening) -> None:
 
 
 class Opening(logging.Filter):
-    """Holds Flower's log back until the server has taken the node, or something else than its
-    refusal goes wrong."""
+    """Holds back Flower's log until the server has accepted the node, or anything but its refusal
+    goes wrong."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -503,7 +503,7 @@ class Opening(logging.Filter):
 
 
 def _why_refused(node: Node, opening: Opening) -> str:
-    """A server to which this node could talk has not taken it; Flower does not say which is so."""
+    """Why a server that could be reached did not take this node, which Flower does not say."""
     where = f"SuperLink {node.superlink}"
     if opening.denial == CLOCKS:
         return (
@@ -534,7 +534,7 @@ def _with_worker(config: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
     def keep() -> None:
         while True:
             code = subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
-            time.sleep(RESTART_S)  # in which a node that stops, and its trainer first, has ended
+            time.sleep(RESTART_S)  # a node that stops ends its trainer first, then itself
             print(f"the trainer ended (code {code}); it is started anew", flush=True)
 
     threading.Thread(target=keep, daemon=True).start()
@@ -584,7 +584,7 @@ def _literal(key: str, value: Scalar) -> str:
 def poll_every(interval: float) -> None:
     """Have the SuperNode of this process ask for work every `interval` seconds.
 
-    Flower's module sleeps for literal times; it is given a clock that sleeps for less.
+    Flower's module sleeps for hard-coded times; it is given a `time` that sleeps for less.
     """
     module = importlib.import_module(SUPERNODE)
     pauses = {IDLE_S: interval, REPLY_S: 0.05}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     State = dict[str, Tensors] | None
 
 END = torch.iinfo(torch.int64).max
-"""The largest number: in the place of padding, it sorts behind all that is drawn."""
+"""The largest number: in place of padding, it sorts after everything that is drawn."""
 
 
 class Batches:
@@ -108,8 +108,8 @@ def _size(samples: int, size: int, step: int, steps: int, each: int) -> int:
 def numbers(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
-    """A tensor (n,) on the device.  A GPU gets the numbers as arguments of its kernels: a copy from
-    the host would be waited for."""
+    """A tensor (n,) on the device.  A GPU gets the numbers as kernel arguments: a copy from the
+    host would have to wait for it."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
     found = torch.zeros(len(values), dtype=dtype, device=device)
@@ -120,7 +120,7 @@ def numbers(
 class Corrections:
     """The closed-form terms of all clients; numbers that differ between them are (K,) tensors.
 
-    `stacked` makes (K, ...) tensors of K vectors; `like`: one that tells dtype and device.
+    `stacked` makes (K, ...) tensors of K vectors; `like` has their dtype and device.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Corrections:
 
 
 class Rules(TorchFunctionMode):
-    """What a pass under vmap computes in another way than torch would."""
+    """Replaces torch's functions in a pass under vmap, where torch's own would not do."""
 
     masks: Iterator[torch.Tensor]
     """One for each dropout that drops, (B, ...)."""
@@ -182,7 +182,7 @@ class Rules(TorchFunctionMode):
 
 
 class Dropouts(TorchFunctionMode):
-    """Notes what goes into dropouts, and p."""
+    """Records each dropout that draws: ones in the shape of its input, and p."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Dropouts(TorchFunctionMode):
 def _dropped(
     input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> tuple[torch.Tensor, float] | None:
-    """Input and p of a dropout that draws."""
+    """Input and p of a dropout that draws; None for one that does not."""
     return (input, p) if training and p else None
 
 
@@ -215,7 +215,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """torch's batch_norm, of those x (B, C, ...) that are samples, not padding."""
+    """torch's batch_norm of x (B, C, ...), with statistics of the samples, not of the padding."""
     if not training:
         return functional.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -239,7 +239,7 @@ def _batch_norm(
 def _embedding(
     input: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, **more: Any
 ) -> torch.Tensor:
-    """torch's embedding, whose rule under vmap knows `padding_idx` of the first client only."""
+    """torch's embedding, whose vmap rule applies `padding_idx` to the first client only."""
     vectors = functional.embedding(input, weight, None, **more)
     if padding_idx is None:
         return vectors
@@ -253,7 +253,7 @@ def _of(value: Any, count: int) -> Any:
 
 
 def first_of(state: State, count: int) -> State:
-    """The first clients' part of an optimizer's state; step numbers are everybody's."""
+    """The first `count` clients' part of an optimizer's state; all share the step numbers."""
     if state is None:
         return None
     return {
@@ -263,8 +263,8 @@ def first_of(state: State, count: int) -> State:
 
 
 def stack(vectors: Tensors, slots: Sequence[Slot], device: torch.device) -> Tensors:
-    """The tensors (K, ...) of K vectors (d,), allocated one by one; one vector for all is sent to
-    the device once."""
+    """The tensors (K, ...) of K vectors (d,), each allocated separately; one vector for all is
+    copied to the device once."""
     if all(vector is vectors[0] for vector in vectors):
         rows = vectors[0].to(device).expand(len(vectors), -1)
     else:
@@ -277,7 +277,7 @@ def stack(vectors: Tensors, slots: Sequence[Slot], device: torch.device) -> Tens
 
 
 def padded(parts: Tensors, value: int = 0) -> torch.Tensor:
-    """Tensors (n_i, ...) side by side, filled up to the longest."""
+    """Tensors (n_i, ...) stacked, each filled up with `value` to the longest."""
     length = max(map(len, parts))
     if all(len(part) == length for part in parts):
         return torch.stack(parts)

@@ -1,7 +1,7 @@
 """What a client keeps from one round to the next, and how it survives a crash.
 
 In the state directory, when one is configured; else in the state that Flower holds for a node, in
-memory.  Which version a round starts from is the server's to say (`fl_common.snapshots`).
+memory.  The server says which version a round starts from (`fl_common.snapshots`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class MemoryLost(Exception):
-    """The version that the server names is not here, or damaged."""
+    """The version that the server names is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Memory:
     base: int
     """The round whose version this round starts from; 0: the client took part in none yet."""
     checkpoints: tuple[int, ...]
-    """The rounds that the server may start again from."""
+    """The rounds that the server may resume from."""
     given_back: Flat | None
-    """What the server sent because the client had lost it."""
+    """The memory that the server sent because the client had lost it."""
 
     @classmethod
     def of(cls, state_dir: str, partition: int, content: RecordDict, state: RecordDict) -> Memory:
@@ -51,7 +51,7 @@ class Memory:
         )
 
     def load(self) -> Flat | None:
-        """Vectors by "owner.name", to be read only; None before the first round."""
+        """Vectors by "owner.name", read-only; None before the first round.  Raises MemoryLost."""
         if not self.base:
             return None
         found = self.snapshots.load(self.base)

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 TRIAL_STEPS = 3
 """Steps whose time `auto` compares."""
 WIN = 0.95
-"""The share of the time one by one that several at once may take to be chosen."""
+"""Training at once is chosen if it takes less than this share of the time one by one."""
 SHARE = 0.5
-"""Of the memory that is free, how much a cohort may take by estimate."""
+"""Share of the free memory that a cohort may take, by estimate."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,18 +48,18 @@ class Together:
         self.most = sys.maxsize
         """The most clients that can be trained at once, as far as is known."""
         self.measured: dict[tuple[str, ...], int] = {}
-        """The largest batch whose memory was measured, by the groups that were trained."""
+        """The largest batch size whose memory was measured, by active groups."""
         self.known = Known()
         self.said: set[str] = set()
-        """Lines that the log has."""
+        """Lines that were logged."""
 
     def train(
         self, messages: Sequence[Message], at_once: int
     ) -> list[RecordDict | Exception | None]:
         """The reply to each message, or why there is none.
 
-        Where some ask for what they lack, the others are to wait for them, None, and nobody is
-        trained: who is trained beside whom decides on the last bits.
+        If some ask for what they lack, nobody is trained, and the others get None, to wait for
+        them: who is trained beside whom decides on the last bits.
         """
         begun = [_attempt(self.clients.begin, *message) for message in messages]
         if any(isinstance(each, RecordDict) for each in begun):
@@ -77,11 +77,10 @@ class Together:
         return begun
 
     def choose(self, messages: Sequence[Message], workers: int) -> tuple[int, str]:
-        """How many clients to train at once where `engine.cohort` is auto, and why in words: as
-        many as these messages go to and memory holds, or 1 where that is no faster than one by one
-        in so many processes.
+        """How many clients to train at once for engine.cohort=auto, and why, in words: as many of
+        these as memory holds, or 1 where that is no faster than one by one in `workers` processes.
 
-        A few steps of these very messages are timed both ways; nothing of them is kept.
+        A few steps of these very messages are timed both ways; no result is kept.
         """
         begun = [_attempt(self.clients.begin, *message) for message in messages]
         jobs = [each for each in begun if _is_job(each) and self._kind(each) is not None]
@@ -93,7 +92,7 @@ class Together:
         short = [_shortened(job, TRIAL_STEPS * trial.batch_size) for job in jobs]
         try:
             alone = min(self._seconds(self._one_by_one, short[:2], trial) for _ in range(2))
-        except Exception as error:  # which training them will tell again, client by client
+        except Exception as error:  # training will report it again, client by client
             return 1, f"engine.cohort = auto: 1; one by one they fail ({first_line(error)})"
         together = None
         try:
@@ -104,7 +103,7 @@ class Together:
             return self.choose(messages, workers)
         except Exception as error:
             return 1, f"engine.cohort = auto: 1; at once they fail ({first_line(error)})"
-        if together is None:  # only here, where the tensors of what was too much are let go of
+        if together is None:  # after the `try`, where the tensors that were too many are freed
             self._halve(len(jobs))
             return self.choose(messages, workers)
         chosen = len(jobs) if together < WIN * alone / workers else 1
@@ -115,7 +114,7 @@ class Together:
         )
 
     def _kind(self, job: Any) -> Any:
-        """What clients that are trained at once have in common; None where one trains alone."""
+        """What clients must share to be trained at once; None for one that trains alone."""
         if not _is_job(job):
             return None
         clients = self.clients
@@ -141,7 +140,7 @@ class Together:
         return max(1, min(at_once, self.most, len(jobs)))
 
     def _replies(self, jobs: list[Job]) -> list[RecordDict | Exception]:
-        """The replies to these, or to the first of them where they are too many at once."""
+        """The replies to these jobs; none if they are to be tried again, or fewer of them."""
         clients = self.clients
         if len(jobs) == 1:
             return [_attempt(clients.train_alone, jobs[0])]
@@ -165,9 +164,9 @@ class Together:
         ]
 
     def _tried(self, jobs: list[Job]) -> tuple[list[Member], bool]:
-        """The trained members, and whether training them at once failed, so that they are to be
-        trained one by one.  No members and no failure: to be tried again, with fewer of them where
-        memory was too small.  The error, and the memory that it holds, is gone when this returns.
+        """The trained members, and whether training at once failed, so that these clients must be
+        trained one by one.  No members and no failure: try again, with fewer where memory was too
+        small.  When this returns, the error and the memory that it held are gone.
         """
         try:
             return self._at_once(jobs, self.clients.config.train), False
@@ -183,7 +182,7 @@ class Together:
         return [], False
 
     def _halve(self, count: int) -> None:
-        """Half of `count` at most from now on, as the card's memory was too small for so many."""
+        """At most half of `count` at once from now on: the card's memory was too small for all."""
         if self.clients.graphs:
             self.clients.graphs.forget()
         torch.cuda.empty_cache()
@@ -224,7 +223,7 @@ class Together:
 
     @staticmethod
     def _seconds(run: Callable[..., Any], jobs: list[Job], settings: Train) -> float:
-        """The wall time of `run`, divided by the steps that all these clients take [s]."""
+        """The wall time of `run` per step of one client [s]."""
         started = time.perf_counter()
         run(jobs, settings)
         steps = sum(settings.steps(len(job.data.y)) for job in jobs)
@@ -238,7 +237,7 @@ class Together:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free, as far as need be known beforehand: a card says when it is full."""
+    """Free memory [bytes]; of a GPU no bound, since it raises an error when it is full."""
     if device.type == "cuda":
         return sys.maxsize
     found = [sys.maxsize]
@@ -262,7 +261,7 @@ def _is_job(begun: Any) -> bool:
 
 
 def _attempt(act: Callable[..., Any], *args: Any) -> Any:
-    """What it gives, or why there is nothing; an error's frames would hold what the client had."""
+    """The result, or a `Failed` with the reason: the frames of the error would hold data."""
     try:
         return act(*args)
     except Exception as error:

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     Tensors = list[torch.Tensor]
 
 AT_ONCE = 1 << 20
-"""Numbers of an epoch's samples that are transformed at once, in whole batches: an operation on a
-batch of small images takes no longer to do than to begin."""
+"""Elements of an epoch's samples that are transformed at once, in whole batches: launching an
+operation on one batch of small images takes as long as the operation."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LocalData:
     y: torch.Tensor
     """(n,) int64 labels."""
     transform: Callable[..., torch.Tensor]
-    """What becomes of a batch x (B, ...), given u (B, D) too if it draws."""
+    """Prepares a batch x (B, ...); takes u (B, D) too if it draws."""
     draws: int = 0
     """D, the numbers from U[0, 1) that a sample draws in every epoch."""
 
@@ -64,13 +64,13 @@ class LocalData:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a local round tells of itself, besides the trained network."""
+    """What a local round returns besides the trained network."""
 
     steps: int
     """K_i, optimizer steps taken."""
     loss: float
-    """Mean training loss over the samples of the round, without what regularizers add, unless that
-    makes it one of other labels."""
+    """Mean training loss over the samples of the round, without regularizers' terms, but for those
+    that change its labels (`relabels`)."""
     norms: torch.Tensor | None = None
     """(K, P) on the CPU, float64: the norm of the loss's gradient on each parameter that was
     trained, at each step; without closed-form terms, before clipping."""
@@ -94,10 +94,10 @@ def local_round(
 
     Randomness: the order and the augmentation of an epoch come from (seed, round, partition,
     epoch), all other draws of a step, dropout's too, from (seed, round, partition, step).
-    `methods`, of which at most one has a perturbation, have begun; `correction`: their closed-form
-    terms.  A network with a `loss` method, (output, y) -> scalar, is trained on that instead of the
-    cross-entropy.  `norms`: record the gradient's.
-    `graphs`: passes of this network that were recorded.
+    `methods`, of which at most one has a perturbation, are past their `begin`; `correction`: their
+    closed-form terms.  A network with a `loss` method, (output, y) -> scalar, is trained on that
+    instead of the cross-entropy.  `norms`: record the gradient's norms.  `graphs`: recorded passes
+    of this network.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     if not params:
@@ -132,7 +132,7 @@ def local_round(
                 whole = whole + added
                 if data_term.__self__.relabels:
                     loss = loss + added
-        if whole.requires_grad:  # not where nothing that is trained took part
+        if whole.requires_grad:  # not if no trained parameter took part
             whole.backward()
         return loss.detach(), taken_gradients(params)
 
@@ -178,20 +178,20 @@ def batches(
 
 @dataclass
 class Step:
-    """From a batch to new parameters, in place: of one client, or with `stacked` of A clients whose
-    parameters and gradients are (A, ...)."""
+    """One optimizer step, in place: of one client, or with `stacked` of A clients whose parameters
+    and gradients are (A, ...)."""
 
     perturbation: Perturbation | None
     correct: Callable[[Tensors, Tensors], float | torch.Tensor]
-    """Adds the closed-form terms to gradients; gives the decay that follows clipping, one for all
-    or each client's (A,)."""
+    """Adds the closed-form terms to the gradients; returns the decay to be added after clipping,
+    one number for all clients or (A,)."""
     clip_norm: float
     optimizer: Optimizer
     lr: float
     norms: bool
     stacked: bool = False
     lengths: Tensors = field(default_factory=list)
-    """With `norms`, the gradient's at each step: (P,), or (P, A)."""
+    """With `norms`, the gradient norms of each step: (P,), or (P, A)."""
 
     def __call__(
         self,
@@ -199,9 +199,9 @@ class Step:
         gradient: Callable[[], tuple[torch.Tensor, Tensors]],
         repeated: Callable[[], AbstractContextManager[None]],
     ) -> torch.Tensor:
-        """The loss, or each client's, without data terms; `gradient` gives it with gradients that
-        may be overwritten; under `repeated` it draws the same again and leaves running statistics
-        alone."""
+        """The loss, or each client's (A,), without data terms.  `gradient` returns it and gradients
+        that may be overwritten; under `repeated` it makes the same draws again and leaves running
+        statistics alone."""
         loss, grads = gradient()
         if self.perturbation is not None:
             with torch.no_grad():
@@ -249,10 +249,11 @@ def perturbation_of(methods: Sequence[LocalMethod]) -> Perturbation | None:
 
 
 def handed_on(terms: Affine, settings: Train) -> Affine:
-    """With the slope as decay, which SGD adds for nothing; without clipping that is all the same.
+    """`terms` with the slope as decay, which SGD's kernel adds for free; without clipping the same.
 
-    Not to Adam: slope theta + constant is 0 exactly where weights have not moved, as of words that
-    a client does not have; the other way round it is a rounding error, of which Adam makes a step.
+    Not for Adam: slope theta + constant is exactly 0 where weights have not moved, such as those of
+    words that a client does not have; as decay it leaves a rounding error, which Adam scales up to
+    a step.
     """
     if settings.clip_norm or settings.optimizer == "adam":
         return terms
@@ -260,7 +261,7 @@ def handed_on(terms: Affine, settings: Train) -> Affine:
 
 
 class Correction:
-    """An `Affine` on the training device, applied to one step's gradients after the other."""
+    """An `Affine` on the training device, applied to the gradients of every step."""
 
     def __init__(self, terms: Affine, net: torch.nn.Module) -> None:
         self.scale, self.slope, self.decay = terms.scale, terms.slope, terms.decay
@@ -272,7 +273,7 @@ class Correction:
             self.constant = [view for p, view in trained if p.requires_grad]
 
     def __call__(self, params: Tensors, grads: Tensors) -> float:
-        """The decay that is left to the optimizer."""
+        """Apply the terms to `grads` in place; returns the decay that is left to the optimizer."""
         if self.scale != 1.0:
             torch._foreach_mul_(grads, self.scale)
         if self.slope:
@@ -291,7 +292,7 @@ def _repeated(net: torch.nn.Module, device: str, draws: torch.Tensor) -> Iterato
 
 @contextmanager
 def frozen_statistics(net: torch.nn.Module) -> Iterator[None]:
-    """Normalisation by the batch's own statistics, which leave the running ones as they are."""
+    """BatchNorm in training mode leaves its running statistics as they are."""
     norms = [
         module
         for module in net.modules()
@@ -307,7 +308,7 @@ def frozen_statistics(net: torch.nn.Module) -> Iterator[None]:
 
 
 def overriding(hook: str, methods: Sequence[Any]) -> list[Callable[..., Any]]:
-    """The bound hooks of those methods whose class does more than its base."""
+    """The bound `hook` of each method whose class overrides it."""
     base = getattr(Regularizer, hook)
     return [
         getattr(method, hook) for method in methods if getattr(type(method), hook, base) is not base

@@ -5,8 +5,8 @@ torch: it hands the message to the worker over a Unix socket and passes the answ
 the module is the standard library's and Flower's alone; the worker's own half imports the rest.
 
 On the socket, each way: lengths, a JSON header, the content, the node's state (Flower's own
-serialisation).  One message is worked on at a time; others wait in the socket's queue.  What is
-resident is of the last message's settings: runs that take turns are right, and slow.
+serialisation).  One message is worked on at a time; others wait in the socket's queue.  Model and
+data are kept for the last message's settings: runs that take turns get right results, slowly.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ class WorkerError(Failed):
 
 
 class DeviceLost(RuntimeError):
-    """The worker's device is lost to it: it ends, and another takes its place."""
+    """This worker can no longer use its device: it ends, and another takes its place."""
 
 
 def run(path: str) -> None:
-    """Be a worker until a signal ends it.  Raises OSError."""
+    """Run a worker until a signal ends it.  Raises OSError."""
     import torch
 
     from fl_client.app import answer, release
 
     def answer_afresh(kind: str, content: RecordDict, context: Context) -> RecordDict:
-        """What failed once may not the next time, and what it held may be all of a GPU."""
+        """After an error nothing is kept: it may fill a GPU, and a fresh start may not fail."""
         try:
             return answer(kind, content, context)
-        except torch.AcceleratorError as error:  # for the rest of its life this process has none
+        except torch.AcceleratorError as error:  # this process cannot use its device again
             raise DeviceLost(reason(error)) from error
         except Exception:
             release()
             raise
 
-    code_sha256()  # now, of the code that is imported; a later version may lie there later
+    code_sha256()  # now, while the files are the code that is imported
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve(path, answer_afresh)
@@ -80,8 +80,8 @@ def run(path: str) -> None:
 def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDict:
     """The worker's answer to a message; `context.state` is brought up to date.
 
-    Raises WorkerError if there is no worker, if it dies on the way, if it is silent until the
-    round is over, if its code is another than ours, and for whatever the answer itself failed with.
+    Raises WorkerError if there is no worker, if it dies before it answers, if it is silent until
+    the round is over, if its code differs from ours, and with the reason if answering fails.
     """
     header = {
         "kind": kind,
@@ -91,7 +91,7 @@ def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDi
     }
     limit = float(context.run_config.get("clients.deadline-s", ANSWER_S))
     with _connected(path) as connection:
-        # A death closes the connection; what hangs does not, and after the round nobody asks.
+        # A worker that dies closes the connection; one that hangs is waited for to the round's end.
         connection.settimeout(limit)
         try:
             _send(connection, header, content, context.state)
@@ -130,7 +130,7 @@ def serve(path: str, answer: Callable[[str, RecordDict, Context], RecordDict]) -
     """Answer whoever connects.  The socket is for this user alone.
 
     Raises OSError if it cannot be made; one that a dead worker left is replaced.  Raises DeviceLost
-    as `answer` does, once that is told.
+    if `answer` does, after the reply has said so.
     """
     with socket.socket(socket.AF_UNIX) as server:
         _bind(server, path)
@@ -195,7 +195,7 @@ def _send(
     parts = [json.dumps(header).encode()]
     parts += [recorddict_to_proto(records).SerializeToString() for records in (content, state)]
     connection.sendall(LENGTHS.pack(*map(len, parts)))
-    for part in filter(None, parts):  # nothing sent to who has all and is gone would be an error
+    for part in filter(None, parts):  # an empty send fails once the receiver, having all, has left
         connection.sendall(part)
 
 
