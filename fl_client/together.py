@@ -261,7 +261,8 @@ def _is_job(begun: Any) -> bool:
 
 
 def _attempt(act: Callable[..., Any], *args: Any) -> Any:
-    """The result, or a `Failed` with the reason: the frames of the error would hold data."""
+    """The result, or a `Failed` with the reason: the error's frames would hold the client's
+    tensors."""
     try:
         return act(*args)
     except Exception as error:

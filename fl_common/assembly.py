@@ -68,10 +68,10 @@ class Share:
 def share_of(config: CoreConfig, data: Dataset, partitions: Partition | None, i: int) -> Share:
     """Client i's samples.
 
-    With data.partition=local (no partitions) the data of this node, its own test split held out;
-    else its partition, of which `eval.holdout` is held out if clients evaluate at all.  Of more
-    than `data.max-samples` only so many.  Drawn from the stream (seed, partition).  Raises
-    DataError if nothing is left to train on.
+    With data.partition=local (no partitions): this node's data, its own test split held out.  Else
+    its partition, of which `eval.holdout` is held out if clients evaluate at all.  At most
+    `data.max-samples` are kept.  Draws come from the stream (seed, partition).  Raises DataError
+    if nothing is left to train on.
     """
     evaluates = config.eval.on != "server"
     indices = np.arange(len(data.train)) if partitions is None else np.asarray(partitions[i])
@@ -101,7 +101,7 @@ def input_shape(config: CoreConfig, data: Dataset) -> tuple[int, ...]:
 def new_model(
     config: CoreConfig, classes: int, shape: tuple[int, ...], device: torch.device
 ) -> torch.nn.Module:
-    """The model as every run with this seed starts it."""
+    """The initial model, the same for every run with this seed."""
     torch.manual_seed(seed_of("init", config.run.seed))
     model = config.model
     net = build(model.name, classes=classes, shape=shape, norm=model.norm, head=model.head)
@@ -126,7 +126,7 @@ def groups_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) 
 
 
 def layers_of(config: CoreConfig, net: torch.nn.Module, shape: tuple[int, ...]) -> Groups:
-    """The groups of layers that a run tells of one by one: its own, or each layer."""
+    """The groups of layers that a run reports one by one: its own groups, or each layer."""
     groups = groups_of(config, net, shape)
     return Groups.of(net, shape) if PARAMS in groups.members else groups
 
@@ -142,8 +142,8 @@ def transform(config: CoreConfig, device: torch.device) -> Transform:
 
 
 def innermost(config: CoreConfig, device: torch.device) -> bool:
-    """Whether channels lie innermost in memory on `device`; with `auto` only in networks that are
-    known not to mind (`x.view(len(x), -1)` does), where that is faster."""
+    """Whether channels lie innermost in memory on `device`; with `auto`, only where that is faster,
+    in networks that are known to allow it (`x.view(len(x), -1)` does not)."""
     train, known = config.train, MODELS.get(config.model.name)
     if train.channels_last != "auto" or known is None:
         return train.channels_last == "on"

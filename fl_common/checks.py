@@ -1,4 +1,4 @@
-"""Mistakes in a configuration that single values do not show."""
+"""Mistakes in a configuration that no value shows by itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def checks(config: CoreConfig) -> list[str]:
-    """All of them, one line each."""
+    """All mistakes, one line each."""
     errors = []
     clients, data, model = config.clients, config.data, config.model
 
@@ -113,7 +113,7 @@ def _check_eval_models(config: CoreConfig) -> list[str]:
 
 
 def _check_privacy(config: CoreConfig) -> list[str]:
-    """Noise goes onto a reply that is nothing but a model, beside a message that holds one."""
+    """Noise can be added only to a reply that is nothing but a model, to a message with one."""
     given = f"client.dp-clip = {config.client.dp_clip:g}"
     if not config.client.dp_clip:
         return []
@@ -235,7 +235,7 @@ def _check_methods(config: CoreConfig) -> list[str]:
 
 
 def _check_needs(config: CoreConfig) -> list[str]:
-    """What was set, and does nothing without something else."""
+    """Settings that do nothing without another one."""
     errors = []
     if not config.flatness.every:
         errors += _without_effect("flatness", config.flatness, "flatness.every")
@@ -246,7 +246,7 @@ def _check_needs(config: CoreConfig) -> list[str]:
 
 
 def _without_effect(name: str, group: Group, needed: str, *keys: str) -> list[str]:
-    """A line for each of a group's `keys`, or of all its keys, that is not as by default."""
+    """A line for each of a group's `keys` (all, if none are given) that is not at its default."""
     return [
         f"{name}.{dashed(key)} = {shown(value)}: has no effect without {needed}; leave it out or "
         "set that"
@@ -256,8 +256,8 @@ def _without_effect(name: str, group: Group, needed: str, *keys: str) -> list[st
 
 
 def unused(config: CoreConfig) -> list[str]:
-    """What does nothing beside the other settings, one line each.  No mistake: the base of a suite
-    may have what only some of its runs use."""
+    """Settings that do nothing beside the others, one line each.  They are no mistake: the base of
+    a suite may have some that only some of its runs use."""
     split, on = config.data.partition, config.eval.on
     idle = {
         "data.alpha": not split.startswith("dirichlet") and f"with data.partition={split}",

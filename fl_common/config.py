@@ -31,7 +31,7 @@ Scalar = str | int | float | bool
 
 
 def dashed(name: str) -> str:
-    """The key of an attribute; one that would be a Python keyword has an underscore behind it."""
+    """The key of an attribute; a trailing underscore, as in `lambda_`, avoids a Python keyword."""
     return name.rstrip("_").replace("_", "-")
 
 
@@ -291,7 +291,7 @@ class Tracking(Group):
 
 
 PATHS = ("run.output-dir", "clients.keys", "data.cache-dir", "client.state-dir", "data.path")
-"""Keys of places in the file system; `data.path` may be a name on the hub instead."""
+"""Keys that are paths in the file system; `data.path` may be a name on the hub instead."""
 
 AUTO = "auto"
 Count = Annotated[str, BeforeValidator(lambda n: str(n) if type(n) is int else n)]
@@ -379,7 +379,7 @@ class CoreConfig(Group):
 
     @property
     def regularizer_names(self) -> tuple[str, ...]:
-        """Those that are part of the strategy, and those that were asked for."""
+        """The regularizers that are part of the strategy, then those that were asked for."""
         strategy = methods("strategies").get(self.strategy.name)
         return (*(strategy.regularizers if strategy else ()), *items_of(self.regularizers))
 
@@ -433,7 +433,7 @@ def enter(known: dict[str, Any], method: type) -> None:
 @cache
 def schema() -> type[CoreConfig]:
     """The whole model: `CoreConfig` and a group for every method.  Raises ConfigError for a method
-    by whose name other keys go, or one of whose defaults is no setting's."""
+    whose name is another group's, or with a default of a type that no setting has."""
     groups: dict[str, Any] = {}
     for name, method in [*methods("strategies").items(), *methods("regularizers").items()]:
         group = name.replace("-", "_")
@@ -498,7 +498,7 @@ def from_text(values: Mapping[str, str]) -> dict[str, Scalar]:
 
 
 def _convert(text: str, kind: Any) -> Scalar:
-    """`text` as a value of this type, or as it is where it does not spell one."""
+    """`text` as a value of this type, or unchanged if it does not spell one."""
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.strip().lower()]
@@ -514,7 +514,7 @@ def resolve(
 ) -> CoreConfig:
     """The configuration with `values` over the defaults, checked as a whole.
 
-    `also`: mistakes that are known already, to be told together with those found here.
+    `also`: mistakes that were found before, to be reported with those found here.
 
     With `absolute_paths` a relative path is an error: it would be looked up in the folder of
     whichever process happens to read it.  Raises ConfigError with every mistake.
@@ -571,19 +571,19 @@ def paths(values: Mapping[str, Scalar]) -> dict[str, str]:
 
 
 def is_device(name: str) -> bool:
-    """Whether it is one of auto, cpu, cuda and cuda:K, of which torch counts K from 0 to 127."""
+    """Whether `name` is auto, cpu, cuda or cuda:K, with K from 0 to 127 as in torch."""
     return name in ("auto", "cpu", "cuda", *(f"cuda:{k}" for k in range(128)))
 
 
 def unknown_key(key: str, known: set[str]) -> str:
-    """The line for a key that there is not, with the nearest known one."""
+    """The error line for an unknown key, with the nearest known one."""
     near = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "`flatfed config` lists all keys"
     return f"{key}: unknown key; {hint}"
 
 
 def unknown_name(key: str, name: object, known: list[str]) -> str:
-    """The line for a value that is none of the known ones, with the nearest."""
+    """The error line for a value that is not among the known ones, with the nearest of them."""
     return f"{key} = {shown(name)}: unknown; {_nearest(name, known)}known: {', '.join(known)}"
 
 
@@ -593,7 +593,7 @@ def _nearest(name: object, known: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as messages have it: text in quotes, true and false as in TOML."""
+    """A value as messages show it: text in quotes, true and false as in TOML."""
     return f'"{harmless(value)}"' if isinstance(value, str) else str(value).lower()
 
 
@@ -630,12 +630,12 @@ NODE_KEYS = {
     "dp-epsilon": "client.dp-epsilon",
     "dp-delta": "client.dp-delta",
 }
-"""What belongs to a node: keys of its `--node-config`, and the settings that they override."""
+"""A node's own settings: keys of its `--node-config`, and the settings that they override."""
 OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
 
 
 def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """The run config as one node reads it: what belongs to the node wins.
+    """The run config as one node reads it: the node's own settings win.
 
     Raises ConfigError for a key that no node has.
     """

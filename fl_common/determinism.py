@@ -36,8 +36,8 @@ def seed_of(purpose: str, *key: int) -> int:
 def words(keys: torch.Tensor | int, count: int, device: torch.device) -> torch.Tensor:
     """The first `count` 64-bit numbers (..., count) int64 of the stream of each key (...) int64.
 
-    By integer operations on `device`, so that they are the same on every device and whatever else
-    is drawn beside them: SplitMix64 (Steele et al., Fast Splittable Pseudorandom Number Generators,
+    Made by integer operations on `device`, so that they are the same on every device, whatever else
+    is drawn with them: SplitMix64 (Steele et al., Fast Splittable Pseudorandom Number Generators,
     OOPSLA 2014, https://doi.org/10.1145/2660193.2660195, figure 17) seeded with the key.
     """
     import torch
@@ -54,7 +54,7 @@ def words(keys: torch.Tensor | int, count: int, device: torch.device) -> torch.T
 
 
 def uniform(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers from U[0, 1), float32 multiples of 2^-24, of `words`."""
+    """`words` as numbers from U[0, 1), float32 multiples of 2^-24."""
     return (numbers >> 40 & 0xFFFFFF).float().mul_(2.0**-24)
 
 
@@ -105,7 +105,7 @@ def seed_device(device_type: str, seed: int) -> None:
 
 
 def generator_state(device_type: str) -> torch.Tensor:
-    """Where the default generator of this device stands."""
+    """The state of this device's default generator."""
     import torch
 
     on_gpu = device_type == "cuda"
@@ -113,7 +113,7 @@ def generator_state(device_type: str) -> torch.Tensor:
 
 
 def set_generator_state(device_type: str, state: torch.Tensor) -> None:
-    """Put the default generator of this device back, so that draws repeat."""
+    """Restore this device's default generator, so that draws repeat."""
     import torch
 
     if device_type == "cuda":

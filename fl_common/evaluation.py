@@ -30,8 +30,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Accuracy (0-1) and mean loss of `net` over the samples `indices` (n,) of `split`, n > 0.
 
-    processes: on a CPU, how many share the batches; the numbers are the same for any.  The network
-    is left in evaluation mode.
+    processes: on a CPU, how many share the batches; results do not depend on it.  The network is
+    left in evaluation mode.
     """
     net.eval()
     each = -(-len(indices) // processes // BATCH) * BATCH
@@ -42,7 +42,7 @@ def evaluate(
 
     rows = [row for rows in in_processes(batches_of, parts) for row in rows]
     loss = 0.0
-    for batch, _ in rows:  # in this order, whoever did it; `sum` adds otherwise from Python 3.12 on
+    for batch, _ in rows:  # in the batches' order; from Python 3.12 on, `sum` rounds differently
         loss += batch
     return sum(int(correct) for _, correct in rows) / len(indices), loss / len(indices)
 
@@ -55,7 +55,7 @@ def _over_batches(
     transform: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
 ) -> list[tuple[float, float]]:
-    """Of each batch: the sum of the samples' losses, and how many are right."""
+    """For each batch: the sum of its samples' losses, and how many predictions are right."""
     criterion = getattr(net, "loss", cross_entropy)
     rows = []
     for x, y in _batches(split, indices, device):

@@ -1,4 +1,4 @@
-"""How a client's failure is told: alike on all engines."""
+"""How a client's failure is worded, the same on all engines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Failed(Exception):
 
 
 def reason(error: Exception) -> str:
-    """Its class and its text, as the last line of a traceback has them, and where in a model, in
-    data or in a method's file."""
+    """The error's class and text, as in the last line of a traceback, and the place in a model, in
+    data or in a method's file that it came from."""
     if isinstance(error, Failed):
         return str(error)
     first, *more = str(error).splitlines() or [""]
@@ -19,10 +19,10 @@ def reason(error: Exception) -> str:
 
 
 LONGEST = 500
-"""Characters of what a client says of itself, in a line for people."""
+"""Characters of a client's own text that a message shows."""
 
 
 def harmless(text: str) -> str:
-    """A stranger's words: of bounded length, and with nothing that a terminal obeys."""
+    """A stranger's text, safe to print: of bounded length, and without control characters."""
     short = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

@@ -17,8 +17,8 @@ LOCK = ".lock"
 
 
 def absolute_path(path: str | Path) -> Path:
-    """A path from the current folder; `~` is the home folder, and of a user who is not known here a
-    name like any other, as it is to a shell."""
+    """An absolute path, from the current folder; `~` is the home folder, and `~user` of an unknown
+    user a name like any other, as in a shell."""
     return Path(os.path.expanduser(path)).absolute()
 
 
@@ -28,9 +28,9 @@ def home() -> Path:
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Replace `path` by a file that holds all of `data` and is on the disk, or leave it as it
-    was; nothing else stays.  `mode`: its permissions from the start, less those that the umask
-    takes.  Raises OSError."""
+    """Replace `path` by a file that holds all of `data`, synced to disk, or leave it as it was; no
+    temporary file stays.  `mode`: its permissions from the start, less the umask.  Raises
+    OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch(mode)
@@ -40,7 +40,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)  # a full disk's names none
+        error.filename = str(path)  # a full disk's error names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,7 +48,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk.  Raises OSError."""
+    """Sync the names in a folder to disk.  Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,14 +65,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, which is UTF-8 in every locale, and with the mark that some
-    editors put before it.  Raises OSError, ValueError."""
+    """The tables of a TOML file, read as UTF-8 in every locale; a byte order mark is allowed.
+    Raises OSError, ValueError."""
     return tomllib.loads(path.read_text("utf-8-sig"))
 
 
 def lock(folder: Path) -> IO[bytes] | None:
-    """Keeps other processes from a folder as long as it is open, which a crash ends too; None if
-    one is at work there.  Raises OSError."""
+    """Lock a folder against other processes until the returned file is closed, if only by a crash;
+    None if another process holds it.  Raises OSError."""
     file = (folder / LOCK).open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,19 +83,19 @@ def lock(folder: Path) -> IO[bytes] | None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what writes left below `folder` that a crash cut short; nobody may be writing."""
+    """Remove temporary files that crashes left below `folder`; nobody may be writing there."""
     for path in folder.rglob(".*"):
         if path.suffix[1:].isdecimal():
             path.unlink(missing_ok=True)
 
 
 def checksum(data: bytes) -> str:
-    """The first `DIGITS` hex digits of its SHA-256."""
+    """The first `DIGITS` hex digits of the data's SHA-256."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def write_checked(folder: Path, stem: str, data: bytes) -> Path:
-    """Write "stem-<checksum>.safetensors"; gives its path."""
+    """Write "stem-<checksum>.safetensors"; returns its path.  Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}-{checksum(data)}.safetensors"
     write_atomically(path, data)
@@ -103,7 +103,7 @@ def write_checked(folder: Path, stem: str, data: bytes) -> Path:
 
 
 def read_checked(path: Path) -> bytes | None:
-    """The bytes of a file of `write_checked`; None if they are not those that were written."""
+    """The bytes of a file of `write_checked`; None if it cannot be read, or is damaged."""
     try:
         data = path.read_bytes()
     except OSError:

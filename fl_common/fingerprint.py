@@ -1,4 +1,4 @@
-"""What code runs here: compared between server and clients at the roll call."""
+"""Which code runs here; server and clients compare it at the roll call."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 def in_processes(work: Callable[[T], list[Any]], parts: Sequence[T]) -> list[list[Any]]:
     """`work` of each part: of the first in this process, of every other in a fork of it.
 
-    The lists must go through JSON.  The part of a fork that fails is done here.
+    The lists must survive JSON.  A part whose fork fails is done here.
     """
     forks: list[tuple[int, IO[bytes]] | None] = []
     try:
@@ -33,7 +33,7 @@ def in_processes(work: Callable[[T], list[Any]], parts: Sequence[T]) -> list[lis
         for part, fork in zip(parts[1:], forks, strict=True):
             found = None
             if fork:
-                with contextlib.suppress(ValueError):  # it ended in the middle of a word
+                with contextlib.suppress(ValueError):  # it ended before it had written all
                     found = json.loads(fork[1].read())
             done.append(work(part) if found is None else found)
         return done
@@ -46,10 +46,10 @@ def in_processes(work: Callable[[T], list[Any]], parts: Sequence[T]) -> list[lis
 
 
 def fork() -> int:
-    """As `os.fork`; in the child SIGINT does nothing and SIGTERM ends it.
+    """As `os.fork`; the child ignores SIGINT, and SIGTERM ends it.
 
-    Ctrl-C is for the process that forked, which ends the child.  From its first moment: a handler
-    that raised there would have it go on as if it were the process that forked.
+    Ctrl-C is for the parent, which ends the child.  Both signals wait until the child has these
+    handlers: one of the parent's that raised in it would make it go on as if it were the parent.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -63,7 +63,8 @@ def fork() -> int:
 
 
 def _fork(work: Callable[[T], list[Any]], part: T) -> tuple[int, IO[bytes]] | None:
-    """A process that writes what `work` gives into a pipe; None where there can be none."""
+    """A process that writes what `work` returns to a pipe, and that pipe; None if it cannot be
+    made."""
     parent = os.getpid()
     try:
         ours, theirs = os.pipe()
@@ -88,10 +89,10 @@ def _fork(work: Callable[[T], list[Any]], part: T) -> tuple[int, IO[bytes]] | No
 
 
 def beginning(work: Callable[[], Any], threads: int) -> None:
-    """In a fork: `work`, in which torch uses so many threads.  What it raises is printed.
+    """In a fork: do `work` with `threads` torch threads.  What it raises is printed.
 
-    OpenMP's threads are not in a fork, and the thread that forked would wait for them for ever; so
-    with several, a new thread does the work, which starts its own.
+    A fork has none of OpenMP's threads, and the thread that forked would wait for them for ever; so
+    with several threads, a new one does the work and starts its own.
     """
 
     def begin() -> None:
@@ -101,7 +102,7 @@ def beginning(work: Callable[[], Any], threads: int) -> None:
         except BaseException:
             traceback.print_exc()
 
-    if threads == 1:  # and keep to the memory that the allocator has: a new thread has other
+    if threads == 1:  # in this thread, whose memory the allocator reuses; a new one has its own
         begin()
         return
     thread = threading.Thread(target=begin)

@@ -1,4 +1,4 @@
-"""Groups of layers: what FedPart trains and sends by turns, and what has versions of its own.
+"""Groups of layers, which FedPart trains and sends by turns, and each of which has its versions.
 
 Groups are disjoint and cover all parameters; server and clients derive the same ones from the
 model alone.  On the wire each group is one flat array.
@@ -44,7 +44,7 @@ class Groups:
 
     @classmethod
     def whole(cls, net: nn.Module) -> Groups:
-        """One group, the vector that other strategies send."""
+        """One group of all parameters: the vector that other strategies send."""
         sizes = tuple(p.numel() for p in net.parameters())
         return cls({PARAMS: tuple(range(len(sizes)))}, sizes)
 
@@ -54,8 +54,8 @@ class Groups:
         goes through them; layers that it does not meet come last.
 
         FedPart's grouping (FLAIR-Community/Fling): a convolution with its BatchNorm, a block's
-        shortcut after its other layers, the classifier last.  Layers of which the network trains
-        nothing are in the group of the next one that it trains, or of the last.
+        shortcut after its other layers, the classifier last.  Layers without a parameter that is
+        trained join the group of the next layer with one, or the last group.
         """
         place = {id(p): i for i, p in enumerate(net.parameters())}
         names = {module: name for name, module in net.named_modules()}
@@ -91,7 +91,7 @@ class Groups:
         """Groups by the names of parameters: "conv1.*, layer1.*+layer2.*, fc.*" has three.
 
         Raises ValueError for a pattern without a parameter, for a parameter in no group or in two,
-        and for a group of which the network trains nothing.
+        and for a group without a parameter that is trained.
         """
         names = [name for name, _ in net.named_parameters()]
         owner: dict[str, str] = {}
@@ -152,7 +152,7 @@ class Groups:
         }
 
     def put(self, vector: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
-        """Write groups into their places of a vector (d,); what is no group is left out."""
+        """Write groups to their places in a vector (d,); names that are no group are ignored."""
         for name in self.members:
             if name in parts:
                 spans, start = self._spans(name), 0
@@ -244,7 +244,7 @@ def _met(net: nn.Module, shape: Sequence[int]) -> list[nn.Module]:
 
 
 def output_of_zeros(net: nn.Module, shape: Sequence[int]) -> torch.Tensor:
-    """What a network says to one sample of zeros, in evaluation mode: logits (1, classes)."""
+    """A network's logits (1, classes) for one sample of zeros, in evaluation mode."""
     training, first = net.training, next(net.parameters())
     try:
         net.eval()

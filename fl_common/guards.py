@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flwr.app import Array, RecordDict
 
 HEADER_BYTES = 1024
-"""More than NumPy's format puts before the elements."""
+"""More than NumPy's header, before the elements, ever takes."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Expected:
     samples: int
     """What the roll call said: n_i, or the number of held-out samples."""
     metrics: frozenset[str]
-    """The numbers that come with it, besides round and samples."""
+    """The numbers that come with it, one each, besides round and samples."""
     steps: int | None = None
     """K_i, optimizer steps of local training."""
     series: frozenset[str] = frozenset()
-    """Those of the numbers of which there is one per step."""
+    """The lists that come with it, of one number per step."""
 
 
 def objection(content: RecordDict, expected: Expected) -> str | None:
@@ -98,14 +98,14 @@ def _array_problem(record: ArrayRecord, key: str, spec: Spec) -> str | None:
 
 
 def _decode(record: ArrayRecord, key: str, array: Array, spec: Spec) -> str | None:
-    """Replace a serialised array by its tensor; what it says of itself may be a lie."""
+    """Replace a serialised array by its tensor; what it claims to be may be a lie."""
     bound = prod(spec.shape) * np.dtype(spec.dtype).itemsize + HEADER_BYTES
     size = array.nbytes if isinstance(array, ArrivedArray) else len(array.data)
     if size > bound:
         return f"{size} bytes, at most {bound} were expected"
     try:
         tensor = torch.from_numpy(array.numpy())
-    except Exception as error:  # the bytes are a stranger's: whatever NumPy makes of them
+    except Exception as error:  # the bytes are a stranger's: NumPy may raise anything
         return f"cannot be decoded: {error}"
     if Spec.of(tensor) != spec:
         return f"says {spec}, holds {Spec.of(tensor)}"

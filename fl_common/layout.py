@@ -94,7 +94,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def on(device: torch.device, flat: Flat) -> Flat:
-    """The vectors on this device, those that lie there as they are."""
+    """The vectors on this device; those that lie there already are not copied."""
     return {kind: vector.to(device) for kind, vector in flat.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a method may do to a client's local round, said once for strategies and regularizers.
+"""What a method may do to a client's local round, defined once for strategies and regularizers.
 
 A method's closed-form terms are all affine in the parameters, so they are declared as numbers and
 one vector, added up once per round, and cost one pass over the gradient, however many there are.
@@ -80,7 +80,7 @@ class Affine:
         return cls(constant=-weight * anchor, slope=weight) if weight else None
 
     def then(self, other: Affine) -> Affine:
-        """Both, this one first."""
+        """Both terms as one, this one applied first."""
         scaled = None if self.constant is None else other.scale * self.constant
         parts = [part for part in (scaled, other.constant) if part is not None]
         return Affine(
@@ -107,12 +107,12 @@ class Perturbation:
         self.first: Tensors = []
 
     def epsilon(self, params: Tensors, grads: Tensors) -> tuple[Tensors, torch.Tensor]:
-        """eps as vectors of any length and the factor that gives them theirs."""
+        """The direction of eps, and the factor that scales it to eps."""
         return grads, self.rho / (norm_of(grads, self.stacked) + 1e-12)
 
     def apply(self, params: Tensors, grads: Tensors) -> None:
-        """theta <- theta + eps, in place; what was is kept: to subtract would not restore it.
-        `grads`, g1, is used up."""
+        """theta <- theta + eps, in place.  theta is kept, since subtracting eps would not restore
+        its bits.  `grads`, g1, is used up."""
         if not self.kept:
             self.kept = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(self.kept, params)
@@ -152,7 +152,8 @@ def norm_of(tensors: Tensors, stacked: bool = False) -> torch.Tensor:
 
 
 def per_tensor(factor: torch.Tensor, tensors: Tensors) -> torch.Tensor | Tensors:
-    """What `_foreach_mul` takes for a scalar factor, or for each client's own (A,)."""
+    """`factor` as `_foreach_mul` takes it: a scalar unchanged, each client's own (A,) as one tensor
+    per entry, shaped to broadcast."""
     if not factor.dim():
         return factor
     return [factor.view(-1, *[1] * (tensor.dim() - 1)) for tensor in tensors]
@@ -180,19 +181,19 @@ class LocalMethod:
     personal: ClassVar[bool] = False
     """Whether a client starts from a model that is in part its own, and evaluates that."""
     alone: ClassVar[str] = ""
-    """Why clients with this method are trained one by one, whatever `engine.cohort` says; "": they
-    need not be, as where all it does is `start`, `correction` and `perturbation`."""
+    """Why clients with this method are trained one by one, whatever `engine.cohort` says; "" if
+    they need not be, for example where it overrides only `start`, `correction` and
+    `perturbation`."""
 
     replays: bool = False
-    """Once begun, whether a step's pass can be recorded: it is the same kernels on the same tensors
-    in every step of the same `variant`, as where the data term depends on the batch, the output,
-    the network and what is `drawn` alone, and the `transform`, if there is one, leaves the network
-    alone."""
+    """After `begin`: whether a step's pass can be recorded, because all steps of one `variant` run
+    the same kernels on the same tensors.  They do if the data term depends on the batch, output,
+    network and what is `drawn` alone, and `transform` leaves the network as it is."""
     drawn: Sequence[str] = ()
-    """With `replays`: names of attributes, tensors, that `transform` sets anew for the data term of
-    a step."""
+    """With `replays`: names of the attributes, all tensors, that `transform` sets in every step for
+    the data term."""
     relabels: ClassVar[bool] = False
-    """Whether its data term makes the loss one of other labels, and so is part of what is told."""
+    """Whether its data term changes the labels of the loss, and so is part of the reported loss."""
 
     def __init__(self, params: Group, work: Work) -> None:
         self.params, self.work = params, work
@@ -218,8 +219,8 @@ class LocalMethod:
         """The second pass of every step."""
 
     def variant(self) -> Hashable:
-        """With `replays`: which of several passes a step has, after its `transform`: whatever else
-        decides on the kernels, as which layers are passed over."""
+        """With `replays`, after `transform`: which of several passes the step has, by whatever else
+        decides on its kernels, such as the layers that it skips."""
         return ()
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:

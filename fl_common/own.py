@@ -1,4 +1,4 @@
-"""What the user's own data, models and methods fail with, and where."""
+"""Errors of the user's own data, models and methods, and where they come from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def told(error: Exception) -> str:
 
 
 def place(error: Exception, ours: set[str] = OURS) -> str:
-    """The last place that an error came through and that is in none of these packages, nor a
-    library's, as " (file:line)"; "" if there is none."""
+    """The last place that an error came through outside these packages and all libraries, as
+    " (file:line)"; "" if there is none."""
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "")

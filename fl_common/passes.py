@@ -1,4 +1,4 @@
-"""Which forward passes are a step's own, and which are besides.
+"""Which forward passes are a step's own, and which are extra.
 
 A method on forward hooks works on the pass whose output the loss is taken of.  Methods that look
 at the network once more (a teacher, a slimmed copy, a reference) wrap that in `extra_pass`.

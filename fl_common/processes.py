@@ -1,4 +1,4 @@
-"""Processes of this machine: who descends from whom, and ending whole trees without a remainder.
+"""Processes of this machine: who descends from whom, and ending whole trees of them.
 
 Only the standard library is used.  A process is known by its id and its start time together, so
 that an id that was given to another process meanwhile is never taken for the old one.
@@ -32,11 +32,11 @@ FLOWER = {
 GRACE = 3.0  # s, between SIGTERM and SIGKILL
 LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given up
 POLL = 0.025  # s
-AS_ONE = 1.0  # s, in which the same signal means the same
+AS_ONE = 1.0  # s, within which a repeated signal counts once
 
 
 def read(connection: socket.socket, length: int) -> bytearray:
-    """Exactly so many bytes.  Raises EOFError if the other side is gone, OSError."""
+    """Exactly `length` bytes.  Raises EOFError if the other side is gone, OSError."""
     data = bytearray(length)
     view, start = memoryview(data), 0
     while start < length:
@@ -48,15 +48,15 @@ def read(connection: socket.socket, length: int) -> bytearray:
 
 
 def direct() -> dict[str, str]:
-    """The environment in which this machine is reached without a proxy."""
+    """Environment variables with which this machine is reached without a proxy."""
     hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
     named = dict.fromkeys([*hosts.split(","), "localhost", "127.0.0.1", "::1"])
     return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(named))
 
 
 def root_for_sockets(longest: int) -> str:
-    """The folder of temporary files, if its path has at most so many bytes, else /tmp: the system
-    takes a socket's path of about 100 bytes."""
+    """The folder of temporary files, or /tmp if its path is longer than `longest` bytes: a socket's
+    path may have about 100."""
     root = tempfile.gettempdir()
     return root if len(os.fsencode(root)) <= longest else "/tmp"
 
@@ -71,7 +71,7 @@ class Process(NamedTuple):
     """A living process."""
 
     parent: int
-    started: str  # in units of the system; compared, never read
+    started: str  # in the system's own form; only ever compared
 
 
 def living() -> dict[int, Process]:
@@ -139,8 +139,8 @@ def adopt_orphans() -> None:
 
 
 def end_with(parent: int, number: int) -> bool:
-    """Have the kernel (Linux) send this process a signal when its parent ends; gives whether
-    `parent` still is that."""
+    """Have the kernel (Linux) send this process a signal when its parent ends; returns whether
+    `parent` is still its parent."""
     if sys.platform == "linux":
         import ctypes
 
@@ -150,10 +150,11 @@ def end_with(parent: int, number: int) -> bool:
 
 
 def at_signal(number: int, act: Callable[[], object]) -> Any:
-    """Have a signal call `act`, once for all that come within `AS_ONE` s; gives the handler before.
+    """Have a signal call `act`, once for all that come within `AS_ONE` s; returns the handler that
+    it replaces.
 
-    `timeout -s INT` sends two, and Linux as many to a child of `end_with` as its parent had threads
-    when it was killed: the second must not break off what the first has begun to bring to an end.
+    `timeout -s INT` sends two, and Linux sends a child of `end_with` as many as its killed parent
+    had threads: the second must not interrupt the orderly end that the first has begun.
     """
     last = -AS_ONE
 
@@ -178,8 +179,8 @@ def end_descendants(grace: float = GRACE) -> None:
 
 
 def end(known: Mapping[int, str], grace: float = GRACE) -> set[int]:
-    """End the processes of `known` (id to start time) and all below them; gives what still lives,
-    which is nothing unless the system holds on to it."""
+    """End the processes of `known` (id to start time) and all below them; returns those that still
+    live, none unless the system cannot end them."""
     return _end(dict(known), grace, below=())
 
 

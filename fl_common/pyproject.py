@@ -43,7 +43,8 @@ def flower_section() -> str:
 
 
 def out_of_date(path: Path, values: Mapping[str, Scalar]) -> str:
-    """What is wrong with the keys in `path`, of which Flower takes no others; "" if nothing is."""
+    """How the keys in `path`, the only ones that Flower takes, differ from those of `values`, with
+    the remedy; "" if they do not."""
     listed = flatten(read_toml(path)["tool"]["flwr"]["app"].get("config", {}))
     if not (odd := sorted(set(values) ^ set(listed))):
         return ""

@@ -1,9 +1,10 @@
 """Records between processes of one machine (Linux): tensors in shared memory, all else serialised.
 
 A parcel is a JSON header, Flower's serialisation of all records without arrays, and at most three
-memory files: two that hold the tensors, and one for words that are too many for the socket.  Files
-have no name: nothing is left behind by a process that is killed.  Who receives maps them privately:
-what it writes is not seen by who sent; and who sent writes again only when told that all is let go.
+memory files: two that hold the tensors, and one for text that is too long for the socket.  Files
+have no name: a process that is killed leaves nothing behind.  The receiver maps them privately, so
+that the sender does not see what it writes; the sender uses a file again only when it is told that
+the receiver has let go of all tensors in it.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ INLINE = 1 << 16
 """What may go through the socket itself [bytes]: its buffer takes two such parcels, so that two
 sides that send at once do not wait for each other."""
 KNOWN = -1
-"""In the place of a file's number: the tensor came from the other side, which has it."""
+"""In place of a file's number: the tensor came from the receiver, which still has it."""
 
 
 Maps = dict[tuple[int, int], "torch.UntypedStorage | None"]
-"""Files that are mapped, by device and inode: an inode is no other file's as long as it is."""
+"""Mapped files by device and inode, which no other file has as long as they are mapped."""
 
 
 class Segment:
-    """Tensors copied into one memory file; they are kept, so that `id` tells them."""
+    """Tensors copied into one memory file; they are kept alive, so that their `id`s stay theirs."""
 
     def __init__(self, tensors: Iterable[torch.Tensor], file: int | None = None) -> None:
-        """file: one to lay them into, whose memory is there already."""
+        """file: an existing one to write them to, whose memory is allocated already."""
         self.tensors = list(tensors)
         self.offsets: dict[int, int] = {}
         """Where each lies, by its id [bytes]."""
@@ -74,8 +75,8 @@ class Segment:
 
 
 class Slots:
-    """A sender's memory files, each used again when its receiver has let go of all that lay in it:
-    fresh memory takes longer than the copy.  What finds all of them in use gets a file of its own.
+    """A sender's memory files, each used again when its receiver has let go of all tensors in it:
+    fresh memory takes longer than the copy.  A parcel that finds all in use gets a file of its own.
     """
 
     def __init__(self, most: int) -> None:
@@ -84,7 +85,7 @@ class Slots:
         self.free: list[int] = []
 
     def take(self) -> int | None:
-        """The number of a slot that is free."""
+        """The number of a free slot; None if all are in use."""
         if not self.free and len(self.files) < self.most:
             self.free.append(len(self.files))
             self.files.append(os.memfd_create("flatfed"))
@@ -109,7 +110,7 @@ def tensors_in(records: Sequence[RecordDict]) -> list[torch.Tensor]:
 
 
 def _laid_out(array: Array) -> tuple[torch.Tensor, list[Any] | None]:
-    """The tensor of an array; of one that is serialised, its bytes, and what it says of itself,
+    """The tensor of an array; of one that is serialised, its bytes, and the form that it claims,
     which is for the guards to judge."""
     if isinstance(array, wire.TensorArray):
         return array.tensor, None
@@ -132,11 +133,10 @@ def send(
     known: Sequence[torch.Tensor] = (),
     slots: Slots | None = None,
 ) -> list[torch.Tensor]:
-    """Send a parcel; gives its tensors, in the order in which the receiver gets them.
+    """Send a parcel; returns its tensors, in the order in which the receiver gets them.
 
-    shared: tensors that lie in memory already, for parcels that have some in common.  known: what
-    the last parcel from the other side brought; of those only the number is sent.  slots: where
-    new tensors are laid.
+    shared: tensors that several parcels have in common, written once.  known: those of the last
+    parcel from the other side, of which only the number is sent.  slots: files for new tensors.
     """
     shapes: list[dict[str, dict[str, list[Any] | None] | None]] = []
     rest = []
@@ -200,11 +200,11 @@ def receive(
     released: Callable[[int], None] = lambda slot: None,
     kept: Maps | None = None,
 ) -> tuple[dict[str, Any], list[RecordDict], list[torch.Tensor]]:
-    """The next parcel: header, records, and its tensors; to be read only.
+    """The next parcel: header, records, and its tensors, read-only.
 
-    known: the tensors of the parcel to which this one answers.  released: told the slot in which
-    tensors lay, once nobody has any of them.  kept: the map of the last parcel's shared file, which
-    is not mapped anew if it comes again.  Raises EOFError, OSError if the other side is gone.
+    known: the tensors of the parcel that this one answers.  released: called with the number of a
+    slot when nobody has a tensor in it any more.  kept: the map of the last parcel's shared file,
+    used again if the file comes again.  Raises EOFError, OSError if the other side is gone.
     """
     data, files, _, _ = socket.recv_fds(connection, LENGTHS.size, FILES)
     try:
@@ -242,7 +242,7 @@ def receive(
 
 
 def _read(connection: socket.socket, files: list[int], length: int) -> bytes | bytearray:
-    """The words of a parcel; the file that they may come in is taken out of `files`."""
+    """The text of a parcel; the file that it may come in is taken out of `files`."""
     if length <= INLINE:
         return read(connection, length)
     with os.fdopen(files.pop(), "rb") as file:
@@ -251,14 +251,14 @@ def _read(connection: socket.socket, files: list[int], length: int) -> bytes | b
 
 
 def _map(file: int) -> torch.UntypedStorage | None:
-    """The file's memory, copied where it is written to.  Python's own map would keep a descriptor
-    for as long as it lives, of which a process has few."""
+    """The file's memory, mapped copy-on-write.  Python's own map would keep a file descriptor as
+    long as it lives, and a process has few."""
     size = os.fstat(file).st_size
     return torch.UntypedStorage.from_file(f"/proc/self/fd/{file}", False, size) if size else None
 
 
 def _shared(file: int, kept: Maps | None) -> torch.UntypedStorage | None:
-    """What parcels have in common, which comes with one after the other."""
+    """The map of the file that several parcels have in common."""
     stat, known = os.fstat(file), {} if kept is None else kept
     name = (stat.st_dev, stat.st_ino)
     if name not in known:

@@ -53,11 +53,11 @@ class Slim:
     """
 
     def __init__(self, modules: Iterable[nn.Module], whole: nn.Module | None = None) -> None:
-        """`whole`: a layer that gives all its outputs.  Raises TypeError for modules with
-        parameters that it does not know how to narrow."""
+        """`whole`: a layer that keeps all its outputs.  Raises TypeError for modules with
+        parameters that cannot be narrowed here."""
         self.modules = list(flattened(modules))
         self.multiples: dict[nn.Module, int] = {}
-        """What the outputs of a layer come in multiples of."""
+        """By layer, what its number of outputs is a multiple of."""
         self.branches: dict[nn.Module, tuple[Slim, Slim]] = {}
         """The residual and the shortcut of a block."""
         multiple = 1

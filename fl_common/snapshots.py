@@ -1,4 +1,4 @@
-"""A client's memory from round to round, in versions, so that either side may have crashed.
+"""A client's memory from round to round, in versions, so that either side may crash.
 
 A version is named by the round that made it.  The server says which version a round starts from,
 its base: the one of the last reply that it accepted.  What a client remembers of a round whose
@@ -29,10 +29,10 @@ class Snapshots(Protocol):
     """The versions of one client."""
 
     def load(self, server_round: int) -> Flat | None:
-        """The version that this round made; None if it is gone or damaged."""
+        """The version that this round made; None if it is missing or damaged."""
 
     def save(self, server_round: int, memory: Flat, base: int, checkpoints: Sequence[int]) -> None:
-        """Add a version that was made from `base`; those that are not `needed` go."""
+        """Add a version that was made from `base`; remove those that are not `needed`."""
 
 
 def needed(

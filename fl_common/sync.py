@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from fl_common.layout import Flat
 
 VERSIONS = "versions"
-"""The record of a message that names the version of every array of the model it means."""
+"""The record of a message that names the version of every array of the model it refers to."""
 CACHE = "cache"
-"""Where a client keeps them: a record of Flower's state, or a folder of the state directory."""
+"""Where a client keeps arrays: a record of Flower's state, or a folder of the state directory."""
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """The contents' name, 63 bits of their BLAKE2b digest."""
+    """The version of a tensor: 63 bits of the BLAKE2b digest of its contents."""
     array = tensor.contiguous().cpu().numpy()
     digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=8)
     digest.update(array.data if array.ndim else array.tobytes())
@@ -55,7 +55,7 @@ class Holdings:
     held: dict[int, dict[str, int]] = field(default_factory=dict)
     """What each client has, by array: the versions in the last message that it answered well."""
     current: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
-    """Version and contents, by array, of the model that the next messages mean."""
+    """Version and contents, by array, of the model that the next messages refer to."""
 
     def state(self) -> dict[str, dict[str, str]]:
         """For the checkpoint, as JSON keeps it exactly."""
@@ -71,7 +71,7 @@ class Holdings:
         }
 
     def offer(self, arrays: Flat) -> None:
-        """The vectors that the next messages mean.  A part that did not change stays the same
+        """Set the model that the next messages refer to.  A part that did not change stays the same
         tensor, which all clients of this process share; a new one is copied out of its vector."""
         parts = {**self.groups.split(arrays[PARAMS]), **arrays}
         if PARAMS not in self.groups.members:
@@ -86,12 +86,12 @@ class Holdings:
             self.current[name] = known[name] if unchanged else (version, tensor.clone())
 
     def rest(self) -> None:
-        """After the last reply: what no later message refers to is let go of."""
+        """Called after the last reply: let go of what no later message refers to."""
         if not self.tracked:
             self.current = {}
 
     def content(self, name: int, content: RecordDict, *, whole: bool = False) -> RecordDict:
-        """A message's content with those arrays only that client `name` lacks, or all."""
+        """A message's content with only the arrays that client `name` lacks, or if `whole`, all."""
         held = {} if whole else self.held.get(name, {})
         missing = {a: tensor for a, (v, tensor) in self.current.items() if held.get(a) != v}
         made = RecordDict({**content, wire.ARRAYS: wire.pack(missing)})
@@ -100,11 +100,11 @@ class Holdings:
         return made
 
     def withholds(self, content: RecordDict) -> bool:
-        """Whether a message has less than it means."""
+        """Whether a message leaves out arrays that it refers to."""
         return VERSIONS in content and set(content[wire.ARRAYS]) != set(content[VERSIONS])
 
     def answered(self, name: int) -> None:
-        """The client's reply was good: it has what the message meant."""
+        """The client's reply was good: it has all that the message referred to."""
         if self.tracked:
             self.held[name] = {array: version for array, (version, _) in self.current.items()}
 
@@ -123,7 +123,7 @@ class Cache:
 
     load: Callable[[int], torch.Tensor | None]
     store: Callable[[dict[int, torch.Tensor]], None]
-    """Keep these, all else goes."""
+    """Keep these arrays alone."""
 
     @classmethod
     def of(cls, state_dir: str, partition: int, content: RecordDict, state: RecordDict) -> Cache:
@@ -136,7 +136,7 @@ class Cache:
         return cls(lambda v: _recall(state, v), lambda arrays: _remember(state, arrays))
 
     def complete(self, content: RecordDict) -> Flat:
-        """All arrays that the message means, to be read only.  Raises Incomplete."""
+        """All arrays that the message refers to, read-only.  Raises Incomplete."""
         arrays = wire.vectors(content)
         versions = content.get(VERSIONS, {})
         found = {name: arrays.get(name) for name in versions}
@@ -148,7 +148,7 @@ class Cache:
         return {**arrays, **found}
 
     def keep(self, content: RecordDict, arrays: Flat) -> None:
-        """Before the message is worked on: a repeated one finds all it needs."""
+        """Called before the message is worked on, so that a repeat of it finds all it needs."""
         versions = content.get(VERSIONS, {})
         self.store({version: arrays[name] for name, version in versions.items()})
 

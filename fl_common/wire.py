@@ -32,21 +32,21 @@ all if it is absent."""
 MEMORY, MEMORY_LOST = "memory", "memory-lost"
 """The record that gives a client its memory back, and the number in a reply that asks for it."""
 DIAGONAL = "diagonal"
-"""The array of a reply that tells how a client's loss is curved."""
+"""The array of a reply that holds the diagonal of a client's Hessian."""
 GRAD_NORM = "grad-norm"
 """The list of numbers in a reply that are the gradient's norm at each step; with "." and a group's
 name, the norm of that part of it."""
 GROUPS_LOST = "groups-lost"
 """The number in a reply that asks for a whole message: how many arrays the client lacks."""
 REFUSED = "refused"
-"""The setting of a message that tells a node why it cannot take part; nothing comes of it."""
+"""The setting of a message that tells a node why it cannot take part; the reply is ignored."""
 
 
 class TensorArray(Array):
     """A Flower `Array` that holds a tensor and serialises it only when it leaves the process.
 
     On the wire, and in a pickle of Ray's, it is an ordinary `Array`.  The tensor is shared, not
-    copied: who sends it does not change it afterwards, who receives it only reads.
+    copied: the sender must not change it afterwards, and the receiver only reads it.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -78,8 +78,8 @@ TensorArray.__qualname__ = "Array"  # Flower writes and looks up this name on th
 
 
 class ArrivedArray(Array):
-    """A Flower `Array` as it came, in pieces of 5 MB, which are let go as it is decoded: a large
-    model is in memory once.  Flower's own is the pieces, what joins them, and a copy of that."""
+    """A Flower `Array` as it came, in pieces of 5 MB, which are freed as it is decoded: a large
+    model is in memory once.  Flower's own holds the pieces, joins them, and copies the result."""
 
     @classmethod
     def inflate(
@@ -109,7 +109,7 @@ class ArrivedArray(Array):
         self.__dict__["pieces"] = deque([memoryview(value)])
 
     def numpy(self) -> np.ndarray:
-        """The array, which can be asked for once.  Raises ValueError, and what NumPy raises."""
+        """The array; can be called once.  Raises ValueError, and what NumPy raises."""
         if self.stype != "numpy.ndarray":
             raise ValueError(f"serialised as {self.stype}")
         return np.lib.format.read_array(self, allow_pickle=False)
@@ -189,7 +189,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
 
 
 def unpack(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    """The tensors of a record; to be read only, they may be the sender's own."""
+    """The tensors of a record, read-only: they may be the sender's own."""
     return {
         name: array.tensor if isinstance(array, TensorArray) else torch.from_numpy(array.numpy())
         for name, array in record.items()
@@ -197,7 +197,7 @@ def unpack(record: ArrayRecord) -> dict[str, torch.Tensor]:
 
 
 def vectors(content: RecordDict) -> dict[str, torch.Tensor]:
-    """All tensors of a message but a memory given back, to be read only."""
+    """All tensors of a message but those of a memory given back, read-only."""
     records = [record for name, record in array_records(content).items() if name != MEMORY]
     return {name: tensor for record in records for name, tensor in unpack(record).items()}
 

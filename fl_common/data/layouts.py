@@ -90,7 +90,7 @@ def images(top: Path) -> list[Path]:
 
 
 def images_of_class(top: Path) -> list[Path]:
-    """The same of a class that is trained on.  Raises DataError if there is none."""
+    """`images` of a class that is trained on.  Raises DataError if there are none."""
     if found := images(top):
         return found
     raise DataError(

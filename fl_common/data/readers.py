@@ -33,7 +33,7 @@ def read(
 ) -> Raw:
     """Labels at once, samples as they are asked for; `scratch` must stay until then.
 
-    every_class: a class folder without images is a mistake, not a class that is not held here.
+    every_class: whether a class folder without images is a mistake; else others hold that class.
     Raises DataError for files that are not what the layout promises.
     """
     if layout.kind == "embedded":

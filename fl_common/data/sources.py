@@ -65,7 +65,7 @@ def load(
     image_size: side that images are resized and cut to (folder, huggingface); 0: as they are.
     every_class: refuse a class folder without images, which is a mistake but for a node that has
         its own data.
-    Raises DataError. A data set of the hub is asked for once: name a revision to change it.
+    Raises DataError. A data set of the hub is downloaded once: to get a newer one, name a revision.
     """
     if ":" in source:
         return _load_own(source, str(path), seed)
@@ -138,7 +138,7 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
 
 
 def _dataset(splits: dict[str, Split], classes: tuple[str, ...], digests: object) -> Dataset:
-    """digests: of the splits' arrays."""
+    """digests: those of the splits' arrays, as JSON takes them."""
     shape = _sample_shape(**splits)
     fingerprint = _digest([digests, shape, classes])
     return Dataset(**splits, classes=classes, shape=shape, fingerprint=fingerprint)

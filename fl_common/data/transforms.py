@@ -21,7 +21,7 @@ u (B, D) if it draws."""
 
 
 def draws(count: int) -> Callable[[Op], Op]:
-    """Marks an operation that draws so many numbers for each sample."""
+    """Marks an operation that draws `count` numbers for each sample."""
 
     def mark(op: Op) -> Op:
         op.draws = count

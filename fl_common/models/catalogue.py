@@ -206,8 +206,8 @@ def build(
 
 
 def usual_shape(config: CoreConfig) -> tuple[int, ...] | None:
-    """A sample's shape: that of usual images where the data's is not known yet, but None for a
-    model of one's own."""
+    """A sample's shape.  Where the data's is not known yet: (3, 32, 32) for models of the
+    catalogue, None for one's own."""
     source = SOURCES.get(config.data.source)
     shape = source.shape if source else None
     return (3, 32, 32) if shape is None and config.model.name in MODELS else shape

@@ -21,7 +21,7 @@ except ImportError:  # torch brings it where it finds a GPU
     triton = None
 
 TILE = 8192
-"""Numbers that a program has before it at a time; 256 for each of its warps."""
+"""Elements that a program handles at a time, 256 for each of its warps."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ if triton is not None:
 
     @triton.jit
     def _place(C: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-        """Of a program: sample, rows of a tile, channels of its group, and which of those are."""
+        """A program's sample, rows of a tile, channels of its group, and which of these exist."""
         sample = tl.program_id(0) // (C // D)
         group = tl.program_id(0) % (C // D)
         column = tl.arange(0, COLUMNS)

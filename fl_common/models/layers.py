@@ -67,7 +67,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:
             return super().forward(x)
-        # Theirs has no second gradient, which flatness takes of a network in evaluation mode.
+        # The kernels have no double backward, which flatness needs in evaluation mode.
         once = self.training or not torch.is_grad_enabled()
         if self.affine and once and _innermost(x):
             from fl_common.models import groupnorm  # imports Triton, which takes a second
@@ -90,9 +90,9 @@ def _innermost(x: torch.Tensor) -> bool:
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, of maps that keep their side at stride 1.  Of a 1 x 1 map every stride gives the
-    same; but with stride 2 on a CPU the gradient of a bfloat16 kernel has numbers in it that nobody
-    wrote (torch 2.13), other ones in every run."""
+    """torch's, with a padding that keeps the side at stride 1.  On a 1 x 1 map every stride gives
+    the same output; but with stride 2 on a CPU, the gradient of a bfloat16 kernel has uninitialised
+    memory in it (torch 2.13), so stride 1 is taken."""
 
     def stride_on(self, x: torch.Tensor) -> tuple[int, ...]:
         return (1, 1) if x.shape[-2:] == (1, 1) else self.stride
@@ -104,14 +104,14 @@ class Conv2d(nn.Conv2d):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """torch's, with its bits.  A CPU takes large float32 maps (B, C, H, W) through oneDNN, several
+    """torch's, bit for bit.  A CPU takes large float32 maps (B, C, H, W) through oneDNN, several
     times faster than torch's own loop over maps that are not channels-last."""
 
     LARGE = 1 << 16
-    """Numbers in a batch of maps; the way to oneDNN's tensors and back takes 0.2 ms."""
+    """Elements from which a batch of maps is large; to oneDNN's tensors and back takes 0.2 ms."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # oneDNN's gradient has none itself, which flatness takes of a network in evaluation mode.
+        # oneDNN's has no double backward, which flatness needs in evaluation mode.
         once = self.training or not torch.is_grad_enabled()
         if not (once and x.numel() >= self.LARGE and _for_onednn(x)):
             return super().forward(x)

@@ -1,7 +1,7 @@
 """A classifier of short documents; a `Chain`.
 
-A document of L tokens out of V has shape (V, L), one column per token with a single 1; what comes
-in are mostly their ids.
+A document of L tokens out of V has shape (V, L), one column per token with a single 1; the input is
+mostly their ids instead.
 """
 
 import torch
