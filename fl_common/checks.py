@@ -20,6 +20,7 @@ from fl_common.config import (
 from fl_common.data import catalogue as data_catalogue
 from fl_common.layout import PARAMS, tensors_of
 from fl_common.models import catalogue as model_catalogue
+from fl_common.own import told
 
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig, Group
@@ -185,6 +186,8 @@ def _check_own_source(source: str, augment: str) -> list[str]:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         found = False
+    except Exception as error:  # of a package around the module, which is imported
+        return [f"data.source = {shown(source)}: {told(error)}"]
     if found:
         return []
     return [

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fl_common.data.catalogue import SOURCES
+from fl_common.own import told
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,6 +143,8 @@ def _check_own(name: str, norm: str, head: str) -> list[str]:
         found = bool(attribute) and find_spec(module) is not None
     except (ImportError, ValueError):
         found = False
+    except Exception as error:  # of a package around the module, which is imported
+        return [f"model.name = {name!r}: {told(error)}"]
     if not found:
         return [
             f"model.name = {name!r}: no module {module!r} can be imported here; write "

@@ -116,6 +116,8 @@ LINES = {line: i for i, line in enumerate(MODULE.splitlines(), 1)}
 def mine(tmp_path, monkeypatch):
     (tmp_path / "my_research.py").write_text(MODULE)
     (tmp_path / "my_broken.py").write_text("x = 1\ndef load()\n    pass\n")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text("raise RuntimeError('not today')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -134,6 +136,8 @@ def test_own_model_on_own_data(mine, runner):
     [
         (["model.name=my_reserch:Net"], "no module 'my_reserch' can be imported"),
         (["data.source=my_reserch:load"], "no module my_reserch can be imported"),
+        (["model.name=my_package.mine:Net"], "'my_package.mine:Net': RuntimeError: not today (/"),
+        (["data.source=my_package.mine:load"], '"my_package.mine:load": RuntimeError: not today'),
         (["model.name=my_research:Net", "model.norm=group"], "chooses its own norm layers"),
         (["data.source=my_research:load", "data.augment=moon"], "has default, none, crop-flip"),
     ],
