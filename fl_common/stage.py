@@ -20,7 +20,7 @@ class Stage:
     first: nn.Module
     """X is its input."""
     last: nn.Module
-    """Y is its output, once through `after`."""
+    """Y is its output, passed through `after`."""
     after: list[nn.Module]
     slim: Slim
     channels: int

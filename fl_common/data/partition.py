@@ -219,8 +219,8 @@ def _draw_classes(
 ) -> np.ndarray:
     """(n,) class of every taking: takers[t] draws from its prior over the non-empty classes.
 
-    Draws are made in chunks with the classes of the moment; a chunk is valid up to the draw that
-    empties a class, and goes on behind it.
+    Draws are made in chunks, each from the classes that are not empty when it starts.  A chunk is
+    valid up to the draw that empties a class, and the next one starts after that.
     """
     n, left = len(takers), left.copy()
     u, classes, t = rng.random(n), np.empty(n, np.int64), 0
@@ -247,8 +247,8 @@ def _pathological(
     """(n,) owner of every sample: each client holds samples of `classes_per_client` classes.
 
     Classes are dealt in random order, again and again, to one client after the other, so that all
-    are held by about equally many, who share a class equally.  flwr-datasets' partitioner leaves
-    classes to nobody where these would suffice.  "#C = k" of https://arxiv.org/abs/2102.02079.
+    are held by about equally many, who share a class equally.  flwr-datasets' partitioner may leave
+    classes to nobody where this does not.  "#C = k" of https://arxiv.org/abs/2102.02079.
     """
     names = np.unique(labels)
     if classes_per_client > len(names) or clients * classes_per_client < len(names):

@@ -210,7 +210,7 @@ class Transform:
         return self._apply(x, self.recipe.eval, ())
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """A sample's shape behind the transform, from that of a stored one."""
+        """A sample's shape after the transform, given that of a stored one."""
         if len(stored) < 3:
             return stored
         return tuple(self.eval(torch.zeros(1, *stored, dtype=torch.uint8)).shape[1:])

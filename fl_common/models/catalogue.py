@@ -105,7 +105,7 @@ def check(
     shape: a sample's, (C, H, W), (F,) or (V, L); None when it is not known yet.
     norm: the kind of the model's norm layers; refused where the model has only the other kind.
         A model without norm layers takes the default, `batch`, alone.
-    head: what stands before the classifier besides; refused where the model has it already.
+    head: layers to put before the classifier; refused where the model has them already.
     """
     errors = []
     if norm not in NORMS:
@@ -218,8 +218,8 @@ def usual_shape(config: CoreConfig) -> tuple[int, ...] | None:
 
 def skeleton(config: CoreConfig) -> nn.Module | None:
     """The configured model, for checks of its structure: for two classes and `usual_shape`.  None
-    if it cannot be built, which others tell, and for a model of one's own on data of unknown shape.
-    """
+    if it cannot be built, which other checks report, and for a model of one's own on data of
+    unknown shape."""
     import torch
 
     model, shape = config.model, usual_shape(config)

@@ -1,8 +1,8 @@
-"""GroupNorm of maps whose channels lie innermost in memory, on a GPU: a kernel each way.
+"""GroupNorm of channels-last maps on a GPU: one kernel forward, and one backward.
 
-torch's own wants channels outermost, so that under `train.channels-last` every layer turns its maps
-around on the way in and out, and has half a dozen kernels besides.  These read maps as they lie and
-sum in float32, in an order that does not change.
+torch's own needs channels outermost, so that under `train.channels-last` every layer transposes its
+maps on the way in and out, and launches half a dozen kernels more.  These read maps as they lie and
+sum in float32, in a fixed order.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ def with_head(model: Chain, width: int = 256) -> Chain:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, which under bfloat16 autocast reads and writes what convolutions do, with statistics
-    in float32.  Autocast by itself makes a float32 copy of every activation for it.  On a GPU maps
-    with channels innermost have kernels of their own."""
+    """torch's; but on a GPU bfloat16 maps stay bfloat16, with statistics in float32, where autocast
+    would make a float32 copy of every activation, and channels-last maps have kernels of their
+    own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:
@@ -120,8 +120,8 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 def _for_onednn(x: torch.Tensor) -> bool:
-    """Whether oneDNN is there, and finds the same maxima: it passes over NaN and -inf.  Nor does it
-    take a tensor under vmap."""
+    """Whether oneDNN can take `x` (it takes no tensor under vmap) and finds the same maxima: it
+    passes over NaN and -inf."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
