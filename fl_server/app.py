@@ -63,7 +63,7 @@ def main(grid: Grid, context: Context) -> None:
         progress.note(f"results: {folder}")
         federate(grid, config, recorder, progress)
     except BaseException as error:
-        # Flower ends the ServerApp of a run that was stopped by SystemExit.
+        # Flower stops a run by raising SystemExit in its ServerApp.
         ended = {KeyboardInterrupt: "interrupted", SystemExit: "stopped"}.get(type(error))
         error = _for_its_user(error, folder)
         reason = ended or str(error) or type(error).__name__
@@ -76,7 +76,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _for_its_user(error: BaseException, folder: Path) -> BaseException:
-    """What a disk refused, as one line instead of a traceback."""
+    """The error to raise: what a disk refused, as one line instead of a traceback."""
     if not isinstance(error, OSError):
         return error
     return RunFailed(f"{error.filename or folder}: {error.strerror or error}")
@@ -137,8 +137,8 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
 
 
 def _unresumable(config: CoreConfig, engine: str) -> list[str]:
-    """What this run would lose in a crash, if anything; nodes on their own have state directories,
-    by `flwr run` too, where `engine.name` says nothing."""
+    """Why this run could not go on after a crash, a line each.  Nodes of a federation (by plain
+    `flwr run` too, whatever engine.name says) have state directories of their own."""
     if config.client.state_dir or engine == "grpc":
         return []
     known = local_methods(config, {wire.SAMPLES: config.clients.number}, 1, 1)
@@ -162,7 +162,7 @@ def _keys(path: str, engine: str) -> dict[int, str]:
 
 
 def _check_data(config: CoreConfig, roster: Roster) -> None:
-    """Partitions of one data set, or data sets of their own: not a mixture.  Raises RunFailed."""
+    """All clients hold partitions of one data set, or each has its own.  Raises RunFailed."""
     members = [roster.members[i] for i in sorted(roster.members)]
     sets = {member.data for member in members}
     if config.data.partition == "local" and len(members) > 1 == len(sets):

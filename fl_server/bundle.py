@@ -48,8 +48,8 @@ def checkout() -> Path | None:
 @contextmanager
 def app_directory() -> Iterator[Path]:
     """The Flower app to run: a copy, removed afterwards.  In a checkout Flower would look at every
-    file, those of the environment and of results too, for seconds; it does where the bundle is to
-    hold more than the packages."""
+    file, those of .venv and results too, which takes seconds; it does all the same where
+    pyproject.toml asks for a bundle of more than the packages."""
     own, root = checkout(), Path(__file__).resolve().parents[1]
     patterns = [f"{package}/**/*.py" for package in PACKAGES]
     if own:

@@ -43,7 +43,7 @@ CLOCK_SKEW = timedelta(minutes=5)
 _LABEL = r"\w([\w-]{0,61}\w)?"
 HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", re.ASCII)
 LOOPBACK = ("localhost", "127.0.0.1")
-"""The SuperLink's own processes call it so."""
+"""Names by which the SuperLink's own processes reach it."""
 
 
 def make_certificates(folder: Path, hosts: Sequence[str], *, days: float = SERVER_DAYS) -> None:
@@ -51,7 +51,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], *, days: float = SERVE
     (names or IP addresses) into `folder`.
 
     The CA's key is not kept: for another server certificate make a new CA.  `issue` keeps it.
-    Raises KeysError for a host that is none, OSError.
+    Raises KeysError for what is neither a name nor an address, OSError.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ca, ca_key = _authority(days)

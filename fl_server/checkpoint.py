@@ -38,10 +38,10 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rounds: list[int] = []
-        """Those of the good ones, ascending."""
+        """The rounds of good checkpoints, ascending."""
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Add one; once it is on the disk, those before the last two go.  Raises OSError."""
+        """Add one; once it is on the disk, all but the last two are removed.  Raises OSError."""
         from safetensors.torch import save
 
         flat = {

@@ -1,7 +1,7 @@
 """The `flatfed` command: one front door to every engine.
 
 Exit codes: 0 done, 2 a mistake in the call (nothing was started), 3 the run failed, 130 Ctrl-C,
-141 nobody reads on, 143 SIGTERM to a run or a suite.
+141 the reader of the output has gone, 143 SIGTERM to a run or a suite.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, ConfigError):
             raise
         return complain(error.errors)
-    except BrokenPipeError:  # who reads has enough, as `head` does
+    except BrokenPipeError:  # the reader has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ def complain(lines: Sequence[str]) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]:
-    """The values of the file and of the command line over it, and what is no setting."""
+    """The settings of files, under those of the command line, and every mistake in them."""
     from fl_common.config import flatten, from_text
     from fl_common.files import read_toml
 

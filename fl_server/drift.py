@@ -16,8 +16,8 @@ BLOCK = {"cpu": 1 << 15, "cuda": 1 << 20}
 """Elements that are in float64 at a time: few enough for a processor's cache, and enough for a GPU
 not to wait for the next block."""
 MOST = 1 << 21
-"""Parameters whose updates are added up; of larger models evenly spaced ones.  The sum of all, in
-float64, would take the memory of two more models."""
+"""Most parameters whose updates are summed; of larger models, evenly spaced ones.  The float64 sum
+over all of them would take the memory of two more models."""
 
 
 class Drift:
@@ -25,25 +25,25 @@ class Drift:
 
     Alignment is ||sum p_i Delta_i||^2 / sum p_i ||Delta_i||^2 with p_i = n_i / sum n, from 0 to 1:
     1 where all clients make the same update, 1 / K where K of equal size and length of step move
-    at right angles to each other.  All that is kept of the updates is their sum, float64; where the
-    model has more than MOST parameters, of every k-th, over which both sides of the ratio go then.
+    at right angles to each other.  Of the updates only their sum is kept, float64; beyond MOST
+    parameters, that of every k-th one, and both sides of the ratio are then over these alone.
     """
 
     def __init__(self, w: torch.Tensor, groups: Groups) -> None:
         """`w` (d,): the parameters that are sent."""
         self.w, self.groups = w, groups
         self.every = max(1, -(-w.numel() // MOST))
-        """Of so many parameters, one has its updates added up."""
+        """k: the updates of every k-th parameter are summed."""
         self.samples: list[int] = []
         self.squares: list[torch.Tensor] = []
-        """||Delta_i||^2 of each client, float64, where the reply lies: it is not waited for."""
+        """||Delta_i||^2 of each client, float64, on the reply's device: nothing waits for a GPU."""
         self.picked: list[torch.Tensor] = []
-        """The same over the parameters whose updates are added up."""
+        """The same over the parameters whose updates are summed."""
         self.sums: dict[str, torch.Tensor] = {}
         """sum of n_i Delta_i over those, float64, by group."""
 
     def add(self, reply: Reply) -> None:
-        """One reply; of a partial update, its groups count and the rest has not moved."""
+        """Add one reply; groups that a partial update leaves out have not moved."""
         square = picked = torch.zeros((), dtype=torch.float64)
         every = self.every
         for name, theta in reply.model.items():

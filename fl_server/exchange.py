@@ -30,8 +30,8 @@ POLL_S = 0.1
 GONE = ErrorCode.NODE_UNAVAILABLE
 """The error by which Flower says that a node went away before it answered."""
 HELD_BYTES = 64_000_000
-"""Large replies stay at the SuperLink until it is their turn; of smaller ones, those that come
-before it may be this much together."""
+"""The most that replies which come before their turn may take up here; others wait at the
+SuperLink [bytes]."""
 RETURNS = 3
 """How often a client is asked again in a round because its node went away and came back."""
 AWAITED = -1
@@ -55,8 +55,8 @@ class Outcome:
     rejected: dict[int, str] = field(default_factory=dict)
     """Replies to which the guards object."""
     restored: dict[int, int] = field(default_factory=dict)
-    """Bytes of the second message to those who had lost something: their memory, or what was left
-    out of the first."""
+    """Bytes of the second message to clients that had lost something: their memory, or a part of
+    the model that the first message left out."""
     bytes_down: int = 0
     """What the algorithm sends; not what is sent again because a client lost something."""
     bytes_up: int = 0
@@ -79,12 +79,12 @@ class _Phase:
     gone: set[int] = field(default_factory=set)
     """Clients whose node went away with the message, or before it, and that may come back."""
     needed: set[int] = field(default_factory=set)
-    """Those of them that are waited for until the end, as without them there are too few."""
+    """Of these, the ones that are waited for until the deadline: without them there are too few."""
     left: Counter[int] = field(default_factory=Counter)
-    """How often a client's node was not there."""
+    """How often each client's node was found gone."""
 
     def spare(self) -> int:
-        """How many of those from whom a good reply may still come are not needed."""
+        """How many more clients may still give a good reply than the phase needs."""
         able = self.asked.keys() - self.outcome.failed.keys() - self.outcome.rejected.keys()
         return len(able) - self.at_least
 
@@ -101,7 +101,7 @@ class Exchange:
         self.held_bytes: float | None = None
         """HELD_BYTES where the grid is another process, None where replies wait in this one."""
         self._late: dict[str, str] = {}
-        """What to call each message whose reply did not come in time, by message id."""
+        """A name for each message whose reply did not come in time, by message id."""
 
     def replies(
         self,
@@ -119,10 +119,10 @@ class Exchange:
 
         `names` says what each receiver is called, `expected` what its reply must be.  A reply
         that comes before its turn waits.  Who has not answered by the deadline is left out.
-        A client that lacks something is asked once more, with the content that `give_back` makes.
-        For a request without a reason it makes None, and the guards reject the request.
-        `meanwhile` is called once the messages are on their way.  `large`: the bytes that a reply
-        may have, if they are more than a message has.
+        A client that lacks something is asked once more, with the content that `give_back` makes;
+        for a request without cause that is None, and the guards reject the request.
+        `meanwhile` is called once the messages are on their way.  `large`: the bytes of the largest
+        reply, if it may be larger than the messages.
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
@@ -136,7 +136,7 @@ class Exchange:
                 outcome.rejected[name] = harmless(problem)
             else:
                 early[name] = reply
-            del reply  # here as below: a large model is not held on to while the next one comes
+            del reply  # as below: no large model is kept while the next one comes
             while waiting and (waiting[0] in early or _settled(waiting[0], outcome)):
                 yield from _accept(waiting.popleft(), early, outcome)
         for name in waiting:
@@ -158,8 +158,8 @@ class Exchange:
         outcome, sizes = phase.outcome, list(map(payload_bytes, phase.asked.values()))
         outcome.bytes_down += sum(sizes)
         at_once = self._at_once(max([large, *sizes]), len(sizes))
-        # A reply that waits at the SuperLink came in time, however late it is fetched; one that
-        # this process makes is made by fetching it, and is as late as that.
+        # A reply that waits at the SuperLink came in time, however late it is fetched; one of this
+        # process is made when it is fetched, and is as late as that.
         elsewhere = self.held_bytes is not None
         while phase.pending or phase.gone:
             again: dict[int, Message] = {}
@@ -213,14 +213,14 @@ class Exchange:
                 phase.outcome.failed[name] = "its node is gone"
 
     def _at_once(self, size: int, number: int) -> int | None:
-        """How many replies as large as the messages may be here at once; None: as many as come."""
+        """How many of `number` replies of this size may be here at once; None: all."""
         if self.held_bytes is None or size * number <= self.held_bytes:
             return None
         return max(1, int(self.held_bytes // size))
 
     def _pulled(self, phase: _Phase, at_once: int | None, last: bool) -> Iterator[Message]:
-        """Replies that have come.  With `at_once`, one by one, of those only whose turn is next, so
-        that the others wait where they are; `last`: of all."""
+        """Replies that have come.  With `at_once`, one by one and only of the clients whose turn is
+        next, so that the others wait where they are; with `last`, of all."""
         if at_once is None:
             yield from self.grid.pull_messages([*phase.pending, *self._late])
             return
@@ -232,7 +232,7 @@ class Exchange:
             yield from self.grid.pull_messages([i])
 
     def _sender(self, reply: Message, phase: _Phase) -> int | None:
-        """Whose reply this is, which now is no longer expected; None, and a note, if none is."""
+        """Whose pending reply this is, no longer pending then; None, and a note, for any other."""
         to = reply.metadata.reply_to_message_id
         if to in phase.pending:
             return phase.pending.pop(to)
@@ -255,7 +255,7 @@ class Exchange:
         self._late |= {i: f"{phase.name}, client {name}" for i, name in phase.pending.items()}
 
     def _completed(self, name: int, reply: Message, phase: _Phase) -> Message | None:
-        """The client's message with what it lacks, if it asks for that, once."""
+        """The client's message completed by what it lacks, if it asks for that; once a phase."""
         if not phase.give_back or name in phase.outcome.restored:
             return None
         request = _request(reply)
@@ -282,8 +282,8 @@ class Exchange:
         return True
 
     def _found_again(self, phase: _Phase, end: float) -> dict[int, Message]:
-        """Messages for those of the gone who are here again.  Of those whose time to come back is
-        up, as many are left out as can be spared; the others are waited for all the same."""
+        """Messages for the gone clients that are back.  Of those whose time to come back is up, as
+        many are given up as can be spared; the others are waited for all the same."""
         again, needed, spare = {}, set(), phase.spare()
         for name, where in self.locate(sorted(phase.gone)).items():
             if where is None and spare > 0:

@@ -196,8 +196,8 @@ def _state() -> dict[str, Any]:
 
 
 def _present(state: dict[str, Any]) -> dict[int, str]:
-    """The processes of a state file's federation that live, id to start time; none after the
-    machine was started anew.
+    """The living processes of a state file's federation, id to start time; none after the machine
+    was rebooted.
 
     The state file names those that `up` started; those that they started are known by the mark in
     their environment, which they keep if their parent ends.
@@ -209,7 +209,7 @@ def _present(state: dict[str, Any]) -> dict[int, str]:
 
 
 class Federation:
-    """A federation that is starting; every process stands in the state file at once."""
+    """A federation that is starting; the state file names each process as soon as it runs."""
 
     def __init__(self, folder: Path, clients: int, insecure: bool) -> None:
         self.folder, self.clients, self.insecure = folder, clients, insecure
@@ -276,7 +276,7 @@ class Federation:
             self.address, self.fleet = f"127.0.0.1:{port}", f"127.0.0.1:{fleet}"
             ports = ["--port", str(port), "--fleet-api-address", self.fleet]
             process = self._start("superlink", "flower-superlink", *options, *ports)
-            # Its own word: another SuperLink may have taken the port, and answer there.
+            # By its own log: another SuperLink may have taken the port, and answer there.
             while process.poll() is None and b"Uvicorn running on" not in log.read_bytes():
                 if time.monotonic() > deadline:
                     raise self._broken(f"SuperLink did not listen within {START_TIMEOUT:g} s", log)

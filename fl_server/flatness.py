@@ -66,7 +66,7 @@ def expected_diagonal(config: CoreConfig, net: torch.nn.Module) -> dict[str, dic
 
 
 def matched(config: CoreConfig, replies: Iterable[Message]) -> dict[str, float]:
-    """H_N and H_D of all clients that answered.  Raises ValueError where there is none."""
+    """H_N and H_D of all clients that answered.  Raises ValueError as `match` does."""
     diagonals = [wire.unpack(reply.content[wire.ARRAYS])[wire.DIAGONAL] for reply in replies]
     found = match(diagonals, config.flatness.match)
     return {"h_n": found.h_n, "h_d": found.h_d}

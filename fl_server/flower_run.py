@@ -164,7 +164,7 @@ def _toml(config: Mapping[str, str | int | float | bool]) -> str:
 
 def _plain(line: str) -> str | None:
     """A line of `flwr run` without colours, Flower's INFO prefix and the class before a client's
-    reason; None if it says nothing."""
+    reason; None for a line that is not to be shown."""
     text = _CLASS.sub("", without_colours(line.rstrip("\n")))
     if match := _LEVEL.fullmatch(text):
         level, message = match.groups()
@@ -270,7 +270,7 @@ def _lines(stream: Any) -> Callable[[float], str | None]:
 
 @dataclass
 class _Link:
-    """A SuperLink as `flwr` knows it by a connection's name."""
+    """A SuperLink, reached by calls of `flwr` with its connection's name."""
 
     connection: str
     env: Mapping[str, str]

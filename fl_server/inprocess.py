@@ -36,9 +36,9 @@ RUN_ID = SERVER_ID = TASK_ID = 1
 class InProcessGrid(Grid):
     """`clients` nodes with partitions 0 .. clients-1, each with a context of its own.
 
-    workers: processes, if more than one, each of which trains one client at a time.  cohort: how
-    many clients are trained at once instead, or `auto`; then `chosen` is told the number, and why,
-    and where that is 1 the workers train.
+    workers: how many processes train, each one client at a time; 1: this process alone.  cohort:
+    how many clients this process trains at once instead, or `auto`; then `chosen` is told the
+    number, and why, and if it is 1 the workers train.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class InProcessGrid(Grid):
         self._out: dict[str, Message] = {}
         """What the workers have been given."""
         self._newest: dict[int, str] = {}
-        """The last work of each node, by its message's id."""
+        """The message id of each node's newest work."""
         self.workers, self._threads = workers, int(run_config.get("train.threads", 1))
         self._pool = self._fork() if workers > 1 and cohort == "1" else None
         self._cohort, self._chosen = cohort, chosen
@@ -118,11 +118,11 @@ class InProcessGrid(Grid):
         return list(queued)
 
     def _fork(self) -> Pool:
-        """No more than there are clients: others would have nothing to do."""
+        """The workers, no more than there are clients: others would have nothing to do."""
         return Pool(min(self.workers, len(self._contexts)), self._work, self._threads)
 
     def _forget_others(self, work: Message) -> None:
-        """Work of other phases, which nobody waits for any more."""
+        """Drop the work of other phases, for which nobody waits any more."""
         waiting = [m for m in (*self._queue.values(), *self._out.values()) if _is_work(m)]
         stale = {m.metadata.message_id for m in waiting if _phase(m) != _phase(work)}
         self._queue = {key: m for key, m in self._queue.items() if key not in stale}
@@ -131,15 +131,15 @@ class InProcessGrid(Grid):
             self._pool.withdraw(stale)
 
     def _to_workers(self) -> None:
-        """All work that is queued."""
+        """Hand all queued work to the workers."""
         work = {key: message for key, message in self._queue.items() if _is_work(message)}
         self._queue = {key: m for key, m in self._queue.items() if key not in work}
         self._out |= work
         self._pool.put([self._job(message) for message in work.values()])
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The reply of the next queued message among `message_ids`, or, of workers, all that have
-        come since, whoever asked; empty when none is left."""
+        """The reply to the next queued message among `message_ids`, or all that the workers have
+        given since, to whatever message; empty when none is left."""
         if self._queue:
             waiting = (self._queue[i] for i in message_ids if i in self._queue)
             if first := next(waiting, None):
@@ -214,7 +214,7 @@ class InProcessGrid(Grid):
                     return self._of_workers()
             number = int(self._cohort)
             answers = clients.train_together(jobs[:number], number)
-        except Exception as error:  # there are no clients in this process, and why
+        except Exception as error:  # why this process can train nobody
             answers = [error]
         replies = []
         for message, answer in zip(messages, answers, strict=False):

@@ -1,4 +1,4 @@
-"""What every client remembers, on the server's disk, and the last round of each that counted.
+"""What every client remembers, on the server's disk, and each client's last round that counted.
 
 The server computes a client's memory from what it sent and received, by the same code as the
 client.  A client that has lost its own is given it back, so that the result does not change.
@@ -69,7 +69,7 @@ class Ledger:
         }
 
     def begin(self) -> None:
-        """Before the first reply of a round."""
+        """Begin a round, before its first reply."""
         self.sel: dict[str, WeightedMean] = {}
         """By kind, the mean of the models of the round's cohort; empty until the round counts."""
         self.first: Flat | None = None
@@ -82,8 +82,8 @@ class Ledger:
         """What is added to `sum` when the round counts: how far each client's last model moved."""
 
     def take(self, name: int, message: Message, reply: Message, checkpoints: list[int]) -> None:
-        """One good reply to `message`: the client's memory after the round, which counts once the
-        round is accepted.  Raises RunFailed, OSError."""
+        """Enter a good reply to `message`: the client's memory after the round goes to the disk,
+        and counts once the round is accepted.  Raises RunFailed, OSError."""
         answer, sent = Reply.of(reply), wire.vectors(message.content)
         model = self.groups.joined(answer.model, sent[PARAMS])
         evaluated = self.config.eval.model_names
@@ -142,8 +142,8 @@ class Ledger:
         return {key: v for key, v in entry.items() if not key.startswith(f"{LAST}.")}
 
     def means(self) -> dict[str, Flat]:
-        """What the models that are evaluated beside the global one have in the place of its
-        vectors: sel, all, first."""
+        """The models sel, all and first, as far as they are evaluated beside the global one: of
+        each, the vectors that take the place of the global one's."""
         number = self.config.clients.number
         found: dict[str, Flat] = {}
         if self.sel:

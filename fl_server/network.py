@@ -33,7 +33,7 @@ class ServerNetwork:
     def __init__(
         self, config: CoreConfig, first: Member, device: torch.device, processes: int
     ) -> None:
-        """As the clients' data, of whom `first` is one, want it.  Raises RunFailed."""
+        """For data like those of the client `first`.  Raises RunFailed."""
         self.config, self.device = config, device
         try:
             self.net = assembly.new_model(config, len(first.classes), first.shape, device)
@@ -52,7 +52,7 @@ class ServerNetwork:
         """The most processes that an evaluation may use, and how many the next one uses."""
 
     def load_data(self, first: Member) -> None:
-        """The data set whose test split models are evaluated on.  Raises RunFailed."""
+        """Load the data set on whose test split models are evaluated.  Raises RunFailed."""
         data = assembly.load_data(self.config)
         if data.classes != first.classes:
             raise RunFailed(
@@ -70,7 +70,7 @@ class ServerNetwork:
         self.data = data
 
     def model(self) -> Flat:
-        """Its own, on the CPU."""
+        """The model that the network has, on the CPU."""
         return {k: concatenate(t.values()).cpu() for k, t in tensors_of(self.net).items()}
 
     def install(self, model: Flat) -> None:
@@ -114,7 +114,7 @@ class ServerNetwork:
 def _check_own(net: torch.nn.Module, first: Member) -> None:
     """Raises ValueError, or what the network raises, unless it trains and maps a sample to logits.
 
-    Labels that it has no logit for would fail at the clients, and logits without labels nowhere.
+    A label without a logit would fail only at the clients, and a logit without a label nowhere.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError("no parameter of it is to be trained")

@@ -164,7 +164,7 @@ def down(args: argparse.Namespace) -> int:
 
 
 def _tried(act: Callable[[], object]) -> int:
-    """The exit code of what starts or ends the processes of a federation."""
+    """Start or end the processes of a federation; gives the exit code."""
     from fl_server.federation import FederationError, UsageError
 
     try:

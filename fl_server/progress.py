@@ -12,7 +12,7 @@ from typing import Any
 from fl_report.series import loss_told, sized
 
 BEAT_S = 30.0
-"""The longest silence where there is no bar [s]: a reader knows that the run goes on."""
+"""The longest silence where there is no bar [s], so that a reader knows that the run goes on."""
 
 _ROUND = re.compile(r"round +(\d+)/(\d+)  (.*)  (ETA .*)")
 _RESUMED = re.compile(r"resumed after round (\d+) of (\d+)")
@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, rounds: int, bar: bool) -> None:
         self.rounds, self.done = rounds, 0
         self._played, self._seconds = 0, 0.0
-        """Since this process took over, which may be faster or slower than an earlier one."""
+        """Rounds, and their seconds, of this process alone: an earlier one may have been slower."""
         self._phase, self._asked, self._replies = "", 0, 0
         self._began = self._told = time.monotonic()
         self._ended = threading.Event()
@@ -48,7 +48,7 @@ class Progress:
             self.bar.at(done)
 
     def asked(self, phase: str, number: int) -> None:
-        """So many replies are waited for."""
+        """The run waits for `number` replies."""
         self._phase, self._asked, self._replies = phase, number, 0
         self._began = time.monotonic()
         self._show_waiting()
@@ -108,7 +108,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a reader would choose."""
+    """Seconds in the unit that a reader would choose."""
     for unit, length in (("s", 1), ("min", 60)):
         if seconds < 100 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -127,7 +127,7 @@ def _numbers(row: dict[str, Any]) -> str:
 
 
 class Bar:
-    """Of rounds, on a terminal; notes scroll by above it."""
+    """A bar of rounds on a terminal; notes scroll by above it."""
 
     def __init__(self, rounds: int) -> None:
         from rich.console import Console
@@ -143,7 +143,7 @@ class Bar:
         from rich.text import Text
 
         class Numbers(ProgressColumn):
-            """On a narrow terminal, these are cut off, and nothing else."""
+            """On a narrow terminal only these are cut off."""
 
             def render(self, task: Any) -> Text:
                 return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")

@@ -60,7 +60,7 @@ def folder_error(folder: Path) -> str | None:
     exists = False
     try:
         exists = folder.exists()
-    except OSError as error:  # any other is told of the folder above
+    except OSError as error:  # `unwritable` tells any other, of the folder above
         if error.errno == errno.ENAMETOOLONG:
             return f"run.name: {folder.name[:40]}...: {error.strerror}; give a shorter one"
     if exists:
@@ -107,7 +107,7 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
         _lock(folder).close()
     except RunFailed as error:
         return f"{error}; wait for its end"
-    except OSError:  # told when something is to be written
+    except OSError:  # the first write tells it
         pass
     for key, value in values.items():
         # A count that a file gives as a number is stored as text.
@@ -142,8 +142,8 @@ def _lock(folder: Path) -> IO[bytes]:
 
 
 def ended(folder: Path, reason: str) -> None:
-    """For a run whose process went without a word: its summary says so, unless somebody is still
-    at work on it."""
+    """Mark a run whose process ended without a word as failed in its summary, unless another
+    process is still at work on it."""
     with suppress(RunFailed, OSError):
         summary = read_summary(folder)
         if summary.get("status") == "running":
@@ -175,7 +175,7 @@ class Recorder:
         self.earlier = {"wall_s": 0.0, "cpu_s": 0.0}
         """What this run took before it was resumed."""
         self._before = read_summary(folder) if resume else None
-        """The summary of a run that is to go on, as long as nothing of it was touched."""
+        """The summary of a run that is to be resumed, until anything of it is touched."""
         self.summary: dict[str, Any] = {**(self._before or {}), "status": "running"}
         for key in ("error", "model_sha256"):  # an earlier end wrote them
             self.summary.pop(key, None)
@@ -230,7 +230,7 @@ class Recorder:
             except OSError:
                 os.truncate(file.fileno(), self._length)
                 raise
-            except BaseException:  # Ctrl-C: the row is there as a whole, and counts, or not at all
+            except BaseException:  # Ctrl-C: the row is written whole, and counts, or not at all
                 if left:
                     os.truncate(file.fileno(), self._length)
                 else:
@@ -253,7 +253,8 @@ class Recorder:
         return {"history": history, "gathered": gathered, **self._times()}
 
     def rewind(self, server_round: int, facts: Mapping[str, Any]) -> None:
-        """Back to what `facts` told after this round; later rows are played again.
+        """Go back to where this round's checkpoint, with these `facts`, was written; later rounds
+        are played again.
 
         Raises RunFailed if the history is not what it was, or if nothing is left to play and the
         last round's model was not evaluated.
@@ -331,7 +332,7 @@ class Recorder:
         return terminal.text(terminal.one_run(run))
 
     def fail(self, reason: str) -> dict[str, Any]:
-        """The summary, and the pictures so far, of a run that ended early; one that was to be
+        """Write the summary, and the pictures so far, of a run that ended early; one that was to be
         resumed and was not touched stays as it was."""
         if self._before is not None:
             return self._before
@@ -404,7 +405,7 @@ def _device(config: CoreConfig) -> str:
 
     try:
         device = training_device(config)
-    except ValueError:  # this machine has none: said by whoever needs it
+    except ValueError:  # this machine has no such device: whoever needs it says so
         return config.train.device
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"

@@ -68,7 +68,7 @@ def suite(args: argparse.Namespace) -> int:
             print(path)
     except BrokenPipeError:
         raise
-    except (OSError, SuiteError) as error:  # of cells that failed, a full disk may be the reason
+    except (OSError, SuiteError) as error:  # a full disk may be why cells failed, too
         code = complain(str(error).splitlines())
     except (KeyboardInterrupt, SystemExit) as end:
         print(f"interrupted; go on with: {suite.command(places=True)}", file=sys.stderr)
@@ -173,7 +173,7 @@ def flatness(args: argparse.Namespace) -> int:
 def groups(args: argparse.Namespace) -> int:
     from fl_common.models.catalogue import MODELS
 
-    # A setting like any other: what is given twice is told.
+    # As a setting like any other, it is refused if it is given twice.
     args.values = [f"model.name={args.model}", *args.values]
     info = MODELS.get(args.model)
     takes_text = info is not None and info.input == "tokens"
@@ -233,7 +233,7 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
     if classes is not None and classes < 1:
         errors.append(f"--classes {classes}: must be at least 1")
     if shape is not None or classes is not None:
-        defaults = {"data.source": "folder"}  # one's own, of which nothing is known beforehand
+        defaults = {"data.source": "folder"}  # a source of which nothing is known beforehand
     elif ":" in str(given.get("data.source", "")):
         errors.append("--shape: not known without the data; give that of a sample, and --classes")
     # Nodes elsewhere have the data: none is read here, and a missing data.path is no mistake.

@@ -57,7 +57,7 @@ class Member:
 
     @classmethod
     def of(cls, reply: Message) -> Member:
-        """Raises KeyError, OverflowError, TypeError or ValueError for what is no such answer."""
+        """Raises KeyError, OverflowError, TypeError or ValueError for a malformed answer."""
         numbers, words = reply.content[wire.METRICS], reply.content[wire.CONFIG]
         member = cls(
             node_id=reply.metadata.src_node_id,
@@ -144,7 +144,7 @@ def judge(
 def _like_first(
     members: dict[int, Member], refused: dict[int, str]
 ) -> tuple[dict[int, Member], dict[int, str]]:
-    """Without those whose data do not fit the lowest partition's."""
+    """The same without members whose data do not fit those of the lowest partition."""
     good: dict[int, Member] = {}
     for partition in sorted(members):
         member = members[partition]
@@ -189,7 +189,7 @@ class Roster:
         self.refused: dict[int, str] = {}
         """Why nodes are refused, by node id."""
         self.known: dict[int, Member] = {}
-        """Everyone who has been a member since the roll call ended, as it was first."""
+        """Everyone who has been a member since the roll call ended, each as first seen."""
         self._told: set[str] = set()
         """Reasons of refusals that were noted: each is noted once."""
         self._again: dict[int, float] = {}
@@ -222,7 +222,7 @@ class Roster:
         told = -1
         while True:
             self.ask()
-            self.known = dict(self.members)  # until all are here, whoever left may change
+            self.known = dict(self.members)  # until all are here, one may come back changed
             late = time.monotonic() > end
             if late or not self._asked:
                 self.judge()
@@ -365,7 +365,7 @@ class Roster:
         return [p for p in partitions if p not in self.members and self._left.get(p, since) > since]
 
     def wait_for(self, partitions: Sequence[int]) -> None:
-        """Until these are here, or their time to come back is up."""
+        """Wait until these are here, or their time to come back is up."""
         self.refresh()
         awaited = self.awaited(partitions)
         if awaited:
@@ -379,8 +379,8 @@ class Roster:
             self.refresh()
 
     def locate(self, partitions: Collection[int]) -> dict[int, int | None]:
-        """The nodes of clients that went away in a round, by one look at all nodes; AWAITED, or
-        None where the time to come back is up."""
+        """The node ids of clients that went away in a round, by one look at all nodes; AWAITED for
+        one that may still come back, None for one whose time is up."""
         self.refresh()
         found: dict[int, int | None] = dict.fromkeys(partitions)
         found |= dict.fromkeys(self.awaited(partitions), AWAITED)

@@ -63,7 +63,7 @@ class Rounds:
             config.train.threads, config.train.deterministic, self.device.type
         )
         self.waits = exchange.held_bytes is not None
-        """Whether this process trains nobody, and so gives memory back while it waits."""
+        """Whether this process trains nobody: it then returns memory while it waits."""
         if self.waits:
             determinism.return_memory()
         self.config, self.exchange, self.roster = config, exchange, roster
@@ -107,18 +107,18 @@ class Rounds:
         recorder.summary["experiment"] = self.ledger.experiment
 
     def _place(self) -> torch.device:
-        """The card on which this very process trains, so that nothing goes to and fro; the CPU
-        where replies come from elsewhere, or what clients remember goes to the disk."""
+        """The card if this very process trains on it, which saves copies to and fro; the CPU if
+        replies come from other processes, or if clients' memories go to the disk."""
         apart = getattr(self.exchange.grid, "clients_apart", True)
         kept = self.ledger.needed or self.ledger.sum or self.config.client.state_dir
         usable = self.strategy.on_card and not (apart or kept)
         return self.device if usable else torch.device("cpu")
 
     def play(self) -> None:
-        """The rounds that are left; afterwards `model` is the final one."""
+        """Play the rounds that are left; afterwards `model` is the final one."""
         try:
             self._rounds()
-        except BaseException:  # what was reached, whatever ended the rounds
+        except BaseException:  # keep what was reached, whatever ended the rounds
             try:
                 self.write()
             except RunFailed as error:
@@ -161,7 +161,7 @@ class Rounds:
         return server_round == self.config.run.rounds or not server_round % every
 
     def checkpoint(self) -> Checkpoint:
-        """All that the next round depends on; tensors as they are, which nobody changes."""
+        """All that the next round depends on; tensors are not copied, since nobody changes them."""
         return Checkpoint(
             round=self.done,
             tensors={
@@ -183,7 +183,7 @@ class Rounds:
         )
 
     def write(self) -> None:
-        """The last round's checkpoint to the disk, if it is not there yet.  Raises RunFailed."""
+        """Write the last round's checkpoint unless that is done already.  Raises RunFailed."""
         if self.unwritten:
             last, row = self.unwritten
             try:
@@ -202,7 +202,7 @@ class Rounds:
         )
 
     def resume(self) -> None:
-        """Back to the newest good checkpoint.  Raises RunFailed."""
+        """Go back to the newest good checkpoint.  Raises RunFailed."""
         saved = self.recorder.checkpoints.newest(self.progress.note)
         facts, rounds = saved.facts, self.config.run.rounds
         if saved.round > rounds:
@@ -242,9 +242,9 @@ class Rounds:
         self.recorder.rewind(saved.round, facts)
 
     def train(self, server_round: int, row: dict[str, Any]) -> None:
-        """One round, into the history's row: draw a cohort, push the strategy's messages, and hand
-        each good reply on to the strategy in partition order, as it comes.  Raises RunFailed, with
-        the row filled in if the round was played."""
+        """Play one round and fill in its history row: draw a cohort, push the strategy's messages,
+        and hand good replies to the strategy in partition order, as they come.  Raises RunFailed,
+        with the row filled in if the round was played."""
         config = self.config
         names = draw(config.clients, config.run.seed, server_round)
         # A bernoulli cohort may be smaller than the replies that are asked for.
@@ -280,7 +280,7 @@ class Rounds:
                 raise RoundFailed(f"{phase}: the strategy gave no model")
             self.model, loss, self.failures = wire.unpack(arrays), float(metrics["loss"]), 0
             self.ledger.accept(server_round, list(outcome.accepted))
-        except RoundFailed as error:  # not kept: it and this frame would keep each other alive
+        except RoundFailed as error:  # kept, it and this frame would keep each other alive
             shortage = str(error)
         self._tell(phase, outcome)
         row |= _row(server_round, names, outcome, loss, series)
@@ -300,11 +300,11 @@ class Rounds:
                 )
 
     def _gather(self, names: Sequence[int], at_least: int, server_round: int) -> None:
-        """Wait for the cohort: for each client as long as it may take to come back, and for as
-        many as the round needs until a round's deadline."""
+        """Wait for the cohort: for each client until its time to come back is up, and for
+        `at_least` of them until a round's deadline."""
         end = time.monotonic() + self.config.clients.deadline_s
         if len(self.roster.drawn(names)[0]) < len(names):
-            self.write()  # nothing is lost meanwhile
+            self.write()  # so that a crash during the wait loses nothing
         self.roster.wait_for(names)
         told = -1
         while (here := len(self.roster.drawn(names)[0])) < at_least:
@@ -330,8 +330,8 @@ class Rounds:
         at_least: int = 0,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Message]]:
-        """The good replies to what a strategy asks, each with the name of its client.  A client is
-        sent what it lacks, as far as is known, and the rest if it says that it lacks more."""
+        """The good replies to a strategy's messages, each with the name of its client.  A client is
+        sent what it lacks as far as is known, and the rest once it says that it lacks more."""
 
         def sent() -> None:
             meanwhile()
@@ -374,7 +374,7 @@ class Rounds:
                 self.recorder.restored(server_round, outcome.restored)
 
     def _counted(self, expected: Callable[[int], Expected]) -> Callable[[int], Expected]:
-        """`expected`, which is asked once for every reply that comes, and tells the progress so."""
+        """`expected`, which is called once per reply, made to count that reply in the progress."""
 
         def counted(name: int) -> Expected:
             self.progress.reply()
@@ -383,7 +383,7 @@ class Rounds:
         return counted
 
     def _slim(self, name: int, message: Message) -> Message:
-        """The message with those arrays only that the client lacks, and with what it is to know of
+        """The message with only the arrays that the client lacks, and with what it should know of
         its memory."""
         content = self.holdings.content(name, message.content)
         own = self.ledger.settings(name, self.recorder.checkpoints.rounds)
@@ -418,7 +418,8 @@ class Rounds:
         return server_round == self.config.run.rounds or not server_round % self.config.eval.every
 
     def _round_failed(self, shortage: str, outcome: Outcome, asked: int) -> None:
-        """Too few good replies: too few answers end the run, bad ones after some such rounds."""
+        """Too few good replies.  Too few answers end the run at once; enough answers of which too
+        many are bad, after clients.max-failed-rounds such rounds in a row."""
         answers = len(outcome.accepted) + len(outcome.rejected)
         if answers < min(self.config.clients.min_replies, asked):
             raise RunFailed(shortage)
@@ -430,7 +431,7 @@ class Rounds:
             )
 
     def _tell(self, phase: str, outcome: Outcome) -> None:
-        """Whose replies are missing, and why."""
+        """Note whose replies are missing, and why."""
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"{phase}, client {name}: {word}{reason}")
@@ -445,7 +446,7 @@ class Rounds:
             self.network.put_away()
 
     def measure(self, server_round: int, row: dict[str, Any]) -> None:
-        """How flat the loss is at the new global model, and how alike the clients find it."""
+        """Flatness at the new global model, and H_N and H_D between clients, into the row."""
         from fl_server.flatness import expected_diagonal, matched
 
         config, flatness = self.config, self.network.flatness
@@ -462,13 +463,13 @@ class Rounds:
     def _diagonals(
         self, server_round: int, row: dict[str, Any], expected: dict[str, dict[str, Spec]]
     ) -> Iterator[Message]:
-        """Every client's answer.  Its bytes count in the summary, as those of measuring, and not in
-        the row, which has those of the algorithm."""
+        """Every client's answer.  Its bytes go into the summary, as the cost of measuring, and not
+        into the row, which has those of the algorithm."""
         members, outcome = self._everyone()
         phase = f"flatness of round {server_round}"
         settings = ConfigRecord({"server-round": server_round})
         content = {wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}
-        # Whole, and unknown to `holdings`: to measure changes nothing of what training sends.
+        # The whole model, past `holdings`: measuring does not change what training sends.
         messages = [
             Message(RecordDict(content), m.node_id, MessageType.QUERY, group_id=str(server_round))
             for m in members
@@ -492,7 +493,7 @@ class Rounds:
         self.recorder.measured(outcome.bytes_down, outcome.bytes_up)
 
     def evaluate(self, server_round: int, row: dict[str, Any]) -> None:
-        """The new global model: on the server's test set, on all clients' held-out samples, or
+        """Evaluate the new global model on the server's test set, all clients' held-out samples, or
         both, into the round's row."""
         if self.config.eval.on != "server":
             self._on_clients(server_round, row)
@@ -511,8 +512,8 @@ class Rounds:
         return members, Outcome(failed=absent)
 
     def _on_clients(self, server_round: int, row: dict[str, Any]) -> None:
-        """The new model on every client's held-out samples, into the row: the mean by samples, and
-        each client's accuracy.  Raises RunFailed if nobody answers."""
+        """Evaluate the new model on every client's held-out samples, into the row: the mean,
+        weighted by samples, and each client's accuracy.  Raises RunFailed if nobody answers."""
         members, outcome = self._everyone()
         phase = f"evaluation of round {server_round}"
         held_out = {member.partition: member.held_out for member in members}

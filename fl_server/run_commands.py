@@ -123,7 +123,7 @@ def _unready(config: CoreConfig) -> list[str]:
         except NodeError as error:
             return [f"client.{error}"]
     cache = Path(config.data.cache_dir or default_cache_dir())
-    # One that has data may be there for reading alone.
+    # A cache that has data already may be read-only.
     if not (cache / "datasets").is_dir() and (problem := unwritable(cache)):
         key = "data.cache-dir" if config.data.cache_dir else "FLATFED_CACHE"
         return [f"{key}: {problem}; choose another folder with data.cache-dir"]
@@ -155,7 +155,7 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     values = config.flat()
 
     def chosen(number: int, why: str) -> None:
-        """A run that goes on later trains as many clients at once."""
+        """Store the number, so that the run trains as many clients at once when it is resumed."""
         record_setting(folder, "engine.cohort", str(number))
         print(why, flush=True)
 
@@ -284,13 +284,13 @@ def _on_flower(
 
 
 def _continued(folder: Path) -> str:
-    """The line that says how, of a run that has a checkpoint here."""
+    """The line that says how to continue a run; empty if it has no checkpoint here."""
     begun = any((folder / "checkpoints").glob("*"))
     return f"continue it with: flatfed resume {folder}\n" if begun else ""
 
 
 def _broken_off(why: str, folder: Path, told: _Told) -> int:
-    """Nobody on the server was left to say that the run has ended."""
+    """End a run of which nobody is left on the server to say so; gives the exit code."""
     from fl_server.recorder import ended
 
     ended(folder, why)
@@ -299,8 +299,8 @@ def _broken_off(why: str, folder: Path, told: _Told) -> int:
 
 
 def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool = False) -> int:
-    """What the server, its results folder, unless it is on another machine, and Flower say of a
-    run."""
+    """The exit code of a run, by what the server, its results folder (unless that is on another
+    machine) and Flower say of it."""
     from fl_server.recorder import read_summary
 
     summary = read_summary(folder)

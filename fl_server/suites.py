@@ -51,7 +51,7 @@ OF_DATA = "DataError: "
 FREE = {*RESUMABLE, *PLACE, "run.pictures", "server.checkpoint-every", "train.device"} - {
     "run.rounds"
 }
-"""Settings that a cell may have otherwise: they are not part of what it computes."""
+"""Settings in which a stored run may differ from its cell: they do not change what it computes."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
 
 
 def begun(folder: Path) -> bool:
-    """Whether a run left something there that can be lost: its settings, at least."""
+    """Whether a run has begun there, so that its settings, at least, could be lost."""
     return folder.exists() and (not folder.is_dir() or (folder / CONFIG).exists())
 
 
@@ -135,7 +135,7 @@ def look(plan: Plan, base: Path) -> State:
 
 
 def _foreign(folder: Path) -> bool:
-    """Whether anything but what a run begins with is in a folder without settings."""
+    """Whether a folder without settings holds anything but what a run begins with."""
     return any(p.name != LOCK and not p.name.startswith(f".{CONFIG}") for p in folder.iterdir())
 
 
@@ -144,7 +144,7 @@ def _at_rest(folder: Path) -> bool:
     for _ in range(round(GRACE / POLL)):
         try:
             held = lock(folder)
-        except OSError:  # nothing is there, or what a run of its own will tell of
+        except OSError:  # nothing is there, or the run itself will tell what is wrong
             return True
         if held:
             held.close()
@@ -184,7 +184,7 @@ class Runner:
         self.running: list[Child] = []
         self.failed: list[Cell] = []
         self.seconds: list[float] = []
-        """Of the cells that came to their end here."""
+        """Of each cell that was completed in this call."""
 
     def run(self) -> list[Cell]:
         """Run all that is left; gives the cells that failed.  Ends the children if interrupted."""
@@ -311,7 +311,7 @@ def _take_cores(place: int, jobs: int) -> None:
 
 def _measure(folder: Path, jobs: int) -> None:
     """What a run does not tell of itself: its peak memory, workers' too, the day, and how many
-    cells shared the machine.  Written by its own process, which may end after a suite that was
+    cells shared the machine.  The cell's own process writes it, for it may outlive a suite that is
     killed."""
     unit = 1 if sys.platform == "darwin" else 1024
     of = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -450,8 +450,8 @@ class OpenSuite:
 def open_suite(
     file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None, jobs: int
 ) -> OpenSuite:
-    """Every cell's configuration checked.  Settings of earlier calls in this folder hold until they
-    are given anew.  Raises SuiteError with every mistake."""
+    """The suite of a file, with every cell's configuration checked.  Settings of earlier calls in
+    this folder hold until they are given anew.  Raises SuiteError with every mistake."""
     name = f"{file.stem}-reduced" if reduced else file.stem
     base = absolute_path(out or Path("results", "suites")) / name
     remembered = _read(base / REMEMBERED).get("settings", {})

@@ -1,7 +1,7 @@
-"""Rounds told as they end to TensorBoard, MLflow or Weights & Biases (`tracking.to`).
+"""Rounds reported, as they end, to TensorBoard, MLflow or Weights & Biases (`tracking.to`).
 
-The history is the truth and these are told of it: a tracker that fails is left out for the rest of
-the run, and a run that is resumed tells each only the rounds that it has not had.
+The history is the truth, and trackers get a copy: one that fails is left out for the rest of the
+run, and a run that is resumed reports to each only the rounds that it has not had.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _numeric(values: Mapping[str, Any]) -> Numbers:
 
 
 class Tracker(Protocol):
-    """One that is told of a run.  It may raise whatever it likes."""
+    """Takes the rounds of a run.  It may raise whatever it likes."""
 
     last: int
     """The last round that it has had; 0 for none."""
@@ -103,7 +103,7 @@ class Tracking:
         rows: Sequence[Mapping[str, Any]],
         note: Callable[[str], None],
     ) -> None:
-        """Starts or continues what each tracker has of the run `experiment`, up to `rows`."""
+        """Start or continue the run `experiment` in each tracker, and report the `rows` so far."""
         self._note = note
         self._trackers: dict[str, Tracker] = {}
         settings = settings_of(config)

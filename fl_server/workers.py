@@ -64,9 +64,9 @@ class _Worker:
     process: int
     connection: socket.socket
     jobs: deque[tuple[Job, Sequence[torch.Tensor]]] = field(default_factory=deque)
-    """What it was sent, with the tensors; it works on the first."""
+    """Jobs that were sent to it, each with the tensors as sent; it works on the first."""
     released: list[int] = field(default_factory=list)
-    """Slots of its replies that nobody has any more, which it does not know yet."""
+    """Slots of its replies that are free again; it is told with the next job."""
 
 
 def count(config: CoreConfig) -> int:
@@ -87,7 +87,7 @@ def count(config: CoreConfig) -> int:
 
 
 class Pool:
-    """`count` forks of this process that answer jobs, with so many threads of torch's each; who is
+    """`count` forks of this process that answer jobs, with `threads` torch threads each; whoever is
     free takes the next one."""
 
     def __init__(self, count: int, answer: Answer, threads: int = 1) -> None:
@@ -99,13 +99,13 @@ class Pool:
             self.workers.append(self._fork())
 
     def put(self, jobs: Sequence[Job]) -> None:
-        """Queue these; tensors that several of them have are laid into memory once."""
+        """Queue these; a tensor that several of them share goes into shared memory once."""
         seen: dict[int, torch.Tensor] = {}
         common: dict[int, torch.Tensor] = {}
         for job in jobs:
             for tensor in shared.tensors_in([job.content]):
                 (common if id(tensor) in seen else seen)[id(tensor)] = tensor
-        if not self.jobs:  # else those that wait still need it
+        if not self.jobs:  # else jobs that wait still need the old segment
             if self.common:
                 self.common.close()
             self.common = shared.Segment(common.values()) if common else None
@@ -113,7 +113,7 @@ class Pool:
         self._hand_out()
 
     def withdraw(self, keys: Collection[str]) -> None:
-        """Forget these jobs, for which nobody waits any more.  A worker that is at one of them may
+        """Forget these jobs, for which nobody waits any more.  A worker that is busy with one may
         be so for ever: a new one takes its place."""
         for worker in self.workers:
             if worker.jobs and worker.jobs[0][0].key in keys:
@@ -123,7 +123,7 @@ class Pool:
         self._hand_out()
 
     def collect(self) -> list[Done]:
-        """What is done, at least one if a job is under way, unless it takes longer than WAIT_S."""
+        """Finished jobs; at least one if any is under way, unless that takes longer than WAIT_S."""
         working = {worker.connection: worker for worker in self.workers if worker.jobs}
         if not working:
             return []
@@ -143,8 +143,8 @@ class Pool:
             self.common = None
 
     def _hand_out(self) -> None:
-        """A job for every worker, and while many are left a second one, which it begins without
-        waiting for us; not at the end, where it may be the slower of two."""
+        """Give every worker a job and, while many are left, a second one, which it can begin
+        without waiting for us; towards the end another worker may be free for it sooner."""
         for ahead in (1, 2):
             for i in range(len(self.workers)):
                 plenty = ahead == 1 or len(self.jobs) > 2 * len(self.workers)
@@ -153,7 +153,7 @@ class Pool:
                         break
 
     def _send(self, i: int) -> bool:
-        """Give worker i the next job; False if it died at another, of which `_take` tells."""
+        """Give worker i the next job; False if it died at an earlier one, which `_take` reports."""
         worker, job = self.workers[i], self.jobs[0]
         records, released = [job.content, job.state], list(worker.released)
         header = {"job": job.header, "released": released}
@@ -179,7 +179,8 @@ class Pool:
         return Done(job.key, content, state, header.get("error", ""))
 
     def _replace(self, worker: _Worker) -> int:
-        """End it and start another, which is given what it had not begun; gives its status."""
+        """End it and start another; jobs that it had not begun are queued again.  Gives its
+        status."""
         status = self._end(worker)
         self.jobs.extendleft(job for job, _ in reversed(worker.jobs))
         self.workers[self.workers.index(worker)] = self._fork()
@@ -195,7 +196,7 @@ class Pool:
             theirs.close()
             return _Worker(process, ours)
         try:
-            # Theirs alone: a socket that a sibling holds too would not tell that we are gone.
+            # Inherited.  Open here too, a sibling's socket would not tell it that we are gone.
             for worker in self.workers:
                 worker.connection.close()
             ours.close()
@@ -226,7 +227,7 @@ def _how(status: int) -> str:
 
 
 def _serve(connection: socket.socket, answer: Answer) -> None:
-    """Until the other side is gone."""
+    """Answer jobs until the other side is gone."""
     slots, maps = shared.Slots(SLOTS), {}
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
