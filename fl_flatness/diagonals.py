@@ -1,4 +1,4 @@
-"""A client's part in H_N and H_D: the diagonal of its own Hessian, which tells nothing else."""
+"""A client's part in H_N and H_D: the diagonal of its own Hessian, and nothing else of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def estimate(
     """Two independent estimates, (2, d) float64, over the client's samples x (n, ...) and y (n,),
     at most `flatness.samples` of them.
 
-    All clients take the same probes in a round, so that clients alike give the same.
+    All clients take the same probes in a round, so that like clients give equal estimates.
     """
     flatness, seed = config.flatness, config.run.seed
     chosen = subsample(len(y), flatness.samples, seed).to(y.device)

@@ -37,8 +37,8 @@ FLATNESS = "flatness.json"
 MATCH_PROBES = 200
 DENSITY_PROBES = 4
 SIDE, LINE, REACH = 21, 41, 1.0
-"""Points along each side of the loss plane, and of the line, which go from -REACH to REACH: at 1 a
-filter is moved by as much as it is long, or the parameters by an eigenvector, of length 1."""
+"""Points along each side of the loss plane, and along the line, from -REACH to REACH.  A step of 1
+moves each filter by its own length, or all parameters by an eigenvector of length 1."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Options:
     """What is measured; the options of `flatfed flatness`."""
 
     samples: int = 1024
-    """Test samples, and at most of its own that a client's diagonal is made from."""
+    """Most test samples, and most of its own samples that a client's diagonal is made from."""
     top: int = 5
     """Largest eigenvalues."""
     probes: int = 32
@@ -103,7 +103,7 @@ def unmatched(run: Stored) -> str | None:
 def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """What `measure.measure` gives, JSON-ready, and besides
 
-    settings: the options; samples: how many test samples there were to take.
+    settings: the options; samples: how many test samples were taken.
     accuracy, loss: on the whole test set.
     landscape: losses (SIDE, SIDE) over steps (SIDE,), with `options.landscape`.
     line: losses (LINE,) over steps (LINE,), with `options.line`.
@@ -175,7 +175,7 @@ def _finite(losses: torch.Tensor) -> list[float | None]:
 
 
 def _match(run: Stored, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """As in the last round of the run itself, for equal settings and seeds."""
+    """H_N and H_D; for equal settings and seeds those of the last round of the run itself."""
     config, train = _asking(run.config, options), run.data.train
     transform = assembly.transform(config, run.device).eval
     sent: dict[str, list[torch.Tensor]] = {"paper": [], "fedalign-code": []}
@@ -189,7 +189,7 @@ def _match(run: Stored, options: Options, say: Callable[[str], None]) -> dict[st
 
 
 def _asking(config: CoreConfig, options: Options) -> CoreConfig:
-    """What a client is asked by: its partition does not depend on this."""
+    """The settings by which clients estimate; their partitions do not depend on what differs."""
     how = {"samples": options.samples, "match_probes": options.match_probes}
     flatness = config.flatness.model_copy(update=how)
     run = config.run.model_copy(update={"seed": options.seed})

@@ -33,7 +33,7 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class LayerFlatness:
-    """Of a module with trainable parameters of its own; JSON-ready by `dataclasses.asdict`."""
+    """A module with trainable parameters of its own; JSON-ready by `dataclasses.asdict`."""
 
     layer: str
     """Its name in the network; a weight that layers share counts for the first of them."""
@@ -48,7 +48,7 @@ class LayerFlatness:
     trace_error: float
     """Standard error."""
     input_per_sample: float | None
-    """Mean over the samples of ||a||^2; of a layer that is called more than once, of all calls."""
+    """Mean over the samples of ||a||^2, summed over the calls of the layer, if it has several."""
     input_per_element: float | None
     """Mean of the squares."""
     output_per_sample: float | None
@@ -69,7 +69,7 @@ def layers(
     """One entry per layer, in the network's order.
 
     tolerance, steps: of each lambda_max, as in `eigenpairs`; probes: of each trace, one product
-    each.  All layers together cost about as many times a whole measurement as there are layers.
+    each.  n layers cost about n times as much as a measurement of the whole network.
     """
     norms = activation_norms(net, batches)
     trainable = {name for name, p in net.named_parameters() if p.requires_grad}
@@ -105,7 +105,7 @@ def layers(
 
 @dataclass
 class Squares:
-    """Of the values of an activation, over batches and calls."""
+    """The sum of squares of an activation's values, over batches and calls."""
 
     sum: float | torch.Tensor = 0.0
     elements: int = 0
@@ -125,7 +125,7 @@ class Squares:
 
 
 def activation_norms(net: torch.nn.Module, batches: Batches) -> dict[str, tuple[Squares, Squares]]:
-    """Of input and following activation, by the name of every module with parameters of its own.
+    """Input and following activation of every module with parameters of its own, by its name.
 
     The activation functions are modules of torch.nn; functional ones cannot be seen.
     """

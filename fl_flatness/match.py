@@ -41,7 +41,7 @@ def match(
     """H_N and H_D of K >= 2 clients.
 
     diagonals: each D_k (d,), or two independent estimates of it, (2, d), as `trace.Diagonal` has
-        them: then the paper's products are of different halves, and have no bias by the noise.
+        them: the paper's products then pair different halves, so that noise does not bias them.
         Estimate all clients' with the same seed, so that like clients are exactly alike.  For
         fedalign-code an entry stands for a tensor, as `diagonals.as_sent` gives it.
 

@@ -24,7 +24,7 @@ class Settings:
     engine: Literal["own", "pyhessian"] = "own"
     """Whose eigenvalues, trace and density: this package's, or PyHessian's (an extra)."""
     batch_size: int = 128
-    """Samples per graph; no number depends on it but for rounding, memory does."""
+    """Samples per graph: memory depends on it, and numbers by rounding alone."""
     tolerance: float = 1e-2
     """On ||H v - lambda v|| / |lambda| of each eigenvalue; lambda itself is nearer by far."""
     steps: int = 100
@@ -67,7 +67,7 @@ def measure(
     """
     try:
         return _measured(net, x, y, settings, seed)
-    except RuntimeError as error:  # above all of operations whose gradient has none
+    except RuntimeError as error:  # mostly of operations without a second derivative
         said = str(error).partition("\n")[0]
         raise ValueError(f"torch cannot compute the curvature: {said}") from error
 

@@ -104,7 +104,7 @@ class Curvature:
     ) -> Iterator[torch.Tensor]:
         """H v (d,) of one batch for each of `vectors`; nothing where all are zero."""
         attention = torch.nn.attention
-        # The gradients of the faster ways to compute it have none themselves.
+        # The faster kernels of attention have no second derivative.
         with attention.sdpa_kernel(attention.SDPBackend.MATH):
             loss = self._loss(x, y)
         if not self._differentiable:

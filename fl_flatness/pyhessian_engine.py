@@ -10,12 +10,12 @@ what is done about it here:
 - it takes a GPU unless told otherwise, and draws from the global generator: both are told;
 - it raises for parameters that the loss does not use: a term (s / 2) ||theta - theta_0||^2 at
   theta = theta_0 uses all of them, and adds s to every eigenvalue, 0 by default;
-- its largest eigenvalue is the one of the largest |lambda|: where a negative one is met, s moves
-  all of them above 0, so that the order is the algebraic one;
+- it orders eigenvalues by |lambda|: where it finds a negative one, s moves all of them above 0, so
+  that the order is the algebraic one;
 - its trace stops at a small change of the running mean, or where that is negative: it is told
   never to stop early, and gives as many samples as were asked for;
 - its density needs `torch.eig`, which torch has no more: `torch.linalg.eigh` stands in;
-- its means over batches need a loss that is a mean: the batches' cross-entropy is.
+- it averages over batches, which is right for a loss that is a mean: cross-entropy is.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class PyHessian:
             torch.random.fork_rng(devices=[curvature.device] if cuda else []),
             torch.cuda.device(curvature.device if cuda else -1),
             torch.enable_grad(),
-            # The gradients of the faster ways to compute attention have none themselves.
+            # The faster kernels of attention have no second derivative.
             sdpa_kernel(SDPBackend.MATH),
             warnings.catch_warnings(),
         ):

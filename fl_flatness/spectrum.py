@@ -88,9 +88,9 @@ class Lanczos:
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """By algebraic value: the largest one is not the largest in absolute value where that is
-    negative.  Residuals are relative, ||H v - lambda v|| / |lambda|; an eigenvalue lies within
-    this share of |lambda|, and lambda itself is nearer by far (by the residual's square).
+    """Eigenvalues in algebraic order: the largest need not have the largest |lambda|, where there
+    are negative ones.  Residuals are relative, ||H v - lambda v|| / |lambda|; an eigenvalue lies
+    within this share of |lambda|, and lambda itself is nearer by far (by the residual's square).
     """
 
     values: torch.Tensor
@@ -100,7 +100,7 @@ class Eigenpairs:
     vectors: torch.Tensor
     """(k, d) float64, of length 1."""
     lowest: float
-    """The smallest eigenvalue, from above: the most negative one where there are such."""
+    """The smallest eigenvalue by algebraic value, approached from above."""
     lowest_residual: float
     lowest_vector: torch.Tensor
     """(d,) float64."""

@@ -38,8 +38,8 @@ def hutchinson(
 ) -> Estimate:
     """tr H from `probes` products, 2 or more.
 
-    within: a basis whose share of the trace is known, the sum of its alpha.  Once the largest
-        eigenvalues were computed this makes a Hutch++ of the probes, for no further product.
+    within: a basis whose share of the trace is known, the sum of its alpha.  After the largest
+        eigenvalues were computed, this makes the estimate Hutch++ for no further product.
     """
     if probes < 2:
         raise ValueError(f"{probes} probes: a trace with its standard error needs 2 or more")

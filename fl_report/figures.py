@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 UNITS = {"rounds": "round", "bytes": "MB sent, up and down", "seconds": "seconds"}
 MANY = 8
-"""Runs of which a table is in sight; a longer one is folded where pictures or means tell it too."""
+"""Most runs in a table that is not folded, where pictures or means tell the same."""
 
 
 def curves(runs: Sequence[Run], pictures: Pictures) -> Markup:
@@ -55,7 +55,7 @@ def curves(runs: Sequence[Run], pictures: Pictures) -> Markup:
 
 
 def flatness_seconds(runs: Sequence[Run]) -> Markup:
-    """That seconds are not those of training alone, where it is so."""
+    """A note that seconds include the measuring of flatness, where they do."""
     names = [run.label for run in runs if any(map(measured, run.rows))]
     of = f" of {', '.join(names)}" if len(names) < len(runs) else ""
     told = element("p", f"Seconds{of} include the measuring of flatness during the run.")
@@ -67,7 +67,7 @@ def of_runs(
     key: str | Callable[[Mapping[str, Any]], float | None],
     axis: Axis = "rounds",
 ) -> dict[str, seeds.Line]:
-    """A line for runs that are alike but for their seed."""
+    """A line for each set of runs that differ in their seed only."""
     return {group.label: seeds.line(group, key, axis) for group in seeds.alike(runs)}
 
 

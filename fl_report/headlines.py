@@ -1,5 +1,5 @@
 """The parts of a report that are words and numbers: how runs ended, what they reached and cost,
-their settings and commands.  Each goes from runs to HTML, empty where there is nothing to tell."""
+their settings and commands.  Each turns runs into HTML, empty where there is nothing to tell."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from fl_report.compare import Run
 
 WIDE = 8
-"""More columns are not to be read on paper."""
+"""Most columns that can be read on paper."""
 
 
 def heading(title: str, runs: Sequence[Run]) -> Markup:

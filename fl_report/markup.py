@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 NONE = "—"
-"""In the place of a number or text that there is not."""
+"""Stands for a number or text that is missing."""
 
 DENSITY = 1.4
 """A picture's pixels per pixel of the page, so that it is sharp on a good screen."""
@@ -117,7 +117,7 @@ def folded(title: str, content: object) -> Markup:
 
 
 def section(title: str, *parts: object) -> Markup:
-    """With its heading; nothing at all where there are no parts."""
+    """A section with its heading; nothing at all where there are no parts."""
     shown = [part for part in parts if part]
     return element("section", joined([element("h2", title), *shown])) if shown else Markup("")
 
@@ -143,7 +143,7 @@ class Pictures:
 
 
 def grid(figures: Sequence[Markup]) -> Markup:
-    """As many beside each other as there is room for."""
+    """Figures side by side, as many as there is room for."""
     return element("div", joined(figures), class_="grid") if figures else Markup("")
 
 

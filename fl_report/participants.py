@@ -1,5 +1,5 @@
 """The parts of a report that tell of the clients: what they hold, how well the model serves each,
-how far they drift apart, who took part.  Each goes from runs to HTML, empty where no run recorded
+how far they drift apart, who took part.  Each turns runs into HTML, empty where no run recorded
 what it shows."""
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from fl_report.series import Refusal
 
 SHOWN, LISTED = 20, 200
-"""Lines of refusals that are in sight, and that are there at all; the history has all."""
+"""Most lines of refusals that are not folded, and that a page has; the history has all."""
 NAMED = 6
 """Clients that a line of refusals names."""
 PARTITIONS = 2
-"""Pictures of partitions that are in sight."""
+"""Pictures of partitions that are not folded."""
 
 
 def labels(runs: Sequence[Run], pictures: Pictures) -> Markup:
@@ -234,7 +234,7 @@ def participation(runs: Sequence[Run], pictures: Pictures) -> Markup:
 
 
 def _alike(found: Sequence[Refusal]) -> Collection[list[Refusal]]:
-    """Those of one round and one reason, whatever numbers are in it."""
+    """Refusals grouped by round and reason, whatever numbers are in the reason."""
     groups: dict[object, list[Refusal]] = {}
     for one in found:
         same = one.round, one.what, re.sub(r"\d+", "", one.reason)

@@ -20,22 +20,22 @@ COLOURS = (
     "#f0b37e", "#7ee787", "#c9a7ff", "#ff9bce", "#39c5cf", "#e3b341", "#24292f", "#0b2f66",
     "#6e2c00", "#b31d28", "#a8b1ba",
 )  # fmt: skip
-"""Of runs, in their order; from the 21st on they come again."""
+"""Colours of runs, in their order; they repeat from the 21st on."""
 DASHES, MARKERS = ("-", (0, (5, 3)), (0, (2, 2))), "os^vDPX"
-"""Beside the colours, so that a line shows under another; from the 21st on in other pairs."""
+"""Vary with the colours, so that a line shows under another; where colours repeat, these differ."""
 STATES = {
     "not drawn": "#eaeef2", "answered": "#7fb0f5", "no answer": "#eda100", "rejected": "#8b1020"
 }  # fmt: skip
-"""Of a client in a round; told apart by those who see no red or no green too, and in grey."""
+"""Colours of a client in a round; distinct without red or green vision too, and in grey."""
 LONGEST = 40
-"""Characters of a name in a picture."""
+"""Most characters of a name in a picture."""
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Of names in scripts that the font lacks; the page has them as text.
+    # About names in scripts that the font lacks; the page has them as text.
     warnings.filterwarnings("ignore", "Glyph .* missing from font")
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,7 +56,7 @@ def name_of(label: str) -> str:
 
 
 def _style(place: int, points: int) -> dict[str, Any]:
-    """Of the line of the run at this place, which has so many points."""
+    """The style of the line, of so many points, of the run at this place."""
     return {
         "color": COLOURS[place % len(COLOURS)],
         "linestyle": DASHES[place % len(DASHES)],
@@ -93,7 +93,7 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 Lines = dict[str, tuple[list[float], list[float]]]
 """x and y by label."""
 Spreads = dict[str, list[float]]
-"""How far y may be off, by label."""
+"""The standard deviation of each y, by label."""
 
 
 def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
@@ -135,7 +135,7 @@ def lines(
     _plain(axes)
     axes.xaxis.get_major_locator().set_params(integer=over == "round")
     heights = [height for _, y in series.values() for height in y]
-    if 0 < 1000 * min(heights) < max(heights):  # of a loss that has run away
+    if 0 < 1000 * min(heights) < max(heights):  # a loss has run away
         axes.set_yscale("log")
     if len(series) > 1:  # below, where it hides no line
         figure.legend(

@@ -46,8 +46,8 @@ class Line:
 
 
 def alike(runs: Sequence[Run]) -> list[Alike]:
-    """The runs by all settings but the seed, in the order of the first of each.  Runs with the same
-    seed too are no sample of anything, and stay apart."""
+    """The runs grouped by all settings but the seed, in the order of each group's first.  Runs that
+    share the seed too are no sample of anything, and stay apart."""
     found: dict[object, list[Run]] = {}
     for run in runs:
         same = tuple(sorted((k, str(v)) for k, v in run.config.items() if k not in ASIDE))
@@ -96,8 +96,8 @@ def repeated(groups: Sequence[Alike]) -> bool:
 
 
 def line(group: Alike, key: str | Callable[[Row], float | None], axis: Axis = "rounds") -> Line:
-    """The mean of a column, or of what `key` makes of a row, at the rounds that all counted runs
-    have it in, over the mean of where they are by then."""
+    """A column, or what `key` makes of a row, averaged over the counted runs at the rounds in which
+    all of them have it; x is the mean of their positions."""
     value = key if callable(key) else lambda row: row.get(key)
     columns, places = [], []
     for run in group.counted:

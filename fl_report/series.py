@@ -90,7 +90,7 @@ def sized(count: float) -> str:
 
 
 def loss_told(value: float | None) -> str:
-    """A loss that was taken, in words where the history has none: JSON has no infinity."""
+    """A measured loss as text; None, in a history, is one that JSON cannot hold: not finite."""
     if value is None:
         return "not finite"
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
@@ -193,8 +193,8 @@ def measured(row: Mapping[str, Any]) -> bool:
 
 
 def measurements(run: Run) -> list[tuple[int | str, dict[str, Any]]]:
-    """How flat the loss is: the round, and a row of the history, of every one that measured it;
-    at last what `flatfed flatness` found of the final model."""
+    """How flat the loss is: round and row of the history, for every round that measured it; at last
+    what `flatfed flatness` found of the final model."""
     found: list[Any] = [(row["round"], row) for row in run.rows if measured(row)]
     path = run.folder / "flatness.json" if run.folder else None
     if path and path.exists():

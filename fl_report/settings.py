@@ -18,7 +18,7 @@ DATA = ("data.source", "data.partition", "eval.on")
 """Settings that runs must share for their accuracies to be of the same data."""
 
 READING = ("run.seed", "data.image-size")
-"""Settings with which a data set is read otherwise: a seed may draw what is held out."""
+"""Settings that change how a data set is read: a seed may draw what is held out."""
 
 
 def shown(value: Scalar) -> str:
@@ -47,7 +47,7 @@ def changed(config: Mapping[str, Scalar]) -> dict[str, tuple[Scalar, Scalar | No
 
 
 def _differ(one: Scalar, other: Scalar) -> bool:
-    """Not only in type, as where a number became a word that may be a number."""
+    """Whether values differ in more than type: versions may store a number or its text."""
     return one != other and shown(one) != shown(other)
 
 
@@ -104,7 +104,7 @@ def _other_samples(one: Run, other: Run) -> tuple[str, Any, Any] | None:
 
 
 def _path_decides(config: Mapping[str, Scalar]) -> bool:
-    """Which data set it is, rather than where a known one lies."""
+    """Whether data.path says which data set it is, rather than where a known one lies."""
     from fl_common.data.catalogue import SOURCES
 
     source = SOURCES.get(str(config.get("data.source")))

@@ -1,4 +1,4 @@
-"""The parts of a report that tell of gradients and curvature.  Each goes from runs to HTML, empty
+"""The parts of a report that tell of gradients and curvature.  Each turns runs into HTML, empty
 where no run recorded what it shows."""
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OWN = ("run.seed", "run.name", "run.output-dir", "run.resume")
-"""Settings that a suite makes itself, cell by cell."""
+"""Settings that a suite sets itself, cell by cell."""
 NUMBER = re.compile(r"\s*(-?\d*\.?\d+)\s*(?:±\s*(\d*\.?\d+))?\s*")
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-"""Of a method or setting: it becomes part of a folder's name."""
+"""The name of a method or setting: it becomes part of a folder's name."""
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -271,7 +271,7 @@ def _metrics(names: Iterable[str], errors: list[str]) -> dict[str, Metric]:
 
 
 def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -> list[Cell]:
-    """With the settings that were given for them, which is all but their seeds."""
+    """The cells with all their settings but the seed."""
     base = {**_under(path, suite), **flatten(suite.base)}
     columns = [s for s in suite.settings or [""] if not cut.settings or s in cut.settings]
     rows = [m for m in suite.methods if not cut.methods or m in cut.methods]

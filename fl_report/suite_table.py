@@ -87,7 +87,7 @@ def gather(
 
 SAME = ("data.path", "data.cache-dir", "client.state-dir", "train.device", "train.threads",
     "engine.name", "engine.workers", "run.pictures", "server.checkpoint-every")  # fmt: skip
-"""Settings of the command line with which a cell's setting is still the published one."""
+"""Settings of the command line that leave a cell comparable with the published numbers."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fl_report.compare import Run
 
 WIDTH = 160
-"""Columns where there is no terminal to say."""
+"""Columns where there is no terminal."""
 DIGITS = 12
 """Of a model's sha256, where there is no room for all 64."""
 
