@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Both ways to install would write to one environment.
+# `install` and `dev` write to the same environment.
 .NOTPARALLEL:
 .PHONY: help install dev demo compose-demo test test-system test-crash test-matrix lint bench clean
 
@@ -26,7 +26,7 @@ $(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml
 	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.$(EXTRAS)'
-	@# pip would do it in one process.
+	@# On all processors; pip would compile in one process.
 	@$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
 	@touch $(VENV)/.installed $@
 
@@ -36,7 +36,7 @@ demo: install
 compose-demo:
 	@docker/demo.sh
 
-# Tests of many processes by themselves, two files at a time.
+# Tests that start many processes run by themselves, two files at a time.
 FAST := -m "not long and not crash and not matrix"
 test: dev
 	$(BIN)/python -m pytest $(FAST) --ignore tests/system -n auto --maxprocesses 4 --dist loadfile

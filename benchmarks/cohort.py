@@ -58,7 +58,7 @@ class Cohort:
         self.played = 0
 
     def messages(self, **more: object) -> list[tuple[int, RecordDict, RecordDict]]:
-        """Of the next round, to clients that took part in all before it."""
+        """The messages of the next round, to clients that took part in all rounds before it."""
         self.played += 1
         told = {
             "server-round": self.played,

@@ -29,7 +29,7 @@ BATCH, CLASSES, SHAPE = 32, 10, (3, 32, 32)
 
 
 class Model:
-    """A network and data of which some groups train for a round."""
+    """A network and its data; a round trains some of its groups."""
 
     def __init__(self, steps: int) -> None:
         settings = {"model.name": "resnet8", "train.batch-size": BATCH, "strategy.name": "fedpart"}

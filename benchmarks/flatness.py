@@ -32,7 +32,7 @@ PRODUCT_BAR, BLOCK_BAR, SECONDS_BAR, MEMORY_BAR = 3.1, 2.4, 60.0, 1.01
 
 
 def curvature_of(model: str, n: int) -> Curvature:
-    """Of a new network over `n` random images."""
+    """The curvature of a new network's loss over `n` random images."""
     torch.manual_seed(0)
     net = build(model, classes=CLASSES, shape=SHAPE)
     x, y = torch.randn(n, *SHAPE), torch.randint(CLASSES, (n,))

@@ -74,7 +74,7 @@ class Bench:
         return self.device != "cpu"
 
     def settings(self, values: dict[str, Scalar]) -> dict[str, Scalar]:
-        """Those of every part, and `values`."""
+        """The settings of every part, and `values`."""
         base = {
             "data.source": "synthetic",
             "data.partition": "iid",
@@ -85,7 +85,7 @@ class Bench:
             "clients.number": 1000,
             "run.pictures": False,
         }
-        # The server's test set would take longer than all else.
+        # Evaluation on the server's test set would take longer than all else.
         small = {"data.max-samples": 12, "clients.number": 8, "eval.on": "clients"}
         return base | (small if self.small else {}) | values
 
@@ -189,7 +189,7 @@ def resnet(bench: Bench) -> int:
 
 
 def _flops(cohort: Cohort) -> float:
-    """Of a round's forward and backward passes, by the plain network's operations."""
+    """Floating-point operations of a round's forward and backward passes, by the plain network."""
     config, clients = cohort.config, cohort.clients
     data = clients.local_data(0)
     x, _ = next(batches(data, config.train, (0, 1, 0)))

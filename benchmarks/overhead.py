@@ -51,7 +51,7 @@ SETTINGS = {
 }
 BARS = {"lenet": 1.10, "cnn": 1.05}
 MORE = {"lenet": 5}
-"""Its rounds are short, and a busy moment weighs more: so many times as many."""
+"""How many times as many pairs: in short rounds a busy moment of the machine weighs more."""
 DATA_MIB = 60_000 * 3 * 32 * 32 / 2**20  # train and test
 
 
@@ -139,7 +139,7 @@ def separate_peak(values: dict[str, Any]) -> float:
     return float(printed.splitlines()[-1]) / 1024
 
 
-# Not getrusage's maximum, which begins with the memory of the process that forked.
+# Not getrusage's maximum, which includes the memory of the process that forked.
 _CHILD = """
 import sys
 from pathlib import Path

@@ -163,8 +163,8 @@ def _when_rows(history: Path, count: int, run: subprocess.Popen, roots: set[int]
 
 
 def overhead() -> dict[str, float]:
-    """Bytes of a TCP connection over the payload's, less 1, by their way: a round of a model of
-    45 MB.  What the first run of a round costs more (Flower's bundle of the app) is not in it."""
+    """Bytes of a TCP connection over those of the payload, less 1, up and down, in rounds of a
+    model of 45 MB.  What a run transfers once (Flower's bundle of the app) is not in it."""
     counted = []
     with tempfile.TemporaryDirectory(prefix="flatfed-") as name:
         folder = Path(name)

@@ -104,7 +104,7 @@ def federated(config: CoreConfig, workers: int, folder: Path) -> Callable[[socke
 
 
 def steps(model: str, number: int, seed: int) -> Callable[[socket.socket], None]:
-    """`number` bare steps every time."""
+    """`number` bare steps at every turn."""
 
     def work(connection: socket.socket) -> None:
         torch.manual_seed(seed)
@@ -120,7 +120,7 @@ def steps(model: str, number: int, seed: int) -> Callable[[socket.socket], None]
 
 
 def timed(*players: Player) -> float:
-    """Seconds in which all of these, at the same time, do what they do in a turn."""
+    """Seconds until all of these, at work at the same time, have done one turn."""
     started = time.perf_counter()
     for player in players:
         player.begin()
