@@ -132,8 +132,9 @@ def run_simulation(
     result: dict[str, Any] = {"error": "The process that looks after the run ended without a word"}
     tail: deque[str] = deque(maxlen=8)
     try:
-        keeper.stdin.write(json.dumps(job) + "\n")
-        keeper.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: see `result`
+            keeper.stdin.write(json.dumps(job) + "\n")
+            keeper.stdin.flush()
         for line in keeper.stdout:
             if line.startswith(RESULT):
                 result = json.loads(line.removeprefix(RESULT))

@@ -197,6 +197,15 @@ def test_values_that_flower_cannot_take(app: Path) -> None:
         run_simulation(app, {}, clients=0)
 
 
+def test_a_keeper_that_ends_before_it_reads_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_run, "KEEPER", "pass")
+    longer_than_a_pipe = {"probe.text": "x" * 10**6}
+    with pytest.raises(RuntimeError, match="looks after the run ended without a word"):
+        run_simulation(tmp_path, longer_than_a_pipe, clients=1)
+
+
 @pytest.fixture
 def caller_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the keeper's functions run in this process, whose standard input says nothing."""
