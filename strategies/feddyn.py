@@ -59,8 +59,8 @@ class FedDynRule(ClientRule):
         return self.params.alpha
 
     def correction(self, sent: Flat, memory: Flat) -> Affine | None:
-        weight_i = self.weight / self.params.omega(self.work)
-        return self.params.pull(weight_i, memory["h"], sent[PARAMS])
+        alpha_i = self.weight / self.params.omega(self.work)
+        return self.params.pull(alpha_i, memory["h"], sent[PARAMS])
 
     def remember(self, memory: Flat, sent: Flat, model: Flat) -> Flat:
         return {"h": memory["h"] + (model[PARAMS] - sent[PARAMS])}
