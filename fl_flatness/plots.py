@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fl_common.pictures import BLUE, GREY, ORANGE, name_of, new_figure, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-BLUE, ORANGE, GREY, PALE = "#1f6feb", "#d9730d", "#8c959f", "#e6e8eb"
 LAMBDA = r"$\lambda_{\mathrm{max}}$"
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
-
-
-def _plain(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def spectral_density(densities: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
@@ -39,7 +23,7 @@ def spectral_density(densities: Mapping[str, Mapping[str, Sequence[float]]], pat
     densities: as `measure` gives them, {"nodes": (m,), "weights": (m,)} each.  The Gaussians in
     place of the nodes have 1/100 of the width of the whole spectrum.
     """
-    figure, axes = _figure(7, 3.6)
+    figure, axes = new_figure(7, 3.6)
     ends = [edge for d in densities.values() for edge in (min(d["nodes"]), max(d["nodes"]))]
     width = (max(ends) - min(ends)) or 1.0
     sigma = width / 100
@@ -47,14 +31,14 @@ def spectral_density(densities: Mapping[str, Mapping[str, Sequence[float]]], pat
     for label, found in densities.items():
         z = (grid[:, None] - np.asarray(found["nodes"])) / sigma
         heights = np.exp(-(z**2) / 2) @ np.asarray(found["weights"]) / (sigma * np.sqrt(2 * np.pi))
-        (drawn,) = axes.plot(grid, heights, linewidth=1.4, label=label)
+        (drawn,) = axes.plot(grid, heights, linewidth=1.4, label=name_of(label))
         axes.fill_between(grid, heights, 1e-12, color=drawn.get_color(), alpha=0.12, linewidth=0)
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(
         xlabel=r"eigenvalue $\lambda$", ylabel="density", yscale="log",
         title="Spectrum of the Hessian", ylim=(1e-6 / width, 200 / width),
     )  # fmt: skip
-    _plain(axes)
+    plain(axes)
     if len(densities) > 1:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
@@ -64,12 +48,12 @@ def loss_lines(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, name: str
 ) -> None:
     """Losses along the direction of this name: steps and losses by label."""
-    figure, axes = _figure(6, 3.6)
+    figure, axes = new_figure(6, 3.6)
     for label, (steps, losses) in lines.items():
-        axes.plot(steps, losses, linewidth=1.6, label=label)
+        axes.plot(steps, losses, linewidth=1.6, label=name_of(label))
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"step along the {name}", ylabel="loss", title="Loss along a line")
-    _plain(axes)
+    plain(axes)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
@@ -90,7 +74,7 @@ def loss_plane(
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = _figure(10.5, 4.2, columns=2)
+    figure, (left, right) = new_figure(10.5, 4.2, columns=2)
     values = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf)
     low, middle = values.min(), float(np.median(values))
     values = np.minimum(values, low + 8 * max(middle - low, 1e-12))
@@ -100,7 +84,7 @@ def loss_plane(
         steps, second_steps, values, levels=levels, colors="white", linewidths=0.4, alpha=0.6
     )
     left.plot(0, 0, marker="o", ms=5, color=ORANGE, markeredgecolor="white")
-    left.set(xlabel=names[0], ylabel=names[1], title=f"Loss around {label}")
+    left.set(xlabel=names[0], ylabel=names[1], title=f"Loss around {name_of(label)}")
     figure.colorbar(filled, ax=left, label="loss")
     right.remove()
     surface = figure.add_subplot(1, 2, 2, projection="3d")
@@ -117,15 +101,16 @@ def over_rounds(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
 
     runs: by label, rows with "round" and what `measure` gives; those without are left out.
     """
-    figure, (left, right) = _figure(9.2, 3.6, columns=2)
+    figure, (left, right) = new_figure(9.2, 3.6, columns=2)
     for label, all_rows in runs.items():
         rows = [row for row in all_rows if row.get("lambda_max") is not None]
         rounds = [row["round"] for row in rows]
-        left.plot(rounds, [row["lambda_max"] for row in rows], marker="o", ms=2.5, label=label)
+        style = {"marker": "o", "ms": 2.5, "label": name_of(label)}
+        left.plot(rounds, [row["lambda_max"] for row in rows], **style)
         rows = [row for row in rows if row.get("trace") is not None]
         rounds, traces = [row["round"] for row in rows], np.array([row["trace"] for row in rows])
         errors = np.array([row["trace_error"] for row in rows])
-        (drawn,) = right.plot(rounds, traces, marker="o", ms=2.5, label=label)
+        (drawn,) = right.plot(rounds, traces, **style)
         colour = drawn.get_color()
         right.fill_between(
             rounds, traces - errors, traces + errors, color=colour, alpha=0.18, linewidth=0
@@ -133,7 +118,7 @@ def over_rounds(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     left.set(xlabel="round", ylabel=LAMBDA, title="Largest eigenvalue of the Hessian")
     right.set(xlabel="round", ylabel=r"tr $H$", title="Trace, and its standard error")
     for axes in (left, right):
-        _plain(axes)
+        plain(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
     if len(runs) > 1:
         handles, labels = left.get_legend_handles_labels()
@@ -146,7 +131,7 @@ def layer_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     rows: those of `measure`'s "layers".
     """
-    figure, panels = _figure(11, 1.4 + 0.26 * len(rows), columns=3)
+    figure, panels = new_figure(11, 1.4 + 0.26 * len(rows), columns=3)
     places = np.arange(len(rows))
     names = [f"{row['layer']} ({row['kind']})" for row in rows]
     columns = (
@@ -162,5 +147,5 @@ def layer_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_yticks(places, names if panel is panels[0] else [""] * len(rows), fontsize=8)
         panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.tick_params(axis="y", length=0)
-        _plain(panel, grid="x")
+        plain(panel, grid="x")
     figure.savefig(path, dpi=130)

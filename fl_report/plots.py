@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fl_common.pictures import BLUE, GREY, ORANGE, name_of, new_figure, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 COLOURS = (
     BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#0a7f86", "#9a6700", "#57606a", "#6cb6ff",
     "#f0b37e", "#7ee787", "#c9a7ff", "#ff9bce", "#39c5cf", "#e3b341", "#24292f", "#0b2f66",
@@ -27,32 +24,6 @@ STATES = {
     "not drawn": "#eaeef2", "answered": "#7fb0f5", "no answer": "#eda100", "rejected": "#8b1020"
 }  # fmt: skip
 """Colours of a client in a round; distinct without red or green vision too, and in grey."""
-LONGEST = 40
-"""Most characters of a name in a picture."""
-
-
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # About names in scripts that the font lacks; the page has them as text.
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, sharex=rows > 1)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def name_of(label: str) -> str:
-    """A label as it is: not as a formula ($), not hidden (a leading underscore), not endless."""
-    tail = LONGEST // 2  # names and paths that begin alike differ at their ends
-    short = label if len(label) <= LONGEST else f"{label[: LONGEST - tail - 1]}…{label[-tail:]}"
-    return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def _style(place: int, points: int) -> dict[str, Any]:
@@ -66,7 +37,7 @@ def _style(place: int, points: int) -> dict[str, Any]:
 
 def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy, and both losses, over rounds."""
-    figure, (left, right) = _figure(9, 3.4, columns=2)
+    figure, (left, right) = new_figure(9, 3.4, columns=2)
     evaluated = [row for row in rows if "accuracy" in row]
     rounds = [row["round"] for row in evaluated]
     marker = "o" if len(rounds) < 25 else None
@@ -85,7 +56,7 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="round", ylabel="loss", title="Loss")
     right.legend(frameon=False)
     for axes in (left, right):
-        _plain(axes)
+        plain(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
 
@@ -98,13 +69,13 @@ Spreads = dict[str, list[float]]
 
 def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
     """Accuracies: a panel per title and x axis, in it a line per run."""
-    figure, axes = _figure(4.6 * len(panels), 3.6, columns=len(panels))
+    figure, axes = new_figure(4.6 * len(panels), 3.6, columns=len(panels))
     for panel, ((title, over), runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for i, (label, (x, accuracies)) in enumerate(runs.items()):
             style = _style(i, len(x))
             panel.plot(x, [100 * a for a in accuracies], label=name_of(label), ms=3, **style)
         panel.set(xlabel=over, ylabel="test accuracy [%]", title=title)
-        _plain(panel)
+        plain(panel)
         panel.xaxis.get_major_locator().set_params(integer=over == "round")
         panel.legend(frameon=False, fontsize=8, handlelength=3)
     figure.savefig(path, dpi=130)
@@ -124,7 +95,7 @@ def lines(
     """
     columns = 2 if max(map(len, series)) < 22 else 1
     below = 0.16 * -(-len(series) // columns) if len(series) > 1 else 0
-    figure, axes = _figure(4.4, 3.1 + below)
+    figure, axes = new_figure(4.4, 3.1 + below)
     for i, (label, (x, y)) in enumerate(series.items()):
         style = _style(places[label] if places else i, len(x))
         if spread := (spreads or {}).get(label):
@@ -132,7 +103,7 @@ def lines(
             axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
         axes.plot(x, y, label=name_of(label), linewidth=1.4, ms=3, **style)
     axes.set(xlabel=over, ylabel=what)
-    _plain(axes)
+    plain(axes)
     axes.xaxis.get_major_locator().set_params(integer=over == "round")
     heights = [height for _, y in series.values() for height in y]
     if 0 < 1000 * min(heights) < max(heights):  # a loss has run away
@@ -146,7 +117,7 @@ def lines(
 
 def sorted_bars(values: Mapping[str, float], marked: int, what: str, path: Path) -> None:
     """A bar per client, lowest first; the first `marked` in another colour."""
-    figure, axes = _figure(4.4, 3.1)
+    figure, axes = new_figure(4.4, 3.1)
     names = sorted(values, key=lambda name: (values[name], int(name)))
     few = len(names) <= 25
     heights, width = [values[name] for name in names], 0.85 if few else 1
@@ -154,7 +125,7 @@ def sorted_bars(values: Mapping[str, float], marked: int, what: str, path: Path)
     axes.bar(range(len(names)), heights, color=colours, width=width)
     axes.set_xticks(range(len(names)) if few else [], names if few else [], fontsize=8)
     axes.set(xlabel="client, lowest first", ylabel=what)
-    _plain(axes)
+    plain(axes)
     figure.savefig(path, dpi=150)
 
 
@@ -168,7 +139,7 @@ def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None
     from matplotlib.ticker import MaxNLocator
 
     clients, colours = len(states), list(STATES.values())
-    figure, axes = _figure(4.4, min(1.6 + 0.14 * clients, 6))
+    figure, axes = new_figure(4.4, min(1.6 + 0.14 * clients, 6))
     edges = (rounds[0] - 0.5, rounds[-1] + 0.5, clients - 0.5, -0.5)
     axes.imshow(
         states, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1, aspect="auto",
@@ -198,7 +169,7 @@ def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None
 def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
     """The norm at every local step, the mean over clients, a panel per run and a list per round;
     dotted lines are aggregations."""
-    figure, axes = _figure(4.4, 2.4 * len(panels), rows=len(panels))
+    figure, axes = new_figure(4.4, 2.4 * len(panels), rows=len(panels))
     panes = np.atleast_1d(axes)
     for panel, (label, rounds) in zip(panes, panels.items(), strict=True):
         start, width = 0, min(1, 40 / len(rounds))
@@ -209,7 +180,7 @@ def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) 
             panel.axvline(start - 0.5, color=GREY, linewidth=width, linestyle=":", zorder=0)
         panel.set(ylabel="gradient norm", yscale="log")
         panel.set_title(name_of(label), fontsize=10)
-        _plain(panel)
+        plain(panel)
     panes[-1].set(xlabel="local step")
     figure.savefig(path, dpi=150)
 
@@ -226,7 +197,7 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
     few = table.shape[1] <= 10
     names = [name_of(str(name)) for name in classes] if few else []
     columns = max(1, min(5, 60 // (6 + max(map(len, names), default=0))))
-    figure, axes = _figure(4.4, 3.2 + 0.16 * -(-len(names) // columns))
+    figure, axes = new_figure(4.4, 3.2 + 0.16 * -(-len(names) // columns))
     colours = colormaps["tab10" if few else "viridis"]
     left, bottom = np.arange(len(table)) - 0.425, np.zeros(len(table))
     for label in range(table.shape[1]):
@@ -242,7 +213,7 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
     shown = f", the first {len(table)} of {len(counts)}" if len(counts) > len(table) else ""
     axes.set(xlabel=f"client{shown}", ylabel="training samples", title="Labels over clients")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _plain(axes)
+    plain(axes)
     if few:
         figure.legend(
             frameon=False, fontsize=8, loc="outside lower center", ncols=columns, handlelength=1

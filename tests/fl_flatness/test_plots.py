@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from small_nets import Y, batch_norm, images, made
 
 from fl_flatness import plots
@@ -37,6 +38,24 @@ def test_every_picture(found, tmp_path):
     only_top = {"round": 4, "lambda_max": 1.0}
     plots.over_rounds({"one": [*rows, only_top], "none yet": []}, path)
     assert size(path) == (1196, 468)
+
+
+def test_names_are_shown_as_they_are(tmp_path, monkeypatch):
+    """Left to matplotlib, a leading underscore hides a line, and $ begins a formula."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names, shown = ["_old", r"a$\nothing$"], [" _old", r"a\$\nothing\$"]
+    steps, row = [-1.0, 0.0, 1.0], {"round": 1, "lambda_max": 1.0}
+    density = {"nodes": steps, "weights": [0.2, 0.5, 0.3]}
+    plots.spectral_density(dict.fromkeys(names, density), tmp_path)
+    plots.loss_lines(dict.fromkeys(names, (steps, steps)), tmp_path, "first one")
+    plots.over_rounds({name: [row] for name in names}, tmp_path)
+    for figure in drawn:
+        [legend] = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+        assert [text.get_text() for text in legend.get_texts()] == shown
+    plots.loss_plane(steps, steps, [steps] * 3, tmp_path, ("one", "other"), names[1])
+    drawn[-1].canvas.draw()
+    assert drawn[-1].axes[0].get_title() == f"Loss around {shown[1]}"
 
 
 def test_landscapes_with_infinite_losses(tmp_path):
