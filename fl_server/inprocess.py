@@ -105,11 +105,8 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        pushed = list(messages)
-        for message in pushed:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-        queued = {message.metadata.message_id: message for message in pushed}
-        if work := list(filter(_is_work, pushed)):
+        queued = {message.metadata.message_id: message for message in map(_named, messages)}
+        if work := list(filter(_is_work, queued.values())):
             self._forget_others(work[0])
         self._newest |= {m.metadata.dst_node_id: m.metadata.message_id for m in work}
         self._queue |= queued
@@ -253,6 +250,6 @@ def _failure(reason: str, message: Message) -> Message:
     return Message(error, reply_to=message)
 
 
-def _named(reply: Message) -> Message:
-    reply.metadata.__dict__["_message_id"] = str(uuid4())
-    return reply
+def _named(message: Message) -> Message:
+    message.metadata.__dict__["_message_id"] = str(uuid4())
+    return message

@@ -131,23 +131,23 @@ class Rounds:
             started, row = time.perf_counter(), {}
             try:
                 self.train(server_round, row)
-                if self._evaluates(server_round):
+                if self._due(self.config.eval.every, server_round):
                     self.evaluate(server_round, row)
-                if self._measures(server_round):
+                if self._due(self.config.flatness.every, server_round):
                     self.measure(server_round, row)
                 self._rest()
                 self._record(row, started)
                 self.done = server_round
             except OSError as error:
-                raise self._refused(server_round, error) from error
+                raise self._disk_error(server_round, error) from error
             except RunFailed:
                 if row:  # who was refused, and why, is what the run ended for
                     try:
                         self._record(row, started, done=False)
                     except OSError as error:
-                        self.progress.note(str(self._refused(server_round, error)))
+                        self.progress.note(str(self._disk_error(server_round, error)))
                 raise
-            if self._checkpoints(server_round):
+            if self._due(self.config.server.checkpoint_every, server_round):
                 self.unwritten = self.checkpoint(), row
             else:
                 self.progress.row(row)
@@ -156,9 +156,9 @@ class Rounds:
         row["seconds"] = round(time.perf_counter() - started, 4)
         self.recorder.row(row, done=done)
 
-    def _checkpoints(self, server_round: int) -> bool:
-        every = self.config.server.checkpoint_every
-        return server_round == self.config.run.rounds or not server_round % every
+    def _due(self, every: int, server_round: int) -> bool:
+        """Whether something is due that is done every so many rounds and in the last; 0: never."""
+        return every > 0 and (server_round == self.config.run.rounds or not server_round % every)
 
     def checkpoint(self) -> Checkpoint:
         """All that the next round depends on; tensors are not copied, since nobody changes them."""
@@ -190,11 +190,11 @@ class Rounds:
                 self.recorder.checkpoints.write(last)
             except OSError as error:
                 self.unwritten = None
-                raise self._refused(last.round, error) from error
+                raise self._disk_error(last.round, error) from error
             self.unwritten = None
             self.progress.row(row)
 
-    def _refused(self, server_round: int, error: OSError) -> RunFailed:
+    def _disk_error(self, server_round: int, error: OSError) -> RunFailed:
         """The end of a run whose disk refused a write."""
         return RunFailed(
             f"round {server_round}: {error.filename or self.recorder.folder}: "
@@ -212,34 +212,35 @@ class Rounds:
                 raise RunFailed(
                     f"the checkpoint's {kind} are not those of {self.config.model.name}"
                 )
-        known, then = self.roster.known, facts["samples"]
-        changed = {
-            i: f"{now} training samples, {was} when the run began"
-            for i, (was, now) in enumerate(zip(then, self.samples, strict=True))
-            if was != now
-        } or {
-            i: "other data than when the run began"
-            for i, member in known.items()
-            if member.data not in facts["data"]
-        }
-        if changed or facts["data"] != sorted({member.data for member in known.values()}):
-            told = [f"{who}: {what}" for what, who in by_reason(changed, "client")]
-            told = told or ["the clients hold other data than when the run began"]
-            raise RunFailed("; ".join([*told, "give them what they had, or start anew"]))
+        self._check_data(facts)
         for what, now in (("code", code_sha256()), ("versions", versions())):
             if facts[what] != now:
                 self.progress.note(f"warning: other {what} than before: bits may differ")
-        self.model, self.done, self.failures = (
-            on(self.place, saved.tensors["model"]),
-            saved.round,
-            facts["failures"],
-        )
+        self.model = on(self.place, saved.tensors["model"])
+        self.done, self.failures = saved.round, facts["failures"]
         self.strategy.load_state(on(self.place, saved.tensors.get("strategy", {})))
         self.ledger.experiment = self.recorder.summary["experiment"] = facts["experiment"]
         self.ledger.rounds = {int(name): r for name, r in facts["clients"].items()}
         self.holdings.load_state(facts.get("held", {}))
         self.ledger.sum = saved.tensors.get("ledger", {})
         self.recorder.rewind(saved.round, facts)
+
+    def _check_data(self, facts: Mapping[str, Any]) -> None:
+        """Raises RunFailed unless the clients hold the data that a checkpoint's facts tell of."""
+        data = sorted({member.data for member in self.roster.known.values()})
+        changed = {
+            i: f"{now} training samples, {was} when the run began"
+            for i, (was, now) in enumerate(zip(facts["samples"], self.samples, strict=True))
+            if was != now
+        } or {
+            i: "other data than when the run began"
+            for i, member in self.roster.known.items()
+            if member.data not in facts["data"]
+        }
+        if changed or facts["data"] != data:
+            told = [f"{who}: {what}" for what, who in by_reason(changed, "client")]
+            told = told or ["the clients hold other data than when the run began"]
+            raise RunFailed("; ".join([*told, "give them what they had, or start anew"]))
 
     def train(self, server_round: int, row: dict[str, Any]) -> None:
         """Play one round and fill in its history row: draw a cohort, push the strategy's messages,
@@ -253,7 +254,7 @@ class Rounds:
         cohort, absent = self.roster.drawn(names)
         outcome = Outcome(failed=absent)
         settings = ConfigRecord({wire.SAMPLES: sum(self.samples)})
-        evaluates = self._evaluates(server_round)
+        evaluates = self._due(config.eval.every, server_round)
         if config.eval.on != "server" and evaluates:
             settings["evaluate"] = True
         messages = self.strategy.configure_train(
@@ -414,9 +415,6 @@ class Rounds:
         active = _active(messages) or self.layers.names
         return frozenset({wire.GRAD_NORM, *(f"{wire.GRAD_NORM}.{name}" for name in active)})
 
-    def _evaluates(self, server_round: int) -> bool:
-        return server_round == self.config.run.rounds or not server_round % self.config.eval.every
-
     def _round_failed(self, shortage: str, outcome: Outcome, asked: int) -> None:
         """Too few good replies.  Too few answers end the run at once; enough answers of which too
         many are bad, after clients.max-failed-rounds such rounds in a row."""
@@ -435,10 +433,6 @@ class Rounds:
         for name, reason in sorted((outcome.failed | outcome.rejected).items()):
             word = "rejected: " if name in outcome.rejected else ""
             self.progress.note(f"{phase}, client {name}: {word}{reason}")
-
-    def _measures(self, server_round: int) -> bool:
-        every = self.config.flatness.every
-        return every > 0 and (server_round == self.config.run.rounds or not server_round % every)
 
     def _rest(self) -> None:
         """Give back the network's memory until the next evaluation, if this process only waits."""
