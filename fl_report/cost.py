@@ -202,7 +202,7 @@ def report(plan: Plan, samples: float, cohort: Callable[[int], list[int]]) -> Re
         tracked=config.sync.mode == "versions",
     )
     full, whole = passes[names], sum(sizes.values())
-    buffers, work = whole - weights[names], samples * config.train.epochs / 1e12
+    buffers, work = plan.buffers, samples * config.train.epochs / 1e12
     scales = {
         "published_gb": config.cohort_size / 1.024e9,
         "published_tmacs": work * full.published,

@@ -8,8 +8,9 @@ Needs runs with `eval.grad-norm=true`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fl_report.plots import gradient_norms
 
@@ -46,16 +47,22 @@ def split(run: Run) -> list[Run]:
 
     Raises ValueError if the run recorded nothing.
     """
-    rows = [row for row in run.rows if "grad_norm" in row]
-    if not rows:
-        raise ValueError(f"{run.label}: no gradient norms; run it with eval.grad-norm=true")
+    rows = _recorded(run)
     most = max(len(row["grad_norm"]) for row in rows)
     full = [row for row in rows if len(row["grad_norm"]) == most]
     partial = [row for row in rows if len(row["grad_norm"]) < most]
     if not partial:
-        return [type(run)(run.label, run.summary, full)]
+        return [replace(run, rows=full)]
     parts = (("full rounds", full), ("partial rounds", partial))
-    return [type(run)(f"{run.label}, {what}", run.summary, part) for what, part in parts if part]
+    return [replace(run, label=f"{run.label}, {what}", rows=part) for what, part in parts if part]
+
+
+def _recorded(run: Run) -> list[dict[str, Any]]:
+    """The rows with gradient norms.  Raises ValueError if there are none."""
+    rows = [row for row in run.rows if "grad_norm" in row]
+    if not rows:
+        raise ValueError(f"{run.label}: no gradient norms; run it with eval.grad-norm=true")
+    return rows
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -90,8 +97,5 @@ def _mean(ratios: Sequence[float]) -> str:
 def draw(runs: Sequence[Run], path: Path) -> None:
     """One panel per run, below each other: the whole gradient's norm over local steps, with a line
     at every aggregation.  Raises ValueError."""
-    panels = {}
-    for run in runs:
-        split(run)
-        panels[run.label] = [row["grad_norm"][WHOLE] for row in run.rows if "grad_norm" in row]
+    panels = {run.label: [row["grad_norm"][WHOLE] for row in _recorded(run)] for run in runs}
     gradient_norms(panels, path)

@@ -81,7 +81,7 @@ def final_loss(run: Run) -> float | None:
 
 def sized(count: float) -> str:
     """Bytes, as three digits and a unit of powers of ten."""
-    scaled, unit = float(count), "B"
+    scaled = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if scaled < 999.5 or unit == "GB":
             break

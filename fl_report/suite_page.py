@@ -91,7 +91,8 @@ def _conditions(table: Mapping[str, Any]) -> list[str]:
 def markdown(table: Mapping[str, Any]) -> str:
     """The page of a suite: a function of the JSON alone."""
     parts = [f"# {table['title']}\n"]
-    parts += [f"{text}\n" for text in (table["about"],) if text]
+    if table["about"]:
+        parts.append(f"{table['about']}\n")
     if table["source"]:
         parts.append(f"Published: {table['source']}.\n")
     parts += [f"**{text}**\n" for text in _conditions(table)]

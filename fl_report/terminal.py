@@ -54,7 +54,7 @@ def one_run(run: Run, target: float | None = None) -> Table:
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, told in _lines(run, target):
-        made.add_row(name, told, style=None)
+        made.add_row(name, told)
     return made
 
 
