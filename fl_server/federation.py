@@ -79,9 +79,9 @@ def connection(name: str) -> Connection:
             "start one on this machine with `flatfed up --clients N`, or name a connection with "
             "engine.connection=NAME"
         )
-        if not _present(_state()):
+        if not _present(state := _state()):
             raise UsageError(f"no federation is up: {remedy}")
-        found = Connection(CONNECTION, _state()["address"], home() / "flower")
+        found = Connection(CONNECTION, state["address"], home() / "flower")
     host, _, port = found.address.removeprefix("https://").rstrip("/").rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
@@ -266,9 +266,11 @@ class Federation:
             from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
 
             make_certificates(self.keys, ["127.0.0.1", "localhost"])
-            options = ["--ssl-ca-certfile", CA, "--ssl-certfile", SERVER, "--ssl-keyfile"]
-            options = [str(self.keys / o) if o[0] != "-" else o for o in [*options, SERVER_KEY]]
-            options += ["--enable-supernode-auth"]
+            options = [
+                "--ssl-ca-certfile", str(self.keys / CA), "--ssl-certfile", str(self.keys / SERVER),
+                "--ssl-keyfile", str(self.keys / SERVER_KEY), "--enable-supernode-auth",
+            ]  # fmt: skip
+
         options += ["--disable-runtime-dependency-installation", "--host", "127.0.0.1"]
         log, deadline = self.folder / "logs" / "superlink.log", time.monotonic() + START_TIMEOUT
         while True:

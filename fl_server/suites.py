@@ -315,11 +315,11 @@ def _measure(folder: Path, jobs: int) -> None:
     killed."""
     unit = 1 if sys.platform == "darwin" else 1024
     of = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    peak = unit * max(resource.getrusage(who).ru_maxrss for who in of)
+    peak, before = unit * max(resource.getrusage(who).ru_maxrss for who in of), measured(folder)
     told = {
-        "max_rss_bytes": max(peak, measured(folder).get("max_rss_bytes", 0)),
+        "max_rss_bytes": max(peak, before.get("max_rss_bytes", 0)),
         "date": time.strftime("%Y-%m-%d"),
-        "jobs": max(jobs, measured(folder).get("jobs", 0)),
+        "jobs": max(jobs, before.get("jobs", 0)),
     }
     write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
 
