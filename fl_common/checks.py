@@ -20,7 +20,7 @@ from fl_common.config import (
 from fl_common.data import catalogue as data_catalogue
 from fl_common.layout import PARAMS, tensors_of
 from fl_common.models import catalogue as model_catalogue
-from fl_common.own import told
+from fl_common.own import is_there, told
 
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig, Group
@@ -183,13 +183,10 @@ def _check_own_source(source: str, augment: str) -> list[str]:
         return [f"data.augment: {source} has {', '.join(augments)}"]
     module = source.partition(":")[0]
     try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    except Exception as error:  # of a package around the module, which is imported
+        if is_there(module):
+            return []
+    except Exception as error:
         return [f"data.source = {shown(source)}: {told(error)}"]
-    if found:
-        return []
     return [
         f"data.source = {shown(source)}: no module {module} can be imported here; write "
         "package.module:function and put its folder on PYTHONPATH"

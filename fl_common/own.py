@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import sys
 import traceback
+from importlib.util import find_spec
 
 METHODS = {"regularizers", "strategies"}
 OURS = {"fl_client", "fl_common", "fl_flatness", "fl_server"}
+
+
+def is_there(module: str) -> bool:
+    """Whether there is such a module.  It is not imported, but the packages around it are; whatever
+    else fails in them is raised."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        return False
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise
 
 
 def told(error: Exception) -> str:

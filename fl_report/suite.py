@@ -163,6 +163,8 @@ def load(
         raise SuiteError([f"{path}: {error}" for error in errors])
     over = dict(overrides or {})
     cells = _cells(path, suite, cut if reduced else Reduced(), over)
+    if not cells:
+        raise SuiteError([f"{path}: [reduced] and [only] leave no run"])
     _check(path, cells)
     _check_data(path, cells)
     cells = [replace(cell, values=cell.values | {"run.seed": cell.seed}) for cell in cells]

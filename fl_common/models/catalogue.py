@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fl_common.data.catalogue import SOURCES
-from fl_common.own import told
+from fl_common.own import is_there, told
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,10 +139,8 @@ def _check_own(name: str, norm: str, head: str) -> list[str]:
     """What is wrong with "package.module:Name", found without importing the module itself."""
     module, _, attribute = name.partition(":")
     try:
-        found = bool(attribute) and find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    except Exception as error:  # of a package around the module, which is imported
+        found = bool(attribute) and is_there(module)
+    except Exception as error:
         return [f"model.name = {name!r}: {told(error)}"]
     if not found:
         return [

@@ -118,6 +118,8 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "my_broken.py").write_text("x = 1\ndef load()\n    pass\n")
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "__init__.py").write_text("raise RuntimeError('not today')\n")
+    (tmp_path / "my_lacking").mkdir()
+    (tmp_path / "my_lacking" / "__init__.py").write_text("import scipi\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -138,6 +140,9 @@ def test_own_model_on_own_data(mine, runner):
         (["data.source=my_reserch:load"], "no module my_reserch can be imported"),
         (["model.name=my_package.mine:Net"], "'my_package.mine:Net': RuntimeError: not today (/"),
         (["data.source=my_package.mine:load"], '"my_package.mine:load": RuntimeError: not today'),
+        (["model.name=my_lacking.mine:Net"], "ModuleNotFoundError: No module named 'scipi' (/"),
+        (["data.source=my_lacking.mine:load"], "ModuleNotFoundError: No module named 'scipi' (/"),
+        (["data.source=my_lacking.:load"], "no module my_lacking. can be imported"),
         (["model.name=my_research:Net", "model.norm=group"], "chooses its own norm layers"),
         (["data.source=my_research:load", "data.augment=moon"], "has default, none, crop-flip"),
     ],

@@ -281,6 +281,10 @@ def test_other_mistakes_of_the_call(tmp_path, capsys):
     assert "trian.lr: unknown key; did you mean train.lr?" in error(path, "trian.lr=1")
     bare = written(tmp_path, TEXT[: TEXT.index("[reduced]")])
     assert "[reduced]: there is none; leave out --reduced" in error(str(bare), "--reduced")
+    apart = '[only]\nfeddyn = ["many"]\n[reduced]\nmethods = ["feddyn"]\n'
+    unpublished = TEXT[: TEXT.index("[[published]]")]
+    nothing = written(tmp_path, unpublished.replace("[reduced]\n", apart))
+    assert "[reduced] and [only] leave no run" in error(str(nothing), "--reduced")
 
 
 def cell(method: str, seed: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
