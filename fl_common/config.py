@@ -77,13 +77,18 @@ class Clients(Group):
     sampling: Literal["fixed", "bernoulli"] = Field(
         "fixed",
         description="fixed: exactly per-round clients; bernoulli: each with probability "
-        "per-round / number, redrawn while empty",
+        "per-round / number, drawn again if nobody is",
     )
     min_replies: int = Field(
-        1, ge=1, description="accepted replies without which a round ends the run"
+        1,
+        ge=1,
+        description="accepted replies that a round needs; without them the model stays as it was, "
+        "and if too few clients answer at all, the run ends",
     )
     max_failed_rounds: int = Field(
-        3, ge=1, description="rounds in a row with too few good replies that end the run"
+        3,
+        ge=1,
+        description="the run ends after so many rounds in a row with too few accepted replies",
     )
     deadline_s: float = Field(
         3600.0, gt=0, description="how long a round, or the roll call, waits for replies [s]"
@@ -91,13 +96,13 @@ class Clients(Group):
     return_s: float = Field(
         120.0,
         ge=0,
-        description="how long a round waits for a drawn client whose node went away to come back; "
-        "then it goes on without it [s]",
+        description="how long a round waits for a drawn client whose node went away; if it is not "
+        "back by then, the round goes on without it [s]",
     )
     keys: str = Field(
         "",
-        description="file on the server that maps partition to public key, of `flatfed certs`: "
-        "only a node with that key may be that client; empty: not compared",
+        description="file on the server with the public key of each partition, made by `flatfed "
+        "certs`: only a node with that key may be that client; empty: keys are not compared",
     )
 
 
@@ -114,10 +119,15 @@ class Data(Group):
         "dirichlet-balanced: equal sizes, one class prior per client; local: every node trains on "
         "its own data (its data-path), whole",
     )
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller: less alike")
+    alpha: float = Field(
+        0.5, gt=0, description="Dirichlet concentration; smaller: clients differ more"
+    )
     min_size: int = Field(10, ge=1, description="smallest partition (dirichlet) [samples]")
     max_samples: int = Field(
-        0, ge=0, description="samples that a client keeps of its partition, drawn; 0: all [samples]"
+        0,
+        ge=0,
+        description="the most that a client takes of its partition, drawn at random; 0: all "
+        "[samples]",
     )
     classes_per_client: int = Field(2, ge=1, description="classes a client holds (pathological)")
     augment: str = Field(
@@ -126,10 +136,12 @@ class Data(Group):
         "(normalise only), fedalign, moon, feddc, fling (as published), crop-flip",
     )
     image_size: int = Field(
-        0, ge=0, description="side to resize images to (folder, huggingface); 0: as they are [px]"
+        0,
+        ge=0,
+        description="side that images are resized to (folder, huggingface); 0: as they are [px]",
     )
     cache_dir: str = Field(
-        "", description="decoded data; empty: $FLATFED_CACHE or ~/.cache/flatfed"
+        "", description="folder for decoded data; empty: $FLATFED_CACHE or ~/.cache/flatfed"
     )
 
 
@@ -153,7 +165,7 @@ class Train(Group):
     lr_decay: float = Field(1.0, gt=0, le=1, description="factor on lr after each round")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: float = Field(0.0, ge=0, description="coupled decay, added after clipping")
+    weight_decay: float = Field(0.0, ge=0, description="coupled weight decay, added after clipping")
     clip_norm: float = Field(0.0, ge=0, description="bound on the gradient's norm; 0: none")
     epochs: int = Field(1, ge=1, description="local epochs per round (E)")
     batch_size: int = Field(32, ge=1, description="samples per step; the last may be smaller")
@@ -166,19 +178,21 @@ class Train(Group):
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads per process")
     deterministic: bool = Field(
-        True, description="only kernels that repeat their sums; a GPU warns where torch has none"
+        True,
+        description="use only kernels that repeat their sums, bit for bit; where torch has none "
+        "for a GPU, it warns",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="images and convolutions with channels innermost in memory; auto: those "
-        "networks of the catalogue that are faster so, with bfloat16 on a GPU or in float32 on a "
-        "CPU; sums are rounded otherwise",
+        description="hold images and convolutions with channels innermost in memory; auto: for "
+        "those networks of the catalogue that are faster this way, with bfloat16 on a GPU or in "
+        "float32 on a CPU; sums are rounded differently",
     )
     graphs: Literal["auto", "on", "off"] = Field(
         "auto",
         description="on a GPU, record a step's forward and backward pass as a CUDA graph and "
-        "launch it as one, with the same bits; auto: networks of the catalogue; on: your own too, "
-        "if it does the same in every step",
+        "launch it as one, with the same bits; auto: for networks of the catalogue; on: for your "
+        "own too, if it does the same in every step",
     )
 
     @property
@@ -207,29 +221,33 @@ class StrategyChoice(Group):
 class Sync(Group):
     mode: Literal["versions", "full"] = Field(
         "versions",
-        description="what goes down; versions: only what a client does not have already; full: "
-        "the whole model with every message",
+        description="what the server sends to clients; versions: only what a client does not have "
+        "already; full: the whole model with every message",
     )
 
 
 class Eval(Group):
-    every: int = Field(1, ge=1, description="evaluate after every so many rounds, and the last")
+    every: int = Field(
+        1, ge=1, description="evaluate every so many rounds, and after the last [rounds]"
+    )
     on: Literal["server", "clients", "both"] = Field(
-        "server", description="the server's test set, the clients' own held-out samples, or both"
+        "server",
+        description="what to evaluate on: the server's test set, the clients' own held-out "
+        "samples, or both",
     )
     holdout: float = Field(
         0.2,
         gt=0,
         lt=1,
         description="share of a partition that is held out when clients evaluate; with "
-        "data.partition=local, their own test split is taken",
+        "data.partition=local, their own test split is used instead",
     )
     models: str = Field(
         "cloud",
         description="models to evaluate on the server, comma-separated: cloud (the global model, "
         "always), sel (mean of the cohort's models), all (mean of all clients' last models), first "
-        "(the global one with BatchNorm's statistics of the cohort's first client); papers report "
-        "different ones",
+        "(the global one with the BatchNorm statistics of the cohort's first client); papers "
+        "report different ones",
     )
     grad_norm: bool = Field(
         False,
@@ -246,32 +264,38 @@ class Flatness(Group):
     every: int = Field(
         0,
         ge=0,
-        description="measure the loss's curvature at the global model after every so many rounds, "
-        "and the last; 0: never [rounds]",
+        description="measure the loss's curvature at the global model every so many rounds, and "
+        "after the last; 0: never [rounds]",
     )
     samples: int = Field(
         1024,
         ge=1,
-        description="test samples that it is measured on, and the most of its own that a client "
-        "takes for flatness.match; drawn once [samples]",
+        description="test samples to measure it on, and the most samples of its own that a "
+        "client uses for flatness.match; drawn once [samples]",
     )
     engine: Literal["own", "pyhessian"] = Field(
-        "own", description="pyhessian needs `pip install 'flatfed[pyhessian]'`"
+        "own", description="what measures it; pyhessian needs `pip install 'flatfed[pyhessian]'`"
     )
     tolerance: float = Field(
-        0.01, gt=0, lt=1, description="on ||H v - lambda v|| / lambda, which is in the history too"
+        0.01,
+        gt=0,
+        lt=1,
+        description="bound on the residual of lambda_max, ||H v - lambda v|| / lambda; the history "
+        "has the residual reached",
     )
     probes: int = Field(
         16, ge=2, description="random vectors for the trace; its standard error is in the history"
     )
-    layers: bool = Field(False, description="lambda_max, trace and mean ||A||^2 of every layer too")
+    layers: bool = Field(
+        False, description="also lambda_max, trace and mean ||A||^2 of every layer"
+    )
     match: Literal["none", "paper", "fedalign-code"] = Field(
         "none",
-        description="ask all clients for their Hessians' diagonals and give H_N and H_D; paper: "
-        "FedAlign's eqs 3 and 4; fedalign-code: per tensor, as its code has it",
+        description="ask all clients for the diagonals of their Hessians and record H_N and H_D; "
+        "paper: FedAlign's equations 3 and 4; fedalign-code: per tensor, as in FedAlign's code",
     )
     match_probes: int = Field(
-        400, ge=2, multiple_of=2, description="random vectors of each client's diagonal"
+        400, ge=2, multiple_of=2, description="random vectors for each client's diagonal"
     )
 
 
@@ -281,8 +305,8 @@ TRACKERS = ("tensorboard", "mlflow", "wandb")
 class Tracking(Group):
     to: str = Field(
         "",
-        description="where rounds are told as they end, comma-separated: tensorboard (event files "
-        "in the results folder), mlflow, wandb (Weights & Biases); empty: nowhere",
+        description="where each round is reported as it ends, comma-separated: tensorboard (event "
+        "files in the results folder), mlflow, wandb (Weights & Biases); empty: nowhere",
     )
 
     @property
@@ -301,7 +325,8 @@ Count = Annotated[str, BeforeValidator(lambda n: str(n) if type(n) is int else n
 class Engine(Group):
     name: Literal["inprocess", "ray", "grpc"] = Field(
         "inprocess",
-        description="inprocess: one process; ray: Flower's simulation; grpc: nodes on their own",
+        description="inprocess: on this machine, without Ray or a network; ray: Flower's "
+        "simulation; grpc: separate nodes",
     )
     connection: str = Field(
         "",
@@ -310,30 +335,32 @@ class Engine(Group):
     workers: Count = Field(
         "auto",
         description="processes of the in-process engine, each of which trains one client at a "
-        "time, with the same result; a number, or auto: one per core, one in all with a GPU",
+        "time, with the same result; a number, or auto: one per core, or just one with a GPU",
     )
     cohort: Count = Field(
         "1",
         description="clients that the in-process engine trains at once, in one pass for all of "
         "them: for small models on a GPU; updates differ by rounding, 1e-5 at most; a number, or "
-        "auto: by measurement in the first round",
+        "auto: chosen by measurement in the first round",
     )
     client_gpus: float = Field(
         0.0,
         ge=0,
-        description="share of a GPU that each of Ray's clients takes; 0.25: four at once on a "
-        "card; 0: they train on the CPU",
+        description="share of a GPU that each client takes on Ray; 0.25: four at once on a card; "
+        "0: they train on the CPU",
     )
 
 
 class Server(Group):
     checkpoint_every: int = Field(
-        1, ge=1, description="write a checkpoint after every so many rounds; two are kept [rounds]"
+        1,
+        ge=1,
+        description="rounds from one checkpoint to the next; the last two are kept [rounds]",
     )
     ledger: bool = Field(
         True,
         description="keep every client's memory on the server's disk too, to give it back to a "
-        "client that lost it",
+        "client that has lost it",
     )
 
 
@@ -341,14 +368,14 @@ class Client(Group):
     state_dir: str = Field(
         "",
         description="folder where clients keep what they remember between rounds (SCAFFOLD's c_i, "
-        "FedDyn's h_i, momentum); empty: in memory, as long as the node runs; nodes on their own "
-        "have theirs (--state-dir)",
+        "FedDyn's h_i, momentum); empty: in memory, as long as the node runs; a node started by "
+        "`flatfed node` has its own (--state-dir)",
     )
     dp_clip: float = Field(
         0.0,
         ge=0,
         description="local differential privacy, by Flower's LocalDpMod: bound C on the norm of "
-        "what a client has learned in a round, to which noise is added; 0: neither",
+        "what a client has learned in a round, to which noise is added; 0: no bound and no noise",
     )
     dp_epsilon: float = Field(
         1.0,
@@ -357,7 +384,7 @@ class Client(Group):
         "2 C sqrt(2 ln(1.25 / delta)) / epsilon",
     )
     dp_delta: float = Field(
-        1e-5, gt=0, lt=1, description="chance that one round keeps less than that private"
+        1e-5, gt=0, lt=1, description="probability that a round exceeds its privacy budget"
     )
 
 

@@ -45,21 +45,26 @@ class MANParams(Group):
     zeta: float = Field(
         0.15,
         ge=0,
-        description="weight zeta of (zeta / 2) R; 0: off; published: 0.15 (CIFAR-100), 0.1 or 0.2 "
+        description="weight zeta in (zeta / 2) R; 0: off; published: 0.15 (CIFAR-100), 0.1 or 0.2 "
         "(Tiny-ImageNet)",
     )
     site: Literal["post-act", "layer-input", "pre-act"] = Field(
         "post-act",
-        description="the activations: outputs of ReLUs, inputs of linear and convolutional "
-        "layers but the first, or inputs of ReLUs",
+        description="which activations; post-act: outputs of ReLUs; layer-input: inputs of linear "
+        "and convolutional layers but the first; pre-act: inputs of ReLUs",
     )
-    include_logits: bool = Field(False, description="the network's output is one more activation")
+    include_logits: bool = Field(
+        False, description="count the network's output as an activation too"
+    )
     reduce: Literal["mean", "per-sample-sum", "fro"] = Field(
         "mean",
-        description="of one activation; mean: of squares over batch and elements; per-sample-sum: "
-        "of squares over elements, mean over the batch; fro: the norm of the whole, not squared",
+        description="the term of one activation; mean: mean of its squares over batch and "
+        "elements; per-sample-sum: sum of its squares over elements, mean over the batch; fro: the "
+        "norm of the whole, not squared",
     )
-    layer_reduce: Literal["sum", "mean"] = Field("sum", description="over the activations")
+    layer_reduce: Literal["sum", "mean"] = Field(
+        "sum", description="how the terms of all activations are combined"
+    )
 
 
 class MAN(Regularizer):

@@ -32,7 +32,7 @@ NO_MIXTURE = "token ids have no mixtures; leave mixup out"
 
 class MixupParams(Group):
     gamma: float = Field(
-        0.05, ge=0, description="gamma of lambda ~ Beta(gamma, gamma); 0: lambda = 1, off"
+        0.05, ge=0, description="gamma in lambda ~ Beta(gamma, gamma); 0: lambda = 1, off"
     )
 
 

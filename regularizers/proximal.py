@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ProximalParams(Group):
-    mu: float = Field(1e-4, ge=0, description="weight mu of (mu / 2) ||theta - w||^2; 0: off")
+    mu: float = Field(1e-4, ge=0, description="weight mu in (mu / 2) ||theta - w||^2; 0: off")
 
 
 class Proximal(Regularizer):

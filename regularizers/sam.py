@@ -30,7 +30,7 @@ class SAMParams(Group):
 
 class ASAMParams(Group):
     rho: float = Field(0.5, ge=0, description="length rho of the scaled ascent step; 0: off")
-    eta: float = Field(0.2, ge=0, description="added to |theta| in the scale of weights")
+    eta: float = Field(0.2, ge=0, description="eta in the scale |theta| + eta of weights")
 
 
 class SAM(Regularizer):

@@ -37,13 +37,13 @@ class StochasticDepthParams(Group):
         0.9,
         gt=0,
         le=1,
-        description="p_L, how often the last block keeps its residual; 1: off; FedAlign's code has "
-        "0.5 unless told otherwise",
+        description="p_L, probability that the last block keeps its residual branch; 1: off; "
+        "FedAlign's code has 0.5 by default",
     )
     convention: Literal["paper", "code"] = Field(
         "paper",
-        description="the linear decay; paper: from the input, p_l = 1 - l/L (1 - p_L); code: from "
-        "the first block, which is always kept, p_l = 1 - (l-1)/(L-1) (1 - p_L)",
+        description="where the linear decay starts; paper: at the input, p_l = 1 - l/L (1 - p_L); "
+        "code: at the first block, which is always kept, p_l = 1 - (l-1)/(L-1) (1 - p_L)",
     )
 
     def keep(self, blocks: int) -> list[float]:

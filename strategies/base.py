@@ -45,7 +45,7 @@ class Weighting(Group):
     """The weights omega_i of methods whose server averages models uniformly."""
 
     weighting: Literal["omega", "uniform"] = Field(
-        "omega", description="omega: clients count by their samples; uniform: all alike"
+        "omega", description="omega: clients count by their samples; uniform: all count the same"
     )
 
     def omega(self, work: Work) -> float:

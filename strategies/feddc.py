@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 class FedDCParams(ControlParams):
     alpha: float = Field(0.01, ge=0, description="weight alpha of the drift's pull")
-    gradient_correction: bool = Field(True, description="the term G, SCAFFOLD's control variates")
+    gradient_correction: bool = Field(
+        True, description="use the term G, SCAFFOLD's control variates"
+    )
     drift: bool = Field(
-        True, description="the drift variables h_i; SCAFFOLD without them and alpha = 0"
+        True, description="use the drift variables h_i; without them and alpha = 0 it is SCAFFOLD"
     )
 
 

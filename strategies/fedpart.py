@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 
 class FedPartParams(Group):
-    warm_up: int = Field(5, ge=0, description="full rounds W that open a cycle [rounds]")
+    warm_up: int = Field(5, ge=0, description="W, full rounds at the start of a cycle [rounds]")
     rounds_per_group: int = Field(
-        2, ge=1, description="rounds in a row that a group is active, R/L [rounds]"
+        2, ge=1, description="R/L, rounds in a row in which a group is active [rounds]"
     )
     order: Literal["sequential", "reverse", "random"] = Field(
-        "sequential", description="of the groups in a cycle; random: drawn for each cycle"
+        "sequential", description="order of the groups in a cycle; random: drawn for each cycle"
     )
     cycles: int = Field(
-        0, ge=0, description="cycles that run.rounds must make up; 0: as many as there are rounds"
+        0, ge=0, description="cycles that run.rounds must amount to; 0: run.rounds may be any"
     )
     reopen: bool = Field(
-        True, description="every cycle opens with full rounds; false: the first one only"
+        True, description="every cycle starts with full rounds; false: only the first one does"
     )
     groups: str = Field(
         "",
@@ -57,13 +57,13 @@ class FedPartParams(Group):
     )
     bn_stats: Literal["averaged", "local"] = Field(
         "averaged",
-        description="BatchNorm's running statistics; averaged: every round; local: each client "
-        "keeps its own and evaluates with it, the server with the first client's, as published",
+        description="BatchNorm's running statistics; averaged: in every round; local: each client "
+        "keeps and evaluates with its own, the server uses the first client's, as published",
     )
     bn_frozen: Literal["train", "eval"] = Field(
         "train",
-        description="norms outside the active group; train: by the batch's statistics, as "
-        "published; eval: by the running ones, which stay as they are",
+        description="BatchNorm outside the active group; train: uses the batch's statistics, as "
+        "published; eval: uses the running ones, which stay as they are",
     )
 
 

@@ -42,7 +42,7 @@ class FedASAM(FedAvg):
 
 class MoFedSAMParams(Group):
     beta: float = Field(
-        0.1, gt=0, le=1, description="weight beta of the local gradient; 1 - beta: of the momentum"
+        0.1, gt=0, le=1, description="weight beta of the local gradient; the momentum has 1 - beta"
     )
 
 

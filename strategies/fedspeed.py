@@ -19,7 +19,9 @@ ASCENT = "FedSpeed perturbs already (fedspeed.rho); choose another strategy, or 
 
 
 class FedSpeedParams(DriftParams):
-    lambda_: float = Field(0.1, gt=0, description="weight of the prox term (the paper's 1/lambda)")
+    lambda_: float = Field(
+        0.1, gt=0, description="weight of the proximal term (1/lambda in the paper)"
+    )
     rho: float = Field(0.1, ge=0, description="length rho of the ascent step; 0 is FedDyn")
     alpha: float = Field(
         1.0, ge=0, le=1, description="share of the perturbed gradient in a step's gradient"

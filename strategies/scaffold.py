@@ -31,7 +31,7 @@ PLAIN_SGD = "control variates are measured as Delta_i / (K_i eta), the mean grad
 class ControlParams(Weighting):
     legacy_beta: bool = Field(
         False,
-        description="control variates divided as in FedDC's code: by the nominal number of steps "
+        description="divide control variates as FedDC's code does: by the nominal number of steps "
         "and the undecayed learning rate",
     )
 
