@@ -1,4 +1,4 @@
-"""One by one or all at once, on the CPU: `python -m benchmarks.cohort`.
+"""Clients trained one by one or all at once, on the CPU: `python -m benchmarks.cohort`.
 
 Clients answer the same messages both ways, in turn, in one process with one thread: from the
 message in to the reply out, without the server.  A ratio is the median over the turns of (one by

@@ -1,4 +1,4 @@
-"""What brings an eager step on a CPU below itself, and what does not: `python -m benchmarks.eager`.
+"""What makes an eager step on a CPU faster, and what does not: `python -m benchmarks.eager`.
 
 Batches of CIFAR shape, one thread, the allocator as in a run.  In turns: the step as everybody
 writes it; with the fused optimizer; also with large maps pooled by oneDNN (the trainer does both);
@@ -102,10 +102,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "cases", nargs="*", type=case, default=CASES, metavar="MODEL:BATCH",
-        help="in the place of those of the table in docs/speed.md, e.g. moon-cnn:32",
+        help="models and batch sizes, instead of those of the table in docs/speed.md, e.g. "
+        "moon-cnn:32",
     )  # fmt: skip
     parser.add_argument("--turns", type=int, default=7, help="turns per model (default: 7)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of one way in a turn, about")
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="about how long one way takes in a turn"
+    )
     args = parser.parse_args()
     determinism.prepare_process()
     warnings.filterwarnings("ignore", module="torch._dynamo")  # that the caches are off

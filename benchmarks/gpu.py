@@ -386,7 +386,7 @@ def _table(title: str, *columns: str) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:K, or cpu to try it out")
-    parser.add_argument("--small", action="store_true", help="tiny, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny cases, to see that it runs")
     parser.add_argument("--peak", type=float, help="the card's TFLOP/s in bfloat16")
     parser.add_argument("--only", default="abcde", help="parts to run, e.g. ab")
     args = parser.parse_args(arguments)

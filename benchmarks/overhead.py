@@ -156,7 +156,7 @@ def main() -> int:
         "--pairs",
         type=int,
         default=9,
-        help="measured pairs of cnn, at least 5; of lenet five times as many",
+        help="pairs to measure with cnn, at least 5; lenet has five times as many",
     )
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out")
     parser.add_argument("values", nargs="*", metavar="key=value", help="settings of the pairs' "

@@ -1,4 +1,4 @@
-"""What registered clients cost that do not take part: `python -m benchmarks.scale`.
+"""What registered clients that do not take part cost: `python -m benchmarks.scale`.
 
 SCAFFOLD with ten clients a round, of 10 and of 1,000 that hold 50 samples of CIFAR shape each.  The
 two federations play a few rounds in turn; a ratio is that of a turn's median rounds, in processor

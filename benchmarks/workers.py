@@ -164,12 +164,14 @@ def compare(model: str, workers: int, pairs: int, place: Path) -> dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=2, help="against one (default: 2)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="workers to compare with one (default: 2)"
+    )
     parser.add_argument(
         "--pairs",
         type=int,
         default=9,
-        help="of cnn's rounds, and five times as many of lenet's, which are short (default: 9)",
+        help="turns with cnn; lenet, whose rounds are short, has five times as many (default: 9)",
     )
     args = parser.parse_args()
     determinism.prepare_process()

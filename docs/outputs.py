@@ -104,7 +104,7 @@ def page(path: Path, only: str, check: bool) -> list[str]:
                 text += f"# {stamp()}\n"
             now = path.read_text()  # which may have been edited meanwhile
             if now.count(block[0]) != 1:
-                sys.exit(f"{path}: the block of `{calls[0]}` is there no more, or twice")
+                sys.exit(f"{path}: the block of `{calls[0]}` is gone, or there twice")
             path.write_text(now.replace(block[0], block[0].replace(block["text"], text)))
     return differ
 
@@ -112,8 +112,14 @@ def page(path: Path, only: str, check: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
-    parser.add_argument("--only", default="", metavar="TEXT", help="blocks that call this")
-    parser.add_argument("--check", action="store_true", help="only see whether they are the same")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only blocks whose commands contain this"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check, and write nothing: say which blocks print something else",
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     differ = [what for path in args.pages for what in page(path, args.only, args.check)]

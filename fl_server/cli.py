@@ -30,7 +30,7 @@ examples:
   flatfed run engine.name=ray
       the same run, with the same result, on Flower's simulation
   flatfed up --clients 4 && flatfed run engine.name=grpc clients.number=4 && flatfed down
-      the same between processes, as between machines
+      the same on separate processes, as it would be on several machines
   flatfed resume results/NAME
       continue a run that was interrupted, from its newest checkpoint
   flatfed config
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE.toml",
         action="append",
         default=[],
-        help="settings from a file, of several the later wins; key=value wins over all",
+        help="settings from a file; may be given several times: a later file overrides earlier "
+        "ones, key=value overrides all",
     )
     raw = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     run = commands.add_parser("run", parents=[settings], help="train a model", **raw)
@@ -77,35 +78,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = commands.add_parser(
         "resume",
         parents=[of_run, settings],
-        help="continue a run that ended early, from its checkpoint",
+        help="continue a run that ended early, from its newest checkpoint",
     )
     again.set_defaults(function=run_commands.resume)
     of_runs = argparse.ArgumentParser(add_help=False)
     of_runs.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results folders")
     of_runs.set_defaults(values=[])
     compare = commands.add_parser(
-        "compare", parents=[of_runs], help="a table, and a picture, of several runs"
+        "compare", parents=[of_runs], help="compare several runs in a table, and in a picture"
     )
-    compare.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the accuracies")
-    compare.add_argument("--anyway", action="store_true", help="runs of different data too")
+    compare.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the accuracies too")
+    compare.add_argument("--anyway", action="store_true", help="compare runs of different data too")
     compare.set_defaults(function=result_commands.compare)
     norms = commands.add_parser(
         "grad-norm",
         parents=[of_runs],
         help="how the gradient's norm jumps when models are averaged",
         description="For runs with eval.grad-norm=true: the norm of the local gradient in "
-        "the first quarter of a round over that in the last quarter of the one before.",
+        "the first quarter of a round, divided by that in the last quarter of the round before.",
     )
-    norms.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it, step by step")
+    norms.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw the norm, step by step"
+    )
     norms.set_defaults(function=result_commands.grad_norm)
     report = commands.add_parser(
-        "report", parents=[of_runs], help="one HTML page of a run, or of several side by side"
+        "report", parents=[of_runs], help="make one HTML page of a run, or of several side by side"
     )
-    report.add_argument("--out", type=Path, metavar="FILE.html", help="where (default: report.html "
-        "in the run's folder, or here for several)")  # fmt: skip
-    report.add_argument("--target", type=float, metavar="ACCURACY", help="tell the rounds, bytes "
-        "and seconds to it, 0-1 (default: 90 %% of the best)")  # fmt: skip
-    report.add_argument("--anyway", action="store_true", help="runs of different data too")
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="where to write it (default: "
+        "report.html in the run's folder, or here if there are several)")  # fmt: skip
+    report.add_argument("--target", type=float, metavar="ACCURACY", help="show the rounds, bytes "
+        "and seconds it took to reach this, 0-1 (default: 90 %% of the best)")  # fmt: skip
+    report.add_argument("--anyway", action="store_true", help="report runs of different data too")
     report.set_defaults(function=result_commands.report)
     _add_flatness_command(commands, of_runs)
     _add_suite_command(commands)
@@ -153,61 +156,82 @@ def _add_flatness_command(
     flatness = commands.add_parser(
         "flatness",
         parents=[of_runs],
-        help="how flat the loss is where runs have ended, side by side",
+        help="measure how flat the loss is at the final models of runs",
         description="Eigenvalues and trace of the Hessian of the test loss at the final models of "
-        "runs, into a table and each DIR/flatness.json. A run with flatness.every records the "
-        "same as it goes.",
+        "runs, as a table and in each DIR/flatness.json. A run with flatness.every records the "
+        "same while it trains.",
     )
     add = flatness.add_argument
-    add("--samples", type=int, default=1024, metavar="N", help="test samples that it is measured "
-        "on, drawn once, and the most that a client's diagonal is made from "
-        "(default: 1024)")  # fmt: skip
-    add("--top", type=int, default=5, metavar="K", help="largest eigenvalues (default: 5)")
-    add("--probes", type=int, default=32, metavar="N", help="random vectors for the trace: its "
-        "error falls as their root (default: 32)")  # fmt: skip
-    add("--density", action="store_true", help="the density of all eigenvalues, and its picture")
-    add("--layers", action="store_true", help="lambda_max, trace and activation norms of every "
-        "layer, as a table and bars; as much work again for each layer")  # fmt: skip
-    add("--landscape", action="store_true", help="the loss over a plane of two directions, as "
-        "contours and surface; 441 passes over the samples")  # fmt: skip
-    add("--line", action="store_true", help="the loss along the first of these directions, of all "
-        "runs in one picture; 41 passes")  # fmt: skip
-    add("--directions", choices=("random", "eigenvectors"), help="of --landscape and --line: "
-        "random, each filter as long as the model's, or the top eigenvectors, of length 1 "
-        "(default: random)")  # fmt: skip
-    add("--match", action="store_true", help="H_N and H_D, FedAlign's measures of how unlike the "
-        "clients' Hessians are, over the run's own partitions")  # fmt: skip
-    add("--match-probes", type=int, metavar="N", help="random vectors of each client's diagonal, "
-        "an even number (default: 200)")  # fmt: skip
-    add("--engine", choices=("own", "pyhessian"), default="own", help="whose eigenvalues, trace "
-        "and density; pyhessian: `pip install 'flatfed[pyhessian]'` (default: own)")  # fmt: skip
-    add("--data-path", type=Path, metavar="PATH", help="where the data are now, if no longer at "
-        "the runs' data.path")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="of the samples and random vectors, the "
-        "same for all runs; equal seeds give equal bits (default: 0)")  # fmt: skip
-    add("--pictures", type=Path, metavar="FOLDER", help="where pictures go, those of all runs in "
-        "one (default: each run's into its own folder)")  # fmt: skip
+    add("--samples", type=int, default=1024, metavar="N", help="test samples to measure on, "
+        "drawn once; also the most samples for a client's diagonal (default: 1024)")  # fmt: skip
+    add(
+        "--top",
+        type=int,
+        default=5,
+        metavar="K",
+        help="how many of the largest eigenvalues (default: 5)",
+    )
+    add("--probes", type=int, default=32, metavar="N", help="random vectors for the trace; its "
+        "error falls with the square root of their number (default: 32)")  # fmt: skip
+    add(
+        "--density", action="store_true", help="also the density of all eigenvalues, with a picture"
+    )
+    add("--layers", action="store_true", help="also lambda_max, trace and activation norms of "
+        "every layer, as a table and bars; each layer costs about as much again")  # fmt: skip
+    add("--landscape", action="store_true", help="also draw the loss over a plane of two "
+        "directions, as contours and as a surface; 441 passes over the samples")  # fmt: skip
+    add("--line", action="store_true", help="also draw the loss along the first of these "
+        "directions, all runs in one picture; 41 passes over the samples")  # fmt: skip
+    add("--directions", choices=("random", "eigenvectors"), help="for --landscape and "
+        "--line: random, each filter scaled to the length of the model's, or the top eigenvectors, "
+        "of length 1 (default: random)")  # fmt: skip
+    add("--match", action="store_true", help="also H_N and H_D, FedAlign's measures of how much "
+        "the clients' Hessians differ, over the run's own partitions")  # fmt: skip
+    add("--match-probes", type=int, metavar="N", help="random vectors for each client's "
+        "diagonal, an even number (default: 200)")  # fmt: skip
+    add("--engine", choices=("own", "pyhessian"), default="own", help="what computes "
+        "eigenvalues, trace and density; pyhessian needs `pip install "
+        "'flatfed[pyhessian]'` (default: own)")  # fmt: skip
+    add("--data-path", type=Path, metavar="PATH", help="where the data are now, if they are no "
+        "longer at the runs' data.path")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="seed of the samples and random vectors, "
+        "the same for all runs; the same seed gives the same bits (default: 0)")  # fmt: skip
+    add("--pictures", type=Path, metavar="FOLDER", help="one folder for the pictures of all "
+        "runs (default: each run's own folder)")  # fmt: skip
     flatness.set_defaults(function=result_commands.flatness)
 
 
 def _add_suite_command(commands: argparse._SubParsersAction) -> None:
     suite = commands.add_parser(
         "suite",
-        help="run a paper's table, and show it beside the published one",
-        description="Runs the cells of a suite (experiments/*.toml) that are not there yet, then "
-        "prints and writes published | ours | difference, and a page of all runs. Called again, "
-        "it goes on where it ended.",
+        help="run the table of a paper, and show it beside the published one",
+        description="Runs the cells of a suite (experiments/*.toml) that are missing, then prints "
+        "and writes published | ours | difference, and a page of all runs. Called again, it "
+        "continues where it stopped.",
     )
     add = suite.add_argument
     add("file", type=Path, metavar="FILE.toml", help="the suite; docs/suites.md has the format")
     add("values", nargs="*", metavar="key=value", help="a setting of every cell, e.g. data.path=D")
-    add("--reduced", action="store_true", help="as its [reduced] says, to fit a CPU")
+    add(
+        "--reduced",
+        action="store_true",
+        help="the smaller version in its [reduced], which fits a CPU",
+    )
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
-    add("--jobs", type=int, default=1, metavar="N", help="cells at once (default: 1)")
+    add("--jobs", type=int, default=1, metavar="N", help="cells to run at once (default: 1)")
     add("--out", type=Path, metavar="DIR", help="where the suites' folders are made (default: "
         "results/suites)")  # fmt: skip
-    add("--table", action="store_true", help="make the table of what is there; run nothing")
-    add("--publish", type=Path, metavar="DIR", help="the same, into DIR/NAME.md and .json")
+    add(
+        "--table",
+        action="store_true",
+        help="make the table of the runs that are there; run nothing",
+    )
+    add(
+        "--publish",
+        type=Path,
+        metavar="DIR",
+        help="the same, and write it to DIR/NAME.md and DIR/NAME.json",
+    )
     suite.set_defaults(function=result_commands.suite, config=[])
 
 
@@ -215,77 +239,86 @@ def _add_cost_commands(
     commands: argparse._SubParsersAction, settings: argparse.ArgumentParser
 ) -> None:
     of_data = argparse.ArgumentParser(add_help=False)
-    of_data.add_argument("--shape", metavar="C,H,W", help="a sample, (C, H, W) or (F,), where "
-        "data.source does not say (default: 3,32,32)")  # fmt: skip
-    of_data.add_argument("--classes", type=int, metavar="N", help="where data.source does not say "
-        "(default: 10)")  # fmt: skip
+    of_data.add_argument("--shape", metavar="C,H,W", help="shape of a sample, (C, H, W) or (F,), "
+        "if data.source does not say (default: 3,32,32)")  # fmt: skip
+    of_data.add_argument("--classes", type=int, metavar="N", help="number of classes, if "
+        "data.source does not say (default: 10)")  # fmt: skip
     of_model = argparse.ArgumentParser(add_help=False)
     of_model.add_argument("model", metavar="MODEL", help="its name, or package.module:Name")
     groups = commands.add_parser(
         "groups",
         parents=[of_model, settings, of_data],
-        help="list the groups of layers that partial updates train by turns",
-        description="The groups of a model: what trains and travels together in a round of "
-        "strategy.name=fedpart. fedpart.groups sets others, model.norm and model.head count, "
-        "and data.source gives the shape of a sample and the classes.",
+        help="list the groups of layers that partial updates train in turn",
+        description="The groups of a model: what is trained and sent together in a round of "
+        "strategy.name=fedpart. fedpart.groups sets other ones, model.norm and model.head are "
+        "respected, and data.source gives the shape of a sample and the classes.",
     )
     groups.set_defaults(function=result_commands.groups)
     cost = commands.add_parser(
         "cost",
         parents=[settings, of_data],
-        help="bytes and multiply-adds of partial updates beside full ones",
-        description="What a run with strategy.name=fedpart and these settings costs, beside full "
-        "updates: as published (Wang et al., NeurIPS 2024) and as it is. Nothing is trained.",
+        help="bytes and multiply-adds of partial updates, beside those of full ones",
+        description="What a run with strategy.name=fedpart and these settings costs, beside one "
+        "with full updates: as the paper counts (Wang et al., NeurIPS 2024) and as it really is. "
+        "Nothing is trained.",
     )
     cost.add_argument("--samples", type=float, metavar="N", help="training samples of a client "
-        "(default: those of data.source over clients.number)")  # fmt: skip
-    cost.add_argument("--json", action="store_true", help="print JSON: exact numbers")
+        "(default: those of data.source, divided by clients.number)")  # fmt: skip
+    cost.add_argument("--json", action="store_true", help="print exact numbers, as JSON")
     cost.set_defaults(function=result_commands.cost)
 
 
 def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     of_node = argparse.ArgumentParser(add_help=False)
     add = of_node.add_argument
-    add("values", nargs="*", metavar="key=value", help="further node-config keys")
+    add("values", nargs="*", metavar="key=value", help="more keys for Flower's --node-config")
     add("--insecure", action="store_true", help="no TLS: only on a network that you trust")
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
     add("--threads", type=int, metavar="N", help="torch threads")
-    add("--poll-interval", type=float, default=0.2, metavar="S", help="pause between two questions "
+    add("--poll-interval", type=float, default=0.2, metavar="S", help="pause between two requests "
         "for work [s] (default: 0.2)")  # fmt: skip
-    add("--no-preload", action="store_true", help="import torch anew for every message")
+    add("--no-preload", action="store_true", help="import torch again for every message")
     add("--worker", action="store_true", help="keep a resident trainer, with model, data and "
-        "device, between messages; of use with a GPU above all")  # fmt: skip
+        "device, between messages; useful above all with a GPU")  # fmt: skip
 
     up = commands.add_parser("up", parents=[of_node], help="start a federation on this machine")
     up.add_argument("--clients", type=int, required=True, metavar="N", help="how many nodes")
     up.add_argument("--data-path", type=Path, action="append", default=[], metavar="PATH",
-        help="the nodes' data: once for all, or once for each")  # fmt: skip
+        help="the nodes' data: given once for all nodes, or once for each")  # fmt: skip
     up.set_defaults(function=node_commands.up)
 
     down = commands.add_parser("down", help="end the federation that `flatfed up` started")
     down.set_defaults(function=node_commands.down)
 
-    node = commands.add_parser("node", parents=[of_node], help="take part in a federation")
+    node = commands.add_parser(
+        "node", parents=[of_node], help="take part in a federation as one client"
+    )
     add = node.add_argument
-    add("--superlink", required=True, metavar="HOST:PORT", help="the server's port for nodes")
-    add("--partition", type=int, metavar="N", help="this node's number, from 0 on")
+    add("--superlink", required=True, metavar="HOST:PORT", help="the server's address for nodes")
+    add("--partition", type=int, metavar="N", help="this node's number, counted from 0")
     add("--root-certificates", type=Path, metavar="FILE", help="the CA of the server (ca.crt)")
     add("--auth-key", type=Path, metavar="FILE", help="this node's private key")
-    add("--trusted-entities", type=Path, metavar="FILE", help="run only apps that have a signature "
-        "of one of these, by Flower's hub (docs/security.md)")  # fmt: skip
+    add("--trusted-entities", type=Path, metavar="FILE", help="run only apps signed by one of "
+        "these, through Flower's hub (docs/security.md)")  # fmt: skip
     add("--data-path", type=Path, metavar="PATH", help="this node's data")
     add("--state-dir", type=Path, metavar="PATH", help="where this node keeps what it remembers "
         "between rounds (default: $FLATFED_HOME/state or ~/.flatfed/state)")  # fmt: skip
-    add("--port", type=int, default=0, metavar="N", help="of the node's own loopback API")
+    add(
+        "--port",
+        type=int,
+        default=0,
+        metavar="N",
+        help="port of the node's own loopback API (default: any free one)",
+    )
     add("--wait", type=float, default=3.0, metavar="S",
-        help="how long the server may take to come up [s] (default: 3)")  # fmt: skip
+        help="how long to wait for the server to come up [s] (default: 3)")  # fmt: skip
     node.set_defaults(function=node_commands.node)
 
-    worker = commands.add_parser("worker", help="be a node's resident trainer",
+    worker = commands.add_parser("worker", help="serve as a node's resident trainer",
         description="Holds model, data and device for a node that is started with --node-config "
         "worker-socket=PATH; `flatfed node --worker` starts one by itself.")  # fmt: skip
-    worker.add_argument("--socket", type=Path, required=True, metavar="PATH", help="where the "
-        "node's messages come in; for this user alone")  # fmt: skip
+    worker.add_argument("--socket", type=Path, required=True, metavar="PATH", help="socket on "
+        "which the node's messages arrive; open to this user only")  # fmt: skip
     worker.set_defaults(function=node_commands.worker)
 
 
@@ -293,24 +326,34 @@ def _add_key_commands(commands: argparse._SubParsersAction) -> None:
     certs = commands.add_parser(
         "certs",
         help="make certificates and keys for a federation",
-        description="A CA, the server's certificate, a key per node, and keys.json, the public "
-        "keys by partition (clients.keys). Called again, it keeps the CA and all keys, adds nodes "
+        description="Makes a CA, the server's certificate, a key per node, and keys.json, the "
+        "public keys by partition (clients.keys). Called again, it keeps the CA and all keys, adds nodes "
         "up to --nodes, and with --host makes a new server certificate.",
     )
     add = certs.add_argument
-    add("folder", type=Path, metavar="DIR", help="a folder of its own, for you alone")
+    add(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="a folder for these files only, which only you can read",
+    )
     add("--host", action="append", default=[], metavar="NAME", help="a name or IP address by which "
         "nodes and users reach the server; may be given several times")  # fmt: skip
     add("--nodes", type=int, default=0, metavar="N", help="keys for partitions 0 to N-1")
     add("--days", type=float, default=365, metavar="D", help="how long the server's certificate "
-        "holds (default: 365)")  # fmt: skip
+        "is valid [days] (default: 365)")  # fmt: skip
     certs.set_defaults(function=node_commands.certs)
 
     register = commands.add_parser(
-        "register", help="tell a SuperLink which nodes' keys it may let in"
+        "register", help="tell a SuperLink which nodes to let in, by their keys"
     )
     add = register.add_argument
-    add("keys", type=Path, metavar="keys.json", help="public keys by partition, of `flatfed certs`")
+    add(
+        "keys",
+        type=Path,
+        metavar="keys.json",
+        help="public keys by partition, made by `flatfed certs`",
+    )
     add("connection", metavar="CONNECTION", help="the SuperLink's name in Flower's configuration")
     add("--remove", action="store_true", help="unregister all other nodes")
     register.set_defaults(function=node_commands.register)
