@@ -327,8 +327,8 @@ def _add_key_commands(commands: argparse._SubParsersAction) -> None:
         "certs",
         help="make certificates and keys for a federation",
         description="Makes a CA, the server's certificate, a key per node, and keys.json, the "
-        "public keys by partition (clients.keys). Called again, it keeps the CA and all keys, adds nodes "
-        "up to --nodes, and with --host makes a new server certificate.",
+        "public keys by partition (clients.keys). Called again, it keeps the CA and all keys, adds "
+        "nodes up to --nodes, and with --host makes a new server certificate.",
     )
     add = certs.add_argument
     add(
