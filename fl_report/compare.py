@@ -58,7 +58,8 @@ class Run:
 def read(folders: Sequence[Path]) -> list[Run]:
     """The runs of these folders, named by method, or by folder where methods repeat.
 
-    Raises ValueError with one line for a folder that holds no run, or one with a broken file.
+    Raises ValueError with one line for a folder that holds no run, or one with a broken file, as
+    where a completed run's history lacks rounds.
     """
     runs = []
     for folder in folders:
@@ -73,6 +74,12 @@ def read(folders: Sequence[Path]) -> list[Run]:
             raise ValueError(
                 f"{folder}: holds no run ({error.filename}: {error.strerror}); give {remedy}"
             ) from None
+        told = summary.get("rounds", len(rows))
+        if summary.get("status") == "completed" and len(rows) != told:
+            raise ValueError(
+                f"{folder / 'history.jsonl'}: has {len(rows)} of {told} rounds; mend it, or leave "
+                "this run out"
+            )
         label = method_of(config) or folder.resolve().name
         runs.append(Run(label, summary, rows, config, clients, folder))
     for other_name in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):

@@ -72,6 +72,20 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path
         assert line.endswith("); mend it, or leave this run out")
 
 
+def test_a_completed_run_whose_history_lacks_rounds_is_told(runner, capsys):
+    """Else the accuracy of an earlier round would stand beside the final model."""
+    folder, history = (result := runner(*SMALL)).folder, result.folder / "history.jsonl"
+    first, _ = history.read_text().splitlines(keepends=True)
+    for damage, has in ((lambda: history.write_text(first), 1), (history.unlink, 0)):
+        damage()
+        for command in ("compare", "report"):
+            capsys.readouterr()
+            assert main([command, str(folder)]) == 2
+            assert capsys.readouterr().err == (
+                f"error: {history}: has {has} of 2 rounds; mend it, or leave this run out\n"
+            )
+
+
 def test_a_broken_measurement_is_named(tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "flatness.json").write_text("{")

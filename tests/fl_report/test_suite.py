@@ -359,7 +359,7 @@ def test_the_device_is_told_by_name_and_as_it_was_set_where_a_run_did_not_record
     plan = load(written(tmp_path, suite.replace("[0, 1]", "[0]")))
     for cell, told in zip(plan.cells, ({"device": "Card (cuda)"}, {}), strict=True):
         (tmp_path / cell.name).mkdir()
-        summary = SUMMARY | {"status": "completed", "rounds": 2, "model_sha256": "", "versions": {}}
+        summary = SUMMARY | {"status": "completed", "rounds": 0, "model_sha256": "", "versions": {}}
         (tmp_path / cell.name / "summary.json").write_text(json.dumps(summary | told))
         (tmp_path / cell.name / "config.json").write_text('{"train.device": "cuda"}')
     table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
