@@ -117,7 +117,7 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
         raise DataError(f"data.source = {source}: {told(error)}") from error
     try:
         train, test, classes = given
-        splits = {"train": Split(*map(np.asarray, train)), "test": Split(*map(np.asarray, test))}
+        splits = {"train": Split(*map(_strided, train)), "test": Split(*map(_strided, test))}
         names = tuple(map(str, classes))
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
     except (TypeError, ValueError) as error:
@@ -135,6 +135,14 @@ def _load_own(source: str, path: str, seed: int) -> Dataset:
         )
     digests = [[name, _array_digest(s.x), _array_digest(s.y)] for name, s in splits.items()]
     return _dataset(splits, names, digests)
+
+
+def _strided(given: object) -> np.ndarray:
+    """As an array that torch can take: a view that runs backwards, or of a column among others of
+    another size, is copied."""
+    array = np.asarray(given)
+    fits = all(step >= 0 and step % array.itemsize == 0 for step in array.strides)
+    return array if fits else array.copy()
 
 
 def _dataset(splits: dict[str, Split], classes: tuple[str, ...], digests: object) -> Dataset:

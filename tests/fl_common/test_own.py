@@ -77,6 +77,15 @@ def locked(path, seed):
         array.flags.writeable = False
     return train, test, classes
 
+def views(path, seed):
+    """Samples from the last to the first, labels as a column of a table."""
+    (x, y), test, classes = load(path, seed)
+    table = np.zeros(len(y), [("flag", np.uint8), ("label", np.int64)])
+    table["label"] = y
+    if not path.endswith("copied"):
+        return (x[::-1].copy()[::-1], table["label"]), test, classes
+    return (x, y), test, classes
+
 def lacking(path, seed):
     return {}['column']
 
@@ -253,3 +262,11 @@ def test_arrays_that_are_not_to_be_written(mine, runner, recwarn):
     torch.set_warn_always(False)
     assert result.code == 0
     assert not [w for w in recwarn if "not writable" in str(w.message)]
+
+
+def test_views_that_torch_does_not_take(mine, runner):
+    settings = ("data.source=my_research:views", "model.name=mlp", "clients.number=2")
+    results = [runner(*settings, f"data.path={path}") for path in ("", "copied")]
+    assert [result.code for result in results] == [0, 0]
+    assert results[0].summary["data_sha256"] == results[1].summary["data_sha256"]
+    assert results[0].summary["model_sha256"] == results[1].summary["model_sha256"]
