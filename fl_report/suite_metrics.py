@@ -95,10 +95,8 @@ def _seconds(run: Run, _: float, __: Any) -> float | None:
     """Of rounds that did nothing else: measuring flatness can take longer than the round that it
     ends, and so can evaluating, unless every round is evaluated."""
     rows = [row for row in run.rows if not series.measured(row)]
-    found = [row["seconds"] for row in rows if row.get("accuracy") is None] or [
-        row["seconds"] for row in rows
-    ]
-    return fmean(found) if found else None
+    alone = [row for row in rows if row.get("accuracy") is None] or rows
+    return fmean(row["seconds"] for row in alone) if alone else None
 
 
 def _client_cpu(run: Run, _: float, __: Any) -> float | None:
