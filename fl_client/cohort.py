@@ -392,7 +392,7 @@ class _Cohort:
                 self.net(x[0])
             set_generator_state(self.device.type, draws)
             if any(len(ones) != len(x[0]) for ones, _ in found.seen):
-                raise NotImplementedError("a dropout of something else than samples")
+                raise NotImplementedError("a dropout of something other than samples")
             self.known.dropouts[x[0].shape] = found.seen
         return self.known.dropouts[x[0].shape]
 

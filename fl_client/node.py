@@ -507,21 +507,21 @@ def _why_refused(node: Node, opening: Opening) -> str:
     where = f"SuperLink {node.superlink}"
     if opening.denial == CLOCKS:
         return (
-            f"{where} did not take this node's requests, as its clock and this machine's differ "
-            "(a node's may be 5 s ahead, 5 minutes behind); set both by NTP"
+            f"{where} does not accept this node's requests, because its clock and this machine's "
+            "differ (a node's may be 5 s ahead, 5 minutes behind); set both by NTP"
         )
     if opening.denial:
         return (
-            f"{where} takes this node's requests no more ({opening.denial}): its key is no longer "
-            "registered; register it, or a new one, and start the node again"
+            f"{where} no longer accepts this node's requests ({opening.denial}): its key is no "
+            "longer registered; register it, or a new one, and start the node again"
         )
     if not node.auth_key:
         return (
-            f"{where} did not take this node ({opening.refusal or 'see above'}); if it asks for "
+            f"{where} did not accept this node ({opening.refusal or 'see above'}); if it asks for "
             "keys, give this node's as --auth-key"
         )
     return (
-        f"{where} did not take this node's key: register it with `flwr supernode register "
+        f"{where} did not accept this node's key: register it with `flwr supernode register "
         f"{node.auth_key}.pub CONNECTION`; if it is registered, another node has it, or had it "
         "within the last minute"
     )
@@ -535,7 +535,7 @@ def _with_worker(config: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
         while True:
             code = subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
             time.sleep(RESTART_S)  # a node that stops ends its trainer first, then itself
-            print(f"the trainer ended (code {code}); it is started anew", flush=True)
+            print(f"the trainer ended (code {code}) and is started again", flush=True)
 
     threading.Thread(target=keep, daemon=True).start()
     return {**config, "worker-socket": str(path)}

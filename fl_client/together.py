@@ -93,7 +93,7 @@ class Together:
         try:
             alone = min(self._seconds(self._one_by_one, short[:2], trial) for _ in range(2))
         except Exception as error:  # training will report it again, client by client
-            return 1, f"engine.cohort = auto: 1; one by one they fail ({first_line(error)})"
+            return 1, f"engine.cohort = auto: 1; training one client fails ({first_line(error)})"
         together = None
         try:
             together = min(self._seconds(self._at_once, short, trial) for _ in range(2))
@@ -102,7 +102,8 @@ class Together:
         except BeginAnew:
             return self.choose(messages, workers)
         except Exception as error:
-            return 1, f"engine.cohort = auto: 1; at once they fail ({first_line(error)})"
+            why = f"training several at once fails ({first_line(error)})"
+            return 1, f"engine.cohort = auto: 1; {why}"
         if together is None:  # after the `try`, where the tensors that were too many are freed
             self._halve(len(jobs))
             return self.choose(messages, workers)
@@ -176,7 +177,10 @@ class Together:
             pass
         except Exception as error:
             self.most = 1
-            self._say(f"clients are trained one by one: at once they fail ({first_line(error)})")
+            self._say(
+                "clients are trained one by one: training several at once fails "
+                f"({first_line(error)})"
+            )
             return [], True
         self._halve(len(jobs))
         return [], False
@@ -187,7 +191,7 @@ class Together:
             self.clients.graphs.forget()
         torch.cuda.empty_cache()
         self.most = count // 2
-        self._say(f"the card holds no {count} clients at once; trying {self.most}")
+        self._say(f"the card cannot hold {count} clients at once; trying {self.most}")
 
     def _at_once(self, jobs: Sequence[Job], settings: Train) -> list[Member]:
         """The members of these jobs, trained in one pass for all; see `cohort_round`."""

@@ -74,7 +74,7 @@ def run(path: str) -> None:
     try:
         serve(path, answer_afresh)
     except DeviceLost as error:
-        sys.exit(f"error: {error}; this trainer ends, another can take its place")
+        sys.exit(f"error: {error}; this trainer ends; another can take its place")
 
 
 def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDict:
@@ -101,7 +101,7 @@ def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDi
                 f"the trainer at {path} gave no answer within {limit:g} s (clients.deadline-s)"
             ) from None
         except (OSError, EOFError):
-            raise WorkerError(f"the trainer at {path} died while it had the message") from None
+            raise WorkerError(f"the trainer at {path} died while handling the message") from None
     if "error" in answer:
         raise WorkerError(answer["error"])
     context.state = state
@@ -149,7 +149,7 @@ def serve(path: str, answer: Callable[[str, RecordDict, Context], RecordDict]) -
 def _bind(server: socket.socket, path: str) -> None:
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(f"{path}: is there, and no socket; give another --socket")
+            raise FileExistsError(f"{path}: exists and is not a socket; give another --socket")
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)

@@ -125,7 +125,7 @@ def _check_privacy(config: CoreConfig) -> list[str]:
             "noise; use fedavg, fedprox or one of Flower's"
         )
     errors += [
-        f"{given}: {key} would be told without noise; leave it at {shown(default)}"
+        f"{given}: {key} would be sent without noise; leave it at {shown(default)}"
         for key, value, default in (
             ("eval.grad-norm", config.eval.grad_norm, False),
             ("flatness.match", config.flatness.match, "none"),
@@ -173,7 +173,8 @@ def _check_tracking(config: CoreConfig) -> list[str]:
     errors = [unknown_name("tracking.to", n, list(TRACKERS)) for n in names if n not in TRACKERS]
     twice = dict.fromkeys(name for name in names if names.count(name) > 1)
     return errors + [
-        f"tracking.to = {shown(config.tracking.to)}: {name} stands twice" for name in twice
+        f"tracking.to = {shown(config.tracking.to)}: {name} is given twice; give it once"
+        for name in twice
     ]
 
 
@@ -211,7 +212,7 @@ def _check_methods(config: CoreConfig) -> list[str]:
                 f"{given}: {name} is part of strategy {config.strategy.name} already; leave it out"
             )
         elif chosen.count(name) > 1:
-            errors.append(f"{given}: {name} stands twice")
+            errors.append(f"{given}: {name} is given twice; give it once")
         else:
             errors += regularizers[name].check(config)
     known = [name for name in chosen if name in regularizers]
@@ -286,7 +287,7 @@ def _check_engine(config: CoreConfig) -> list[str]:
     errors = []
     workers, cohort = config.engine.workers, config.engine.cohort
     if cohort != AUTO and not (cohort.isdecimal() and int(cohort)):
-        errors.append(f"engine.cohort = {shown(cohort)}: must be auto, or a number from 1 on")
+        errors.append(f"engine.cohort = {shown(cohort)}: must be auto, or a number, at least 1")
     elif cohort != "1" and config.engine.name != "inprocess":
         errors.append(
             f"engine.cohort = {cohort}: belongs to engine.name=inprocess; leave it out with "
@@ -298,7 +299,7 @@ def _check_engine(config: CoreConfig) -> list[str]:
             "once by one process, or beside each other by several; leave one of them out"
         )
     if workers != AUTO and not (workers.isdecimal() and int(workers)):
-        errors.append(f"engine.workers = {shown(workers)}: must be auto, or a number from 1 on")
+        errors.append(f"engine.workers = {shown(workers)}: must be auto, or a number, at least 1")
     elif workers not in (AUTO, "1") and config.engine.name != "inprocess":
         errors.append(
             f"engine.workers = {workers}: belongs to engine.name=inprocess; leave it out with "

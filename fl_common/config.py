@@ -466,7 +466,7 @@ def schema() -> type[CoreConfig]:
         group = name.replace("-", "_")
         if group in groups or group in CoreConfig.model_fields:
             where = method.__module__
-            raise ConfigError([f"{where}: {name}.* are other keys; choose another name"])
+            raise ConfigError([f"{where}: keys named {name}.* exist already; choose another name"])
         if ":" not in name:
             groups[group] = (method.Params, method.Params())
         for key, value in method.Params().model_dump(by_alias=True).items():

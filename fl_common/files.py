@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.  Raises OSError, ValueError."""
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return found
 
 

@@ -100,7 +100,9 @@ class Groups:
             for pattern in (part.strip() for part in group.split("+")):
                 found = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
                 if not found:
-                    raise ValueError(f"{pattern}: no parameter has such a name; `flatfed groups`")
+                    raise ValueError(
+                        f"{pattern}: no parameter has such a name; see `flatfed groups`"
+                    )
                 for i in found:
                     if names[i] in owner:
                         raise ValueError(f"{names[i]} is in {owner[names[i]]} and in {group}")
@@ -112,7 +114,9 @@ class Groups:
         trained = _trained(net)
         for group, mine in members.items():
             if trained.isdisjoint(mine):
-                raise ValueError(f"{group}: the network trains none of it; join it to another by +")
+                raise ValueError(
+                    f"{group}: the network trains none of its parameters; join it to another with +"
+                )
         return cls(
             {name: tuple(sorted(mine)) for name, mine in members.items()},
             tuple(p.numel() for p in net.parameters()),

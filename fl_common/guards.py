@@ -68,11 +68,11 @@ def objection(content: RecordDict, expected: Expected) -> str | None:
     if set(content) != names:
         return f"records {_names(content)} instead of {_names(names)}"
     if not isinstance(content[METRICS], MetricRecord):
-        return f"{METRICS} is no MetricRecord"
+        return f"{METRICS} is not a MetricRecord"
     for name, specs in expected.records.items():
         record = content[name]
         if not isinstance(record, ArrayRecord):
-            return f"{name} is no ArrayRecord"
+            return f"{name} is not an ArrayRecord"
         if set(record) != set(specs):
             return f"arrays {_names(record)} instead of {_names(specs)}"
         for key, spec in specs.items():
@@ -131,7 +131,7 @@ def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
             if not isinstance(value, list) or len(value) != expected.steps:
                 return f"{key} is not a list of {expected.steps} numbers"
             if not all(isfinite(number) and number >= 0 for number in value):
-                return f"{key} has numbers that are no norm"
+                return f"{key} has values that cannot be norms"
             continue
         if isinstance(value, list) or not isfinite(value):
             return f"{key} = {value} is not a finite number"
@@ -141,7 +141,7 @@ def _metrics_problem(metrics: MetricRecord, expected: Expected) -> str | None:
         return f"answers round {metrics.get('server-round')}, this is round {expected.server_round}"
     weight = metrics.get("num-examples")
     if not isinstance(weight, int) or weight <= 0:
-        return f"num-examples = {weight} is no positive whole number"
+        return f"num-examples = {weight} is not a positive whole number"
     if weight != expected.samples:
         return f"num-examples = {weight}, but {expected.samples} at the roll call"
     if expected.steps is not None and metrics.get("steps") != expected.steps:

@@ -49,8 +49,8 @@ def out_of_date(path: Path, values: Mapping[str, Scalar]) -> str:
     if not (odd := sorted(set(values) ^ set(listed))):
         return ""
     return (
-        f"{path}: its keys are not those of these methods ({', '.join(odd)}); write them "
-        "anew, in its folder: flatfed config --write-pyproject"
+        f"{path}: its keys do not match the methods ({', '.join(odd)}); rewrite "
+        "them, in its folder: flatfed config --write-pyproject"
     )
 
 

@@ -47,7 +47,7 @@ def last_stage(net: nn.Module) -> Stage:
         modules = list(flattened(net.children())) if isinstance(net, nn.Sequential) else []
         hidden = [m for m in modules if isinstance(m, Layer | Block)][:-1]
         if not hidden:
-            raise TypeError("it is no Sequential with a layer before the classifier")
+            raise TypeError("it is not a Sequential with a layer before the classifier")
         spatial = [m for m in hidden if not isinstance(m, nn.Linear)]
         start = modules.index((spatial or hidden)[-1])
         ends = Layer | nn.Flatten | nn.Dropout | nn.Dropout2d

@@ -45,12 +45,12 @@ class Stored:
         """
         if not (folder / MODEL).is_file():
             raise ValueError(
-                f"{folder}: holds no model ({MODEL}), the run has not ended; `flatfed resume "
+                f"{folder}: holds no model ({MODEL}): the run has not ended; `flatfed resume "
                 f"{folder}` completes it"
             )
         for name in (CONFIG, CLIENTS):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder}: holds no {name}, which the model is put together by")
+                raise ValueError(f"{folder}: holds no {name}, which is needed to rebuild the model")
         try:
             config = _config(folder, data_path)
             data = assembly.load_data(config)
@@ -110,8 +110,8 @@ def _shares(folder: Path, config: CoreConfig, data: Dataset) -> list[Share]:
         if not shares or counts == told["label_counts"]:
             return shares
     raise ValueError(
-        f"the data here are not those of the run, by classes or labels ({CLIENTS}); name "
-        "their place with --data-path"
+        f"the data here are not those of the run: classes or labels differ ({CLIENTS}); "
+        "give their place with --data-path"
     )
 
 

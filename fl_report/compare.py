@@ -77,8 +77,8 @@ def read(folders: Sequence[Path]) -> list[Run]:
         told = summary.get("rounds", len(rows))
         if summary.get("status") == "completed" and len(rows) != told:
             raise ValueError(
-                f"{folder / 'history.jsonl'}: has {len(rows)} of {told} rounds; mend it, or leave "
-                "this run out"
+                f"{folder / 'history.jsonl'}: has {len(rows)} of {told} rounds; repair it, or "
+                "leave this run out"
             )
         label = method_of(config) or folder.resolve().name
         runs.append(Run(label, summary, rows, config, clients, folder))
@@ -105,7 +105,7 @@ def parsed(text: bytes, where: object) -> dict[str, Any]:
         why: object = "no object"
     except ValueError as error:
         why = getattr(error, "msg", error)
-    raise ValueError(f"{where}: is no JSON ({why}); mend it, or leave this run out")
+    raise ValueError(f"{where}: is not JSON ({why}); repair it, or leave this run out")
 
 
 def _optional(path: Path) -> dict[str, Any]:

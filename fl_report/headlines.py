@@ -62,7 +62,7 @@ def _ending(run: Run) -> Markup:
     if "error" in run.summary:
         told += f": {run.summary['error']}"
     if run.summary.get("status") == "running":
-        told += ": it goes on, or was killed without a word"
+        told += ", unless it was killed"
     again = [number(t) for t in run.summary.get("resumed_after_rounds", ())]
     if again:
         told += text(", resumed after round ") + joined(again, ", ")

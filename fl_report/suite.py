@@ -77,7 +77,7 @@ class Published(_Part):
     def _printed(cls, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for value in (v for row in values.values() for v in row):
             if isinstance(value, str) and value and not NUMBER.fullmatch(value):
-                raise ValueError(f'"{value}" is no number; write 52.9, "57.7 ± .5", or ""')
+                raise ValueError(f'"{value}" is not a number; write 52.9, "57.7 ± .5", or ""')
         return values
 
 

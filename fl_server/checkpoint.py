@@ -76,7 +76,7 @@ class Checkpoints:
             raise RunFailed(
                 f"{self.folder}: no good checkpoint"
                 + (f" ({len(damaged)} damaged)" if damaged else "")
-                + "; this run cannot be resumed, start it anew under another run.name"
+                + "; this run cannot be resumed; start it again under another run.name"
             )
         self.rounds = sorted(good)[-KEPT:]
         return _read(good[self.rounds[-1]])

@@ -162,7 +162,7 @@ def down() -> None:
         known = _present(state)
         if not known:
             (home() / "state.json").unlink(missing_ok=True)
-            stale = "; what it had started ended by itself" if state else ""
+            stale = "; the processes that it had started have ended" if state else ""
             raise UsageError(f"no federation is up{stale}")
         if left := processes.end(known, STOP_GRACE):
             raise FederationError(f"processes {sorted(left)} cannot be ended")
@@ -182,7 +182,7 @@ def _alone() -> Iterator[None]:
     home().parent.mkdir(parents=True, exist_ok=True)
     held = files.lock(home().parent)
     if held is None:
-        raise UsageError("another `flatfed up` or `flatfed down` is at work; wait for it")
+        raise UsageError("another `flatfed up` or `flatfed down` is running; wait for it to end")
     with held:
         yield
 

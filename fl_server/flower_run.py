@@ -129,7 +129,9 @@ def run_simulation(
         env={**os.environ, **ENVIRONMENT, **(env or {})},
         start_new_session=True,  # Ctrl-C is for the caller; the keeper ends when the caller leaves
     )
-    result: dict[str, Any] = {"error": "The process that looks after the run ended without a word"}
+    result: dict[str, Any] = {
+        "error": "The process that watches over the run ended without an error message"
+    }
     tail: deque[str] = deque(maxlen=8)
     try:
         with contextlib.suppress(BrokenPipeError):  # it has ended: see `result`
@@ -224,7 +226,7 @@ def _follow(
         while (line := lines(QUIET if run_id else deadline - time.monotonic())) != "":
             if line is None:  # silence
                 if not run_id:
-                    raise RuntimeError(f"Flower took no run within {SUBMIT_TIMEOUT:g} s")
+                    raise RuntimeError(f"Flower did not accept the run within {SUBMIT_TIMEOUT:g} s")
                 if (status := link.status(run_id)) is not None:
                     return status
             elif match := _STARTED.match(without_colours(line)):
@@ -391,7 +393,7 @@ def _run(folder: Path, app: str, federation: str, config: str) -> dict[str, Any]
         try:
             runs = json.loads(text)["runs"]
         except (ValueError, KeyError):
-            raise RuntimeError(f"Flower does not tell how the run ended: {text}") from None
+            raise RuntimeError(f"Flower does not say how the run ended: {text}") from None
         if not runs:
             raise RuntimeError(REFUSED)
         if status := _status(text):

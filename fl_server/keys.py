@@ -120,9 +120,10 @@ def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None
                 for partition in sorted(keys):
                     if keys[partition] in known.keys() - there.keys():
                         raise ValueError(
-                            f"node {partition}: its key was unregistered, and Flower takes none "
-                            f"twice; delete nodes/{partition} and nodes/{partition}.pub, make new "
-                            "ones with `flatfed certs --nodes N`, and bring the node its new key"
+                            f"node {partition}: its key was unregistered, and Flower takes no "
+                            f"key twice; delete nodes/{partition} and nodes/{partition}.pub, make "
+                            "new ones with `flatfed certs --nodes N`, and bring the node its new "
+                            "key"
                         )
                 for partition in sorted(keys):
                     key, name = keys[partition], names[keys[partition]]

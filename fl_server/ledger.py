@@ -100,7 +100,7 @@ class Ledger:
         if before is None:
             if self.sum:
                 raise RunFailed(f"{self._damaged(name, base)}; eval.models=all cannot go on")
-            self.note(f"{self._damaged(name, base)}; the client has its own")
+            self.note(f"{self._damaged(name, base)}; the client has its own copy")
             return
         new: Flat = {}
         if self.remembers:

@@ -106,7 +106,7 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
     try:
         _lock(folder).close()
     except RunFailed as error:
-        return f"{error}; wait for its end"
+        return f"{error}; wait for it to end"
     except OSError:  # the first write tells it
         pass
     for key, value in values.items():
@@ -122,7 +122,7 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
     # is for its checkpoint to say.
     done = reached.get("rounds", 0) if reached.get("status") == "completed" else 0
     if isinstance(rounds, int) and done > rounds:
-        return f"run.rounds = {rounds}: {done} rounds are done already"
+        return f"run.rounds = {rounds}: {done} rounds are already done"
     return None
 
 
@@ -138,7 +138,7 @@ def _lock(folder: Path) -> IO[bytes]:
     """The lock on a run's folder.  Raises RunFailed if another process has it, OSError."""
     if held := lock(folder):
         return held
-    raise RunFailed(f"{folder}: another process is at work on this run")
+    raise RunFailed(f"{folder}: another process is working on this run")
 
 
 def ended(folder: Path, reason: str) -> None:
@@ -270,8 +270,8 @@ class Recorder:
         rows = [json.loads(line) for line in text.splitlines()]
         if server_round == self._config["run.rounds"] and "accuracy" not in rows[-1]:
             raise RunFailed(
-                f"run.rounds = {server_round}: round {server_round} is done, and was not evaluated "
-                f"(eval.every = {self._config['eval.every']}); give more"
+                f"run.rounds = {server_round}: round {server_round} is already done and was not "
+                f"evaluated (eval.every = {self._config['eval.every']}); give a larger number"
             )
         if path.exists():
             os.truncate(path, length)

@@ -71,7 +71,7 @@ def suite(args: argparse.Namespace) -> int:
     except (OSError, SuiteError) as error:  # a full disk may be why cells failed, too
         code = complain(str(error).splitlines())
     except (KeyboardInterrupt, SystemExit) as end:
-        print(f"interrupted; go on with: {suite.command(places=True)}", file=sys.stderr)
+        print(f"interrupted; continue with: {suite.command(places=True)}", file=sys.stderr)
         return TERMINATED if isinstance(end, SystemExit) else INTERRUPTED
     for name in failed:
         print(f"error: {name} failed; its log: {suite.log(name)}", file=sys.stderr)
@@ -193,7 +193,7 @@ def cost(args: argparse.Namespace) -> int:
     config, samples = plan.config, args.samples
     if config.strategy.name != "fedpart":
         return complain([f"strategy.name = {config.strategy.name}: has no partial updates; "
-            "leave it out, full ones stand beside fedpart's anyway"])  # fmt: skip
+            "leave it out: full updates are shown beside fedpart's anyway"])  # fmt: skip
     if samples is None:
         source = SOURCES.get(config.data.source)
         if source is None or source.train_size is None or config.data.partition == "local":

@@ -322,7 +322,7 @@ class Roster:
         self._answers = {}
         changed = {
             member.node_id: f"client {member.partition} came back with other data "
-            f"({member.samples} training samples); give it what it had, or start anew"
+            f"({member.samples} training samples); give it the same data again, or start a new run"
             for member in answers
             if not self._as_before(member)
         }

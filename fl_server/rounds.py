@@ -198,7 +198,7 @@ class Rounds:
         """The end of a run whose disk refused a write."""
         return RunFailed(
             f"round {server_round}: {error.filename or self.recorder.folder}: "
-            f"{error.strerror or error}; what was reached is kept"
+            f"{error.strerror or error}; the rounds done before it are kept"
         )
 
     def resume(self) -> None:
@@ -206,7 +206,7 @@ class Rounds:
         saved = self.recorder.checkpoints.newest(self.progress.note)
         facts, rounds = saved.facts, self.config.run.rounds
         if saved.round > rounds:
-            raise RunFailed(f"run.rounds = {rounds}: {saved.round} rounds are done already")
+            raise RunFailed(f"run.rounds = {rounds}: {saved.round} rounds are already done")
         for kind, vector in saved.tensors["model"].items():
             if kind not in self.model or vector.shape != self.model[kind].shape:
                 raise RunFailed(
@@ -240,7 +240,7 @@ class Rounds:
         if changed or facts["data"] != data:
             told = [f"{who}: {what}" for what, who in by_reason(changed, "client")]
             told = told or ["the clients hold other data than when the run began"]
-            raise RunFailed("; ".join([*told, "give them what they had, or start anew"]))
+            raise RunFailed("; ".join([*told, "give them the same data again, or start a new run"]))
 
     def train(self, server_round: int, row: dict[str, Any]) -> None:
         """Play one round and fill in its history row: draw a cohort, push the strategy's messages,

@@ -206,7 +206,7 @@ class _Told:
             with suppress(OSError), (folder / FLOWER_LOG).open("a") as log:
                 log.write("\n".join([*self.kept, ""]))
                 self.kept.clear()
-                print(f"what Flower says of errors: {folder / FLOWER_LOG}", flush=True)
+                print(f"errors that Flower reported: {folder / FLOWER_LOG}", flush=True)
 
     def failed(self, known: str, guess: str) -> int:
         """Tell why the run failed, and give the exit code: the server's own reason, or else what is

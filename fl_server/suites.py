@@ -126,7 +126,7 @@ def look(plan: Plan, base: Path) -> State:
             continue
         done = complete(folder)
         if done and (problem := broken(folder)):
-            state.problems.append(f"{problem}; mend it, or move {folder} away to run it anew")
+            state.problems.append(f"{problem}; repair it, or move {folder} away to run it again")
             continue
         (state.done if done else state.left).append(cell)
     return state
@@ -169,7 +169,7 @@ class Child:
         text = self.log.read_bytes()[self.written :].decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith(("run failed:", "error:"))]
-        return (told or lines or ["it said nothing"])[-1]
+        return (told or lines or ["it printed nothing"])[-1]
 
 
 class Runner:
@@ -203,7 +203,7 @@ class Runner:
         folder = self.base / cell.name
         if not _at_rest(folder):
             self.failed.append(cell)
-            print(f"{cell.name}: failed: another process is at work in {folder}")
+            print(f"{cell.name}: failed: another process is working in {folder}")
             return
         (self.base / LOGS).mkdir(exist_ok=True)
         path = self.base / LOGS / f"{cell.name}.txt"
@@ -245,7 +245,7 @@ class Runner:
             told = f"failed ({code}): {why}; its log: {child.log}"
             if OF_DATA in why and (alike := self._with_data_of(child.cell)):
                 self.waiting = [cell for cell in self.waiting if cell not in alike]
-                told += f"; with the same data, not tried: {len(alike)}"
+                told += f"; not tried, as they have the same data: {len(alike)}"
         print(f"[{self.finished}/{self.total}] {name}: {told}; {self._ahead()}")
 
     def _with_data_of(self, failed: Cell) -> list[Cell]:
@@ -374,7 +374,9 @@ class OpenSuite:
         self.base.mkdir(parents=True, exist_ok=True)
         held = lock(self.base)
         if held is None:
-            raise SuiteError([f"{self.base}: another flatfed suite is at work here; wait for it"])
+            raise SuiteError(
+                [f"{self.base}: another flatfed suite is running here; wait for it to end"]
+            )
         with held:
             state = look(self.plan, self.base)
             state.check()

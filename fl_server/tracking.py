@@ -143,7 +143,7 @@ class Tracking:
             reason = next(iter(str(error).splitlines()), "")
             self._note(
                 f"warning: tracking.to = {name}: {type(error).__name__}: {reason}; the run goes "
-                "on, and tells it no more"
+                "on without it"
             )
 
 

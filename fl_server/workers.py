@@ -75,11 +75,11 @@ def count(config: CoreConfig) -> int:
     if given != AUTO:
         if cuda and int(given) > 1:
             raise ValueError(
-                f"engine.workers = {given}: processes beside each other share a GPU badly; leave "
+                f"engine.workers = {given}: several processes slow each other down on a GPU; leave "
                 "it out, and see engine.cohort"
             )
         if sys.platform != "linux" and int(given) > 1:
-            raise ValueError(f"engine.workers = {given}: several work on Linux alone; leave it out")
+            raise ValueError(f"engine.workers = {given}: several work only on Linux; leave it out")
         return int(given)
     if cuda or sys.platform != "linux" or config.engine.cohort not in ("1", AUTO):
         return 1

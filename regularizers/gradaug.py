@@ -139,7 +139,7 @@ def whole_net(net: torch.nn.Module) -> Slim:
 
     modules = list(flattened(net.children())) if isinstance(net, torch.nn.Sequential) else []
     if not modules or not isinstance(modules[-1], torch.nn.Linear):
-        raise TypeError("it is no Sequential that ends in a linear classifier")
+        raise TypeError("it is not a Sequential that ends in a linear classifier")
     return Slim(modules, whole=modules[-1])
 
 

@@ -70,15 +70,15 @@ def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in scalars:
             raise ValueError(
-                f'strategy.params = "{params}": {key} is no argument of {name}; it has '
+                f'strategy.params = "{params}": {key} is not an argument of {name}; it has '
                 + (", ".join(scalars) or "none")
             )
         if key in given:
-            raise ValueError(f'strategy.params = "{params}": {key} stands twice')
+            raise ValueError(f'strategy.params = "{params}": {key} is given twice; give it once')
         given[key] = _number(text, whole=isinstance(scalars[key].default, int))
         if given[key] is None:
             kind = "whole number" if isinstance(scalars[key].default, int) else "finite number"
-            raise ValueError(f'strategy.params = "{params}": {key} = {text} is no {kind}')
+            raise ValueError(f'strategy.params = "{params}": {key} = {text} is not a {kind}')
     missing = [k for k, p in scalars.items() if p.default is p.empty and k not in given]
     if missing:
         raise ValueError(f'strategy.params = "{params}": {name} needs {", ".join(missing)}')

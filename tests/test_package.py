@@ -104,7 +104,7 @@ def test_a_run_on_flower_says_that_pyproject_is_out_of_date(
     monkeypatch.setattr("fl_server.bundle.checkout", lambda: tmp_path)
     assert main(["run", "engine.name=ray", f"run.output-dir={tmp_path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {path}: its keys are not those of these methods (")
+    assert line.startswith(f"error: {path}: its keys do not match the methods (")
     assert "fedprox.mu" in line and "flatfed config --write-pyproject" in line
     assert [*tmp_path.iterdir()] == [path]
 

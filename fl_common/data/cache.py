@@ -106,7 +106,7 @@ def fetch(root: Path, name: str, make: Callable[[Writer], dict[str, Any]]) -> En
                 return _open(folder)
             except _DAMAGE as damage:
                 if folder.exists():
-                    _log.warning("cache entry %s is damaged, making it again: %s", folder, damage)
+                    _log.warning("cache entry %s is damaged and is made again: %s", folder, damage)
             _make(folder, make)
         return _open(folder)
     except OSError as error:

@@ -197,8 +197,8 @@ def _check_partition(
             (
                 "data.classes-per-client",
                 f"{clients} clients of {classes_per_client} hold at most "
-                f"{clients * classes_per_client} of {info.classes} classes, the others would be "
-                "nobody's; raise it or clients.number",
+                f"{clients * classes_per_client} of {info.classes} classes, and no client would "
+                "have the others; raise it or clients.number",
             )
         ]
     return []

@@ -237,8 +237,8 @@ def _huggingface(root: Path) -> Layout:
     if any(next(root.glob(f"**/*.{suffix}"), None) for suffix in ("csv", "json", "jsonl")):
         return Layout("files", str(root), (root,))
     raise DataError(
-        f"{root} is no parquet file and holds none, nor csv or json files, nor a saved data set; "
-        "for images in class folders use data.source=folder"
+        f"{root} is not a parquet file and holds no parquet, csv or json files, nor a saved data "
+        "set; for images in class folders use data.source=folder"
     )
 
 

@@ -145,8 +145,8 @@ def _dirichlet(
     shares = possible and _dirichlet_shares(lengths, clients, rng, alpha, min_size)
     if not shares:
         raise DataError(
-            f"{clients} clients with at least {min_size} of {n} samples each did not come out of "
-            f"Dir({alpha:g}); lower data.min-size or clients.number, or raise data.alpha"
+            f"Dir({alpha:g}) did not split {n} samples over {clients} clients so that each has at "
+            f"least {min_size}; lower data.min-size or clients.number, or raise data.alpha"
         )
     owner = np.empty(n, np.int64)
     for indices, counts in zip(members, shares, strict=True):

@@ -116,7 +116,8 @@ def _records(file: Path, length: int) -> np.ndarray:
     size = file.stat().st_size
     if not size or size % length:
         raise DataError(
-            f"{file} has {size} bytes, no multiple of {length}; it is incomplete, unpack it again"
+            f"{file} has {size} bytes, not a multiple of {length}; it is incomplete, unpack it "
+            "again"
         )
     return np.memmap(file, np.uint8, mode="r").reshape(-1, length)
 

@@ -39,5 +39,5 @@ def held_out(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         members = rng.permutation(np.flatnonzero(y == label))
         in_test[members[: held_out_size(len(members))]] = True
     if not in_test.any():
-        raise DataError(f"{len(y)} samples are too few to hold a test set out; add a test split")
+        raise DataError(f"{len(y)} samples are too few to hold out a test set; add a test split")
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)

@@ -400,12 +400,12 @@ def test_what_torch_cannot_stack_is_trained_one_by_one(monkeypatch, caplog):
     jobs = [(i, message, RecordDict()) for i, message in enumerate(messages)]
     chosen, why = federation.clients.choose_cohort(jobs, 1)
     assert chosen == 1
-    assert why.startswith("engine.cohort = auto: 1; at once they fail (vmap: ")
+    assert why.startswith("engine.cohort = auto: 1; training several at once fails (vmap: ")
     at_once = federation.together(messages, federation.states())
     singly = federation.alone(messages, federation.states())
     assert all(difference(a, b) == 0 for a, b in zip(singly, at_once, strict=True))
     (line,) = caplog.messages
-    assert line.startswith("clients are trained one by one: at once they fail (vmap: ")
+    assert line.startswith("clients are trained one by one: training several at once fails (vmap: ")
 
 
 class Failing(OwnDraws):
@@ -422,11 +422,13 @@ def test_clients_that_fail_one_by_one_too_are_not_said_to_fail_at_once_only(monk
     jobs = [(i, message, RecordDict()) for i, message in enumerate(federation.messages())]
     assert federation.clients.choose_cohort(jobs, 1) == (
         1,
-        "engine.cohort = auto: 1; one by one they fail (no such layer)",
+        "engine.cohort = auto: 1; training one client fails (no such layer)",
     )
     replies = federation.clients.train_together(jobs, 2)
     assert all("ValueError: no such layer" in str(reply) for reply in replies)
-    assert caplog.messages == ["clients are trained one by one: at once they fail (no such layer)"]
+    assert caplog.messages == [
+        "clients are trained one by one: training several at once fails (no such layer)"
+    ]
 
 
 class Words(torch.nn.Module):
@@ -598,7 +600,7 @@ def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
         messages = federation.messages()
         replies = federation.together(messages, federation.states())
     assert tried == [4, 2, 2, 2, 2]
-    assert caplog.messages == ["the card holds no 4 clients at once; trying 2"]
+    assert caplog.messages == ["the card cannot hold 4 clients at once; trying 2"]
     singly = federation.alone(messages, federation.states())
     assert all(difference(a, b) < 1e-11 for a, b in zip(singly, replies, strict=True))
 
@@ -687,7 +689,10 @@ def test_auto_takes_what_was_faster(monkeypatch):
 
 def test_bad_settings():
     for values, text in (
-        ({"engine.cohort": "0"}, 'engine.cohort = "0": must be auto, or a number from 1 on'),
+        (
+            {"engine.cohort": "0"},
+            'engine.cohort = "0": must be auto, or a number, at least 1',
+        ),
         ({"engine.cohort": "many"}, 'engine.cohort = "many": must be auto, or a number'),
         ({"engine.cohort": 5, "engine.name": "ray"}, "engine.cohort = 5: belongs to engine.name"),
         ({"engine.cohort": 5, "engine.workers": 2}, "engine.cohort = 5 with engine.workers = 2"),

@@ -396,7 +396,7 @@ class Denying(grpc.GenericRpcHandler):
 @pytest.mark.parametrize(
     ("reason", "told"),
     [
-        ("Invalid timestamp", "as its clock and this machine's differ"),
+        ("Invalid timestamp", "because its clock and this machine's differ"),
         ("Invalid node ID", "(Invalid node ID): its key is no longer registered"),
     ],
 )

@@ -121,8 +121,8 @@ def test_what_would_stay_without_noise_is_refused(runner, capsys, monkeypatch):
         )
     assert [line.partition(";")[0].partition(": ")[2] for line in error.value.errors] == [
         "strategy scaffold sends or remembers more than a model, which would get no noise",
-        "eval.grad-norm would be told without noise",
-        "flatness.match would be told without noise",
+        "eval.grad-norm would be sent without noise",
+        "flatness.match would be sent without noise",
         "statistics of BatchNorm would leave a client without noise",
         'with eval.on = "both", messages leave out the model that a client has',
     ]

@@ -129,7 +129,7 @@ def test_its_death_is_told_at_once(trainer):
     asked = context(path, **{"train.epochs": 10_000})
     threading.Timer(1.0, process.kill).start()
     started = time.monotonic()
-    with pytest.raises(worker.WorkerError, match="died while it had the message"):
+    with pytest.raises(worker.WorkerError, match="died while handling the message"):
         worker.ask(str(path), "train", content, asked)
     assert time.monotonic() - started < 20
 
@@ -148,7 +148,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path, what: str, capsys):
     assert main(["worker", "--socket", str(path)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert "is there, and no socket; give another --socket" in said.err
+    assert "exists and is not a socket; give another --socket" in said.err
     assert path.is_dir() if what == "folder" else path.read_text() == "data"
 
 
@@ -208,7 +208,7 @@ def test_a_lost_device_ends_it(tmp_path: Path):
     _, error = process.communicate(timeout=30)
     assert process.returncode == 1
     assert error == (
-        "error: AcceleratorError: device-side assert (<string>:2); this trainer ends, another can "
+        "error: AcceleratorError: device-side assert (<string>:2); this trainer ends; another can "
         "take its place\n"
     )
     assert not path.exists()

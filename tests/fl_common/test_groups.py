@@ -224,7 +224,7 @@ def test_a_pattern_matches_whole_names():
 
 
 WRONG = {
-    "fc.*, nothing.*": "nothing.*: no parameter has such a name; `flatfed groups`",
+    "fc.*, nothing.*": "nothing.*: no parameter has such a name; see `flatfed groups`",
     "FC.*": "FC.*: no parameter has such a name",
     "*, fc.bias": "fc.bias is in * and in fc.bias",
     "fc.*+*.bias": "fc.bias is in fc.*+*.bias and in fc.*+*.bias",
@@ -272,7 +272,9 @@ def test_what_a_network_does_not_train_is_no_group_of_its_own(layers, names):
 
 
 def test_a_group_of_which_the_network_trains_nothing_is_refused():
-    why = re.escape("fc.bias+last.*: the network trains none of it; join it to another by +")
+    why = re.escape(
+        "fc.bias+last.*: the network trains none of its parameters; join it to another with +"
+    )
     with pytest.raises(ValueError, match=why):
         Groups.matching(
             frozen("fc", "last"), "fc.bias+last.*, fc.weight+first.*+scale, *norm*, unused.*"

@@ -29,7 +29,9 @@ def test_a_name_is_no_other_groups(name: str, monkeypatch: pytest.MonkeyPatch):
     known = {room: methods(room) for room in ("strategies", "regularizers")}
     known["strategies"] = known["strategies"] | {name: known["strategies"]["fedprox"]}
     monkeypatch.setattr(config, "methods", known.get)
-    with pytest.raises(ConfigError, match=rf": {name}\.\* are other keys; choose another name"):
+    with pytest.raises(
+        ConfigError, match=rf": keys named {name}\.\* exist already; choose another name"
+    ):
         config.schema.__wrapped__()
 
 

@@ -269,7 +269,7 @@ def test_it_does_not_matter_who_ran_it(runs: Path, settings: dict, monkeypatch: 
 
 
 SPOILT = {
-    "no model": (without_model, "holds no model (model.safetensors), the run has not ended"),
+    "no model": (without_model, "holds no model (model.safetensors): the run has not ended"),
     "half a model": (truncated, "model.safetensors: cannot be read: "),
     "another shape": (
         lambda f: respelled(f, lambda t: t.update({"0.bias": torch.zeros(3)})),
@@ -302,7 +302,7 @@ SPOILT = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json, which"),
     "no clients": (lambda f: (f / "clients.json").unlink(), "holds no clients.json, which"),
     "no summary": (lambda f: (f / "summary.json").unlink(), "holds no run"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: is no JSON"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
 }
 
 

@@ -53,13 +53,13 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("history.jsonl", b'{"round": 1}\n{"round"\n{"round": 3}\n', ", line 2: is no JSON (Exp"),
-        ("history.jsonl", b'{"round": 1}\n\xff\n', ", line 2: is no JSON ('utf-8' codec"),
-        ("config.json", b"{", ": is no JSON (Exp"),
-        ("summary.json", b"", ": is no JSON (Exp"),
-        ("history.jsonl", b'{"round": 1}\n[]\n', ", line 2: is no JSON (no object"),
-        ("config.json", b"null", ": is no JSON (no object"),
-        ("summary.json", b"[]", ": is no JSON (no object"),
+        ("history.jsonl", b'{"round": 1}\n{"round"\n{"round": 3}\n', ", line 2: is not JSON (Exp"),
+        ("history.jsonl", b'{"round": 1}\n\xff\n', ", line 2: is not JSON ('utf-8' codec"),
+        ("config.json", b"{", ": is not JSON (Exp"),
+        ("summary.json", b"", ": is not JSON (Exp"),
+        ("history.jsonl", b'{"round": 1}\n[]\n', ", line 2: is not JSON (no object"),
+        ("config.json", b"null", ": is not JSON (no object"),
+        ("summary.json", b"[]", ": is not JSON (no object"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, told, tmp_path
         assert main([command, str(tmp_path)]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {tmp_path / name}{told}")
-        assert line.endswith("); mend it, or leave this run out")
+        assert line.endswith("); repair it, or leave this run out")
 
 
 def test_a_completed_run_whose_history_lacks_rounds_is_told(runner, capsys):
@@ -82,7 +82,7 @@ def test_a_completed_run_whose_history_lacks_rounds_is_told(runner, capsys):
             capsys.readouterr()
             assert main([command, str(folder)]) == 2
             assert capsys.readouterr().err == (
-                f"error: {history}: has {has} of 2 rounds; mend it, or leave this run out\n"
+                f"error: {history}: has {has} of 2 rounds; repair it, or leave this run out\n"
             )
 
 
@@ -90,7 +90,7 @@ def test_a_broken_measurement_is_named(tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "flatness.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2
-    assert f"error: {tmp_path / 'flatness.json'}: is no JSON" in capsys.readouterr().err
+    assert f"error: {tmp_path / 'flatness.json'}: is not JSON" in capsys.readouterr().err
 
 
 def test_runs_of_different_data(runner, tmp_path, capsys):

@@ -541,7 +541,7 @@ def test_runs_that_ended_early(end: str, tmp_path: Path):
         folder_of(folder, [row(1, 0.5)], status="running")
         with (folder / "history.jsonl").open("a") as file:
             file.write('{"round": 2, "coh')
-        told = "/F running: it goes on, or was killed without a word accuracy0.5000round 1"
+        told = "/F running, unless it was killed accuracy0.5000round 1"
     else:
         failed = row(1, replies=[], client_loss=None) | {"accuracy": None, "loss": None}
         folder_of(folder, [failed], status="failed", error="interrupted")

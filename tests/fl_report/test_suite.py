@@ -234,7 +234,7 @@ BAD = {
     "no method": ("fedavg = [", "fedavgg = [",
         "published, Table 1: no method fedavgg; this suite has fedavg, feddyn"),
     "row": ("[60, 61.5]", "[60]", "published, Table 1: feddyn has 1 values for 2 settings"),
-    "no number": ("[60, 61.5]", '[60, "61..5"]', '"61..5" is no number; write 52.9'),
+    "no number": ("[60, 61.5]", '[60, "61..5"]', '"61..5" is not a number; write 52.9'),
     "name": ("[settings.few]", "[settings.Few]", "a name has small letters, digits, dots"),
     "toml": ("[settings.few]", "[settings.few", "not a TOML file: "),
     "not measured": ('metric = "accuracy"', 'metric = "loss"',

@@ -143,7 +143,7 @@ def test_clients_that_lost_something_are_trained_beside_the_same_others(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (("engine.cohort=0",), 'engine.cohort = "0": must be auto, or a number from 1 on'),
+        (("engine.cohort=0",), 'engine.cohort = "0": must be auto, or a number, at least 1'),
         (("engine.cohort=4", "engine.name=ray"), "belongs to engine.name=inprocess"),
         (("engine.cohort=4", "engine.workers=2"), "leave one of them out"),
         (("engine.client-gpus=0.5",), "belongs to engine.name=ray; leave it at 0 with inprocess"),

@@ -31,7 +31,7 @@ def test_the_machine_was_started_anew(up: Path):
 
     up.write_text(json.dumps({**state, "boot": "another"}))
     assert federation._present(federation._state()) == {}
-    with pytest.raises(federation.UsageError, match="what it had started ended by itself"):
+    with pytest.raises(federation.UsageError, match="the processes that it had started have ended"):
         federation.down()
     assert not up.exists()
 
@@ -39,7 +39,7 @@ def test_the_machine_was_started_anew(up: Path):
 def test_two_calls_do_not_start_and_end_at_once(up: Path):
     with federation._alone():
         for call in (federation.down, lambda: federation.up(1)):
-            with pytest.raises(federation.UsageError, match="is at work; wait for it"):
+            with pytest.raises(federation.UsageError, match="is running; wait for it to end"):
                 call()
 
 

@@ -128,8 +128,8 @@ ATTACKS = {
     "pickle": (changed(params=pickled), "cannot be decoded"),
     "oversize": (changed(params=oversize), "50000000 bytes, at most 41128 were expected"),
     "other weight": (metric(num_examples=10**6), "num-examples = 1000000, but"),
-    "zero weight": (metric(num_examples=0), "num-examples = 0 is no positive"),
-    "negative weight": (metric(num_examples=-5), "num-examples = -5 is no positive"),
+    "zero weight": (metric(num_examples=0), "num-examples = 0 is not a positive"),
+    "negative weight": (metric(num_examples=-5), "num-examples = -5 is not a positive"),
     "infinite weight": (
         metric(num_examples=float("inf")),
         "num-examples = inf is not a finite number",

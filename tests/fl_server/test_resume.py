@@ -410,7 +410,7 @@ def test_without_a_good_checkpoint_nothing_starts_anew(
         assert runs.resume(folder) == 3
         told = failure(capsys)
         assert "no good checkpoint (2 damaged); this run cannot be resumed" in told
-        assert "start it anew under another run.name" in told
+        assert "start it again under another run.name" in told
         assert contents(folder) == before
     shutil.rmtree(folder / "checkpoints")
     assert runs.resume(folder) == 3
@@ -624,11 +624,11 @@ def test_a_longer_run_has_no_model_until_its_end(runs: Runs):
 def test_fewer_rounds_than_are_done(runs: Runs, capsys: pytest.CaptureFixture[str]):
     done = runs("done")
     assert runs.resume(done, "run.rounds=4") == 2
-    assert refusal(capsys) == "error: run.rounds = 4: 5 rounds are done already\n"
+    assert refusal(capsys) == "error: run.rounds = 4: 5 rounds are already done\n"
     killed = runs.crashed("killed", after=3)
     capsys.readouterr()
     assert runs.resume(killed, "run.rounds=2") == 3
-    assert "run.rounds = 2: 3 rounds are done already" in failure(capsys)
+    assert "run.rounds = 2: 3 rounds are already done" in failure(capsys)
     assert runs.resume(killed, "run.rounds=5") == 0
     assert reached(killed) == reached(done)
 
@@ -642,7 +642,8 @@ def test_no_run_ends_with_a_round_that_was_not_evaluated(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert runs.resume(folder, "run.rounds=3") == 3
-    why = "run.rounds = 3: round 3 is done, and was not evaluated (eval.every = 2); give more"
+    why = "run.rounds = 3: round 3 is already done and was not evaluated (eval.every = 2); give a "
+    why += "larger number"
     assert why in failure(capsys)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert runs.resume(folder, "run.rounds=4") == 0
@@ -699,7 +700,7 @@ def test_a_run_that_is_at_work_is_left_alone(runs: Runs, capsys: pytest.CaptureF
         before = contents(folder)
         capsys.readouterr()
         assert runs.resume(folder) == 2
-        assert f"{folder}: another process is at work on this run" in capsys.readouterr().err
+        assert f"{folder}: another process is working on this run" in capsys.readouterr().err
         assert contents(folder) == before
     finally:
         os.kill(child, signal.SIGKILL)
@@ -807,7 +808,7 @@ def test_a_damaged_ledger_is_no_loss_while_the_clients_have_their_own(
     assert runs.resume(folder) == 0
     told = capsys.readouterr().out
     assert "what client 1 remembered of round 3 is missing or damaged" in told
-    assert "the client has its own" in told
+    assert "the client has its own copy" in told
     assert summary(folder)["model_sha256"] == summary(whole)["model_sha256"]
     assert history(folder) == history(whole)
     assert in_state_dir(state) == memories(whole / "ledger")
@@ -846,7 +847,8 @@ def test_clients_with_other_data(
     same = assembly.load_data(None)
     monkeypatch.setattr(assembly, "load_data", lambda config: replace(same, fingerprint="new"))
     assert runs.resume(folder) == 3
-    why = "clients 0, 1: other data than when the run began; give them what they had, or start"
+    why = "clients 0, 1: other data than when the run began; give them the same data again, or "
+    why += "start a new run"
     assert why in failure(capsys)
 
 
@@ -969,7 +971,7 @@ def test_a_disk_that_is_really_full(
     out, err = capsys.readouterr()
     assert err == ""
     assert f"run failed: round 3: {folder}" in out
-    assert "No space left on device; what was reached is kept" in out
+    assert "No space left on device; the rounds done before it are kept" in out
     assert f"continue it with: flatfed resume {folder}" in out
     assert leftovers(folder) == []
     assert len(history(folder)) in (2, 3)  # whole rows only
@@ -1064,7 +1066,7 @@ def test_the_round_that_ended_a_run_is_not_done(
     assert main(runs.command("ended", *MEMORY, "clients.max-failed-rounds=1")) == 3
     capsys.readouterr()
     assert runs.resume(runs.base / "ended", "run.rounds=2") == 3
-    assert "run.rounds = 2: 3 rounds are done already" in failure(capsys)
+    assert "run.rounds = 2: 3 rounds are already done" in failure(capsys)
     assert runs.resume(runs.base / "ended", "run.rounds=3") == 0
     assert reached(runs.base / "ended") == reached(whole)
 

@@ -64,7 +64,7 @@ def test_a_failure_is_one_line_and_its_traceback_a_file(tmp_path: Path, capsys):
     out, err = capsys.readouterr()
     assert err == f"error: the run failed: {REASON}\n"
     log = tmp_path / FLOWER_LOG
-    assert out.splitlines() == [lines[0], lines[2], f"what Flower says of errors: {log}"]
+    assert out.splitlines() == [lines[0], lines[2], f"errors that Flower reported: {log}"]
     assert log.read_text().splitlines() == list(TRACEBACK)
 
 

@@ -173,8 +173,8 @@ def test_one_that_fails_is_told_of_once_and_left_out(runner, wandb, monkeypatch,
     assert result.code == 0 and result.summary["model_sha256"] == plain.summary["model_sha256"]
     assert out.count("warning: tracking") == 1
     assert (
-        "warning: tracking.to = wandb: ConnectionError: the server is gone; the run goes on, and "
-        "tells it no more\n"
+        "warning: tracking.to = wandb: ConnectionError: the server is gone; the run goes on "
+        "without it\n"
     ) in out
     assert [step for what, step, _ in wandb(result.folder) if what == "log"] == [1]
     assert events(result.folder)[1]["loss"] == column(result.history, "loss", float32)
@@ -210,7 +210,7 @@ def test_the_round_that_ended_a_run_is_told_when_it_is_played_again(runner, wand
     ("to", "line"),
     [
         ("tensorbord", '"tensorbord": unknown; did you mean tensorboard? known: tensorboard, '),
-        ("wandb,wandb", '"wandb,wandb": wandb stands twice'),
+        ("wandb,wandb", '"wandb,wandb": wandb is given twice; give it once'),
         ("mlflow", '"mlflow": it is not installed where the server runs; pip install mlflow, or'),
         ("tensorboard", "pip install 'flatfed[tracking]', or leave it out"),
     ],

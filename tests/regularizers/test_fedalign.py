@@ -340,7 +340,7 @@ def load(path, seed):
 def test_models_of_ones_own(tmp_path, monkeypatch, runner, capsys):
     (tmp_path / "to_align.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    why = "it is no Sequential with a layer before the classifier; make it"
+    why = "it is not a Sequential with a layer before the classifier; make it"
     plain = "model.name=to_align:Plain"
     assert runner(*SHORT, "regularizers=fedalign", plain, "data.source=breast-cancer").code == 2
     assert why in capsys.readouterr().err

@@ -257,5 +257,5 @@ def test_full_width_is_allowed_where_sides_differ():
 def test_a_network_that_cannot_be_narrowed_is_refused():
     with pytest.raises(ValueError, match="gradaug: LayerNorm cannot be run at reduced width; make"):
         GradAug.prepare(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)), GradAugParams())
-    with pytest.raises(ValueError, match="gradaug: it is no Sequential that ends in a linear"):
+    with pytest.raises(ValueError, match="gradaug: it is not a Sequential that ends in a linear"):
         GradAug.prepare(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), GradAugParams())

@@ -121,14 +121,20 @@ def test_fedadam_on_the_toy(runner, monkeypatch):
         (["strategy.name=flwr:FedAdam", "strategy.params=eto=1"], "it has eta, eta_l, beta_1"),
         (
             ["strategy.name=flwr:FedAdam", "strategy.params=eta=big"],
-            "eta = big is no finite number",
+            "eta = big is not a finite number",
         ),
-        (["strategy.name=flwr:FedAdam", "strategy.params=eta"], "eta is no argument"),
-        (["strategy.name=flwr:FedAdam", "strategy.params=fraction_train=0.5"], "is no argument"),
-        (["strategy.name=flwr:FedAdam", "strategy.params=eta=NaN"], "is no finite number"),
-        (["strategy.name=flwr:FedAdam", "strategy.params=eta=1,eta=2"], "eta stands twice"),
-        (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=1.5"], "no whole"),
-        (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=-1"], "no whole"),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eta"], "eta is not an argument"),
+        (
+            ["strategy.name=flwr:FedAdam", "strategy.params=fraction_train=0.5"],
+            "is not an argument",
+        ),
+        (["strategy.name=flwr:FedAdam", "strategy.params=eta=NaN"], "is not a finite number"),
+        (
+            ["strategy.name=flwr:FedAdam", "strategy.params=eta=1,eta=2"],
+            "eta is given twice; give it once",
+        ),
+        (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=1.5"], "not a whole"),
+        (["strategy.name=flwr:Krum", "strategy.params=num_malicious_nodes=-1"], "not a whole"),
         (
             ["strategy.name=flwr:Bulyan", "strategy.params=num_malicious_nodes=2"],
             "flwr:Bulyan needs 11 clients in a round (4 * num_malicious_nodes + 3), not 10",
@@ -139,7 +145,10 @@ def test_fedadam_on_the_toy(runner, monkeypatch):
         (["strategy.name=flwr:QFedAvg"], "flwr:QFedAvg needs client_learning_rate"),
         (["strategy.name=fedavg", "strategy.params=eta=1"], "fedavg has no keys; leave"),
         (["strategy.params=eta=1", "strategy.name=fedprox"], "fedprox has its own keys, fedprox.*"),
-        (["strategy.name=flwr:FedTrimmedAvg", "strategy.params=beta=0.2,q=1"], "q is no argument"),
+        (
+            ["strategy.name=flwr:FedTrimmedAvg", "strategy.params=beta=0.2,q=1"],
+            "q is not an argument",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(settings, words, runner, capsys):

@@ -202,7 +202,7 @@ def test_a_keeper_that_ends_before_it_reads_is_told_as_such(
 ) -> None:
     monkeypatch.setattr(flower_run, "KEEPER", "pass")
     longer_than_a_pipe = {"probe.text": "x" * 10**6}
-    with pytest.raises(RuntimeError, match="looks after the run ended without a word"):
+    with pytest.raises(RuntimeError, match="watches over the run ended without an error message"):
         run_simulation(tmp_path, longer_than_a_pipe, clients=1)
 
 

@@ -175,7 +175,7 @@ def test_what_a_stranger_can_do(site: Site, tmp_path: Path):
     fleet, own = f"127.0.0.1:{site.fleet}", site.node_options(0, site.keys / "nodes" / "0")
     taken = socket.create_server(("127.0.0.1", 0))
     for options, reason in (
-        (site.node_options(0, stranger), "did not take this node's key: register it with"),
+        (site.node_options(0, stranger), "did not accept this node's key: register it with"),
         ([*own, "--root-certificates", tmp_path / "ca.crt"], "is not signed by"),
         # Another way to write 127.0.0.1, which the certificate has not.
         ([*own, "--superlink", f"127.1:{site.fleet}"], "does not name 127.1 (SAN)"),

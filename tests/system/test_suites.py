@@ -100,7 +100,7 @@ def test_killed_and_interrupted_it_redoes_what_is_not_finished(tmp_path, capfd):
     suite.until(CELLS[0], process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert "interrupted; go on with: flatfed suite" in suite.log.read_text()
+    assert "interrupted; continue with: flatfed suite" in suite.log.read_text()
     assert suite.summary(CELLS[0])["error"] == "interrupted"
 
     # SIGKILL of the suite alone: its child does not stay behind.
@@ -286,7 +286,7 @@ def test_cells_whose_data_cannot_be_read_are_not_tried_one_after_the_other(tmp_p
     started = [line for line in told.out.splitlines() if line.endswith(": begins")]
     cells = "images_fedavg_seed0", "own_fedavg_seed0", "own_two_seed0"
     assert started == [f"{cell}: begins" for cell in cells]
-    assert "; with the same data, not tried: 1; 2 left" in told.out
+    assert "; not tried, as they have the same data: 1; 2 left" in told.out
     assert told.err.count("error: ") == 1
     assert suite.summary("own_two_seed0")["status"] == "completed"
     assert not (suite.folder / "images_two_seed0").exists()
@@ -339,7 +339,7 @@ def test_a_completed_cell_with_a_broken_file_is_named(tmp_path, capfd):
     whole = history.read_text()
     first = whole.splitlines()[0]
     for text, told in (
-        (first + '\n{"round"\n', f"{history}, line 2: is no JSON (Expecting ':' delimiter); "),
+        (first + '\n{"round"\n', f"{history}, line 2: is not JSON (Expecting ':' delimiter); "),
         (first + "\n", f"{history}: has 1 of 2 rounds; "),
     ):
         history.write_text(text)
@@ -347,7 +347,7 @@ def test_a_completed_cell_with_a_broken_file_is_named(tmp_path, capfd):
             capfd.readouterr()
             assert suite.call(*words) == 2
             error = capfd.readouterr().err
-            assert error == f"error: {told}mend it, or move {folder} away to run it anew\n"
+            assert error == f"error: {told}repair it, or move {folder} away to run it again\n"
         assert history.read_text() == text
     history.write_text(whole)
     assert suite.call("--table") == 0
@@ -371,7 +371,7 @@ def test_another_suite_at_work_is_told(tmp_path, capfd):
     suite.folder.mkdir(parents=True)
     with lock(suite.folder):
         assert suite.call() == 2
-    assert "another flatfed suite is at work here" in capfd.readouterr().err
+    assert "another flatfed suite is running here" in capfd.readouterr().err
 
 
 def test_cells_beside_each_other_make_the_same_table(tmp_path, capfd):

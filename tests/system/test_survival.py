@@ -158,7 +158,7 @@ def test_a_trainer_that_dies_in_a_round_fails_at_once(tmp_path: Path):
         assert run.returncode == 0, output
         rows = less_times(place.folder / "dies")
         assert [row["replies"] for row in rows] == [[0], [0, 1], [0, 1]]
-        assert "died while it had the message" in rows[0]["failed"]["1"]
+        assert "died while handling the message" in rows[0]["failed"]["1"]
 
 
 @pytest.mark.long

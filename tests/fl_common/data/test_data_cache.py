@@ -72,7 +72,7 @@ def test_a_damaged_entry_is_made_again_with_a_warning(tmp_path, caplog, damage):
     with caplog.at_level(logging.WARNING):
         entry = cache.fetch(tmp_path, "e", make)
     np.testing.assert_array_equal(entry.arrays["a"][2], [4, 5])
-    assert [r.message for r in caplog.records if "is damaged, making it again" in r.message]
+    assert [r.message for r in caplog.records if "is damaged and is made again" in r.message]
 
 
 def test_a_failed_make_leaves_nothing_but_the_lock(tmp_path):

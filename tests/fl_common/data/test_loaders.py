@@ -532,7 +532,7 @@ def test_incomplete_binary(tmp_path):
     cifar100_binary(folder, pixels(3, 32), [1, 2, 3])
     with (folder / "train.bin").open("r+b") as file:
         file.truncate(3074 * 3 - 1)
-    assert "train.bin has 9221 bytes, no multiple of 3074" in failure("cifar100", folder)
+    assert "train.bin has 9221 bytes, not a multiple of 3074" in failure("cifar100", folder)
 
 
 def test_binary_with_an_impossible_label(tmp_path):
