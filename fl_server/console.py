@@ -44,7 +44,7 @@ def settings_of(args: argparse.Namespace) -> tuple[dict[str, Scalar], list[str]]
     given: dict[str, str] = {}
     for item in args.values:
         key, equals, value = item.partition("=")
-        if not equals:
+        if not key or not equals:
             errors.append(f"{item}: settings are written key=value")
             continue
         if key in given:

@@ -94,11 +94,12 @@ def connection(name: str) -> Connection:
 def _address(name: str) -> str:
     path = flower_home() / "config.toml"
     try:
-        table = files.read_toml(path).get("superlink", {})
+        table = files.read_toml(path).get("superlink")
     except FileNotFoundError:
-        table = {}
+        table = None
     except (OSError, ValueError) as error:
         raise UsageError(f"Flower's configuration {path} cannot be read: {error}") from None
+    table = table if isinstance(table, dict) else {}
     known = [key for key, value in table.items() if isinstance(value, dict)]
     if name not in known:
         have = f"{path} knows {', '.join(known)}" if known else f"{path} has none"

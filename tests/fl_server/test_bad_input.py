@@ -185,6 +185,7 @@ def images(tmp_path: Path) -> Path:
         # not a setting at all
         ("train.lr", "train.lr", ["key=value"]),
         ("fast", "fast", ["key=value"]),
+        ("=5", "=5", ["key=value"]),
     ],
 )
 def test_one_mistake(refused, setting: str, key: str, remedies: list[str]):

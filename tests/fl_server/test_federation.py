@@ -117,6 +117,16 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
                 call()
 
 
+@pytest.mark.parametrize("text", ["", "superlink = 5\n", "[superlink]\nlab = 5\n"])
+def test_a_flower_configuration_without_connections(tmp_path: Path, monkeypatch, text: str):
+    (tmp_path / "config.toml").write_text(text)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with pytest.raises(
+        federation.UsageError, match=r"config\.toml has none; add \[superlink\.lab\]"
+    ):
+        federation.connection("lab")
+
+
 def test_wrong_calls(up: Path):
     with pytest.raises(federation.UsageError, match="--clients 0"):
         federation.up(0)
