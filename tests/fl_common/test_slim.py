@@ -237,5 +237,5 @@ def test_last_stage_without_convolutions():
     ],
 )
 def test_networks_without_a_last_stage(net):
-    with pytest.raises(TypeError, match="no Sequential with a layer before the classifier"):
+    with pytest.raises(TypeError, match="not a Sequential with a layer before the classifier"):
         last_stage(net)

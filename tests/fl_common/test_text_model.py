@@ -175,7 +175,9 @@ def refused(**settings) -> str:
 
 
 def test_what_has_no_meaning_for_ids_is_refused_in_one_line():
-    assert "fedalign with model.name = text-cnn: it is no Seq" in refused(regularizers="fedalign")
+    assert "fedalign with model.name = text-cnn: it is not a Seq" in refused(
+        regularizers="fedalign"
+    )
     assert "gradaug with model.name = text-cnn: Windows cannot" in refused(regularizers="gradaug")
     assert "synthetic-text: token ids have no mixtures" in refused(regularizers="mixup")
     assert "model.name = text-cnn has none" in refused(regularizers="stochastic-depth")
