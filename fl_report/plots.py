@@ -9,8 +9,10 @@ import numpy as np
 from fl_common.pictures import BLUE, GREY, ORANGE, name_of, new_figure, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from matplotlib.axis import Axis
 
 COLOURS = (
     BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#0a7f86", "#9a6700", "#57606a", "#6cb6ff",
@@ -35,6 +37,16 @@ def _style(place: int, points: int) -> dict[str, Any]:
     }
 
 
+def _whole(axis: Axis) -> None:
+    """Whole numbers at the ticks, where there is only one too."""
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def _columns(labels: Iterable[str]) -> int:
+    """Of the legend below a panel."""
+    return 2 if max(map(len, labels)) < 22 else 1
+
+
 def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy, and both losses, over rounds."""
     figure, (left, right) = new_figure(9, 3.4, columns=2)
@@ -57,7 +69,7 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     right.legend(frameon=False)
     for axes in (left, right):
         plain(axes)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole(axes.xaxis)
     figure.savefig(path, dpi=130)
 
 
@@ -68,16 +80,23 @@ Spreads = dict[str, list[float]]
 
 
 def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
-    """Accuracies: a panel per title and x axis, in it a line per run."""
-    figure, axes = new_figure(4.6 * len(panels), 3.6, columns=len(panels))
+    """Accuracies: a panel per title and x axis, in it a line per run; their names are below."""
+    labels = next(iter(panels.values()))  # all panels have the same
+    columns = len(panels) * _columns(labels)
+    height = 3.6 + 0.16 * -(-len(labels) // columns)
+    figure, axes = new_figure(4.6 * len(panels), height, columns=len(panels))
     for panel, ((title, over), runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for i, (label, (x, accuracies)) in enumerate(runs.items()):
             style = _style(i, len(x))
             panel.plot(x, [100 * a for a in accuracies], label=name_of(label), ms=3, **style)
         panel.set(xlabel=over, ylabel="test accuracy [%]", title=title)
         plain(panel)
-        panel.xaxis.get_major_locator().set_params(integer=over == "round")
-        panel.legend(frameon=False, fontsize=8, handlelength=3)
+        if over == "round":
+            _whole(panel.xaxis)
+    figure.legend(
+        *panel.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center",
+        ncols=columns, handlelength=3,
+    )  # fmt: skip
     figure.savefig(path, dpi=130)
 
 
@@ -93,7 +112,7 @@ def lines(
 
     places: the place of each label among the runs, where that is not its place among the lines.
     """
-    columns = 2 if max(map(len, series)) < 22 else 1
+    columns = _columns(series)
     below = 0.16 * -(-len(series) // columns) if len(series) > 1 else 0
     figure, axes = new_figure(4.4, 3.1 + below)
     for i, (label, (x, y)) in enumerate(series.items()):
@@ -104,7 +123,8 @@ def lines(
         axes.plot(x, y, label=name_of(label), linewidth=1.4, ms=3, **style)
     axes.set(xlabel=over, ylabel=what)
     plain(axes)
-    axes.xaxis.get_major_locator().set_params(integer=over == "round")
+    if over == "round":
+        _whole(axes.xaxis)
     heights = [height for _, y in series.values() for height in y]
     if 0 < 1000 * min(heights) < max(heights):  # a loss has run away
         axes.set_yscale("log")
@@ -136,7 +156,6 @@ def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
 
     clients, colours = len(states), list(STATES.values())
     figure, axes = new_figure(4.4, min(1.6 + 0.14 * clients, 6))
@@ -162,7 +181,7 @@ def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None
     axes.set(xlabel="round", ylabel="client", xlim=edges[:2], ylim=edges[2:])
     axes.spines[:].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        _whole(axis)
     figure.savefig(path, dpi=150)
 
 
@@ -181,6 +200,7 @@ def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) 
         panel.set(ylabel="gradient norm", yscale="log")
         panel.set_title(name_of(label), fontsize=10)
         plain(panel)
+        _whole(panel.xaxis)
     panes[-1].set(xlabel="local step")
     figure.savefig(path, dpi=150)
 
@@ -212,7 +232,7 @@ def label_distribution(counts: Sequence[Sequence[int]], classes: Sequence[str], 
     axes.set(xlim=(-0.7, len(table) - 0.3), ylim=(0, max(1.05 * bottom.max(), 1)))
     shown = f", the first {len(table)} of {len(counts)}" if len(counts) > len(table) else ""
     axes.set(xlabel=f"client{shown}", ylabel="training samples", title="Labels over clients")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole(axes.xaxis)
     plain(axes)
     if few:
         figure.legend(

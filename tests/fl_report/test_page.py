@@ -22,6 +22,7 @@ from PIL import Image
 
 from fl_client.app import release
 from fl_common.config import from_text, resolve
+from fl_common.pictures import new_figure
 from fl_report import headlines, participants, plots, seeds
 from fl_report.compare import Run, read
 from fl_report.markup import Pictures
@@ -422,6 +423,50 @@ def test_gradient_norms_show_however_few_the_steps(steps: int, tmp_path: Path):
     pixels = np.asarray(Image.open(tmp_path / "norms.png").convert("RGB")).reshape(-1, 3)
     blue = tuple(int(plots.BLUE[i : i + 2], 16) for i in (1, 3, 5))
     assert (pixels == blue).all(axis=1).any()
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that `plots` makes, with their axes."""
+    made: list[Any] = []
+
+    def kept(*size: float, **grid: int) -> Any:
+        made.append(new_figure(*size, **grid))
+        return made[-1]
+
+    monkeypatch.setattr(plots, "new_figure", kept)
+    return made
+
+
+@pytest.mark.parametrize("many", [1, 2, 30])
+def test_clients_rounds_and_steps_are_whole_numbers(many: int, figures: list, tmp_path: Path):
+    x, path = list(range(1, many + 1)), tmp_path / "x.png"
+    plots.curves([row(t, 0.5) for t in x], path)
+    plots.comparison({("a", "round"): {"b": (x, x)}}, path)
+    plots.lines({"a": (x, x)}, "round", "loss", path)
+    plots.participation(np.ones((many, many)), x, path)
+    plots.gradient_norms({"a": [[1.0] * many]}, path)
+    plots.label_distribution([[1, 2]] * many, "ab", path)
+    axes = [one for figure, _ in figures for one in figure.axes]
+    assert len(axes) == 7
+    for one in axes:
+        left, right = one.get_xlim()
+        ticks = [tick for tick in one.get_xticks() if left <= tick <= right]
+        assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("length", [3, 100])
+def test_a_comparison_has_its_names_below_the_lines(length: int, figures: list, tmp_path: Path):
+    runs = {f"{i} {'x' * length}": ([1, 2, 3], [0.1, 0.2, 0.9]) for i in range(12)}
+    plots.comparison({("a", "round"): runs, ("b", "round"): runs}, tmp_path / "x.png")
+    [(figure, _)] = figures
+    [legend] = figure.legends
+    names, whole = legend.get_window_extent(), figure.bbox
+    assert len(legend.get_texts()) == 12
+    assert whole.x0 <= names.x0 and names.x1 <= whole.x1
+    for panel in figure.axes:
+        assert panel.get_legend() is None and panel.get_tightbbox().y0 >= names.y1
+        assert panel.bbox.height > 250
 
 
 def test_lines_that_coincide_all_show(tmp_path: Path):
