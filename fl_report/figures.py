@@ -14,6 +14,7 @@ from fl_report.markup import (
     folded,
     grid,
     loss,
+    loss_of,
     number,
     section,
     size,
@@ -123,7 +124,7 @@ def _history(runs: Sequence[Run]) -> Markup:
         [
             number(row["round"]),
             accuracy(row.get("accuracy")),
-            loss(row.get("loss")),
+            loss_of(row),
             loss(row.get("client_loss")),
             number(len(row.get("replies", ()))) + " of " + number(len(row.get("cohort", ()))),
             size(row.get("bytes_up")),

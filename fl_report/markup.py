@@ -6,12 +6,12 @@ import base64
 import html
 import struct
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fl_report.series import sized
+from fl_report.series import loss_told, sized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from rich.table import Table
@@ -56,6 +56,12 @@ def accuracy(value: float | None) -> Markup:
 def loss(value: float | None) -> Markup:
     """Four digits behind the point, unless it has gone beyond all measure."""
     return number(value, "{:.4f}" if value is None or abs(value) < 1e4 else "{:.3e}")
+
+
+def loss_of(row: Mapping[str, Any]) -> Markup:
+    """The global model's in a round: a dash if it was not evaluated, words if it is not finite."""
+    lost = row.get("accuracy") is not None and row.get("loss") is None
+    return text(loss_told(None)) if lost else loss(row.get("loss"))
 
 
 def size(count: int | None) -> Markup:
@@ -207,7 +213,7 @@ th, td { padding: 0.3rem 0.7rem 0.3rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 td { max-width: 26rem; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 500; min-width: 5rem; }
+tbody th { font-weight: 500; min-width: 5rem; max-width: min(26rem, 50vw); }
 .n { text-align: right; }
 td.n { white-space: nowrap; }
 th.n[scope=row] { min-width: 0; }
@@ -227,7 +233,7 @@ pre { background: var(--card); border-radius: 6px; padding: 0.7rem; white-space:
   .cards tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr));
     gap: 0.4rem 0.8rem; padding: 0.6rem 0; border-bottom: 1px solid var(--line); }
   .cards th, .cards td { border: 0; padding: 0; text-align: left; overflow-wrap: anywhere; }
-  .cards tbody th { grid-column: 1 / -1; font-weight: 600; }
+  .cards tbody th { grid-column: 1 / -1; max-width: none; font-weight: 600; }
   .cards td { white-space: normal; align-self: end; }
   .cards td::before { content: attr(data-head); display: block; color: var(--soft);
     font-size: 0.8rem; }

@@ -41,7 +41,7 @@ from fl_report.series import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -71,10 +71,10 @@ def labels(runs: Sequence[Run], pictures: Pictures) -> Markup:
     for i, (held, names) in enumerate(distinct):
         counts, classes, samples = held["label_counts"], held["classes"], held["samples"]
         most = [sum(1 for count in client if count) for client in counts]
+        each = f"{_range(samples)} samples and {_range(most)} classes each"
         caption = (
             f"{len(samples)} clients hold {sum(samples)} training samples of {len(classes)} "
-            f"classes: {min(samples)} to {max(samples)} samples and {min(most)} to {max(most)} "
-            "classes each."
+            f"classes: {each}."
         )
         if len(distinct) > 1:
             caption = f"{', '.join(names)}: {caption}"
@@ -261,7 +261,7 @@ def _who(run: Run, pictures: Pictures) -> list[Markup]:
         told = f"All {len(states)} clients took part in all {len(rounds)} rounds."
         shown = element("p", told)
     else:
-        often = " to ".join(map(str, dict.fromkeys([drawn.min(), drawn.max()])))
+        often = _range(drawn)
         caption = f"Each of {len(states)} clients was drawn for {often} of {len(rounds)} rounds"
 
         def draw(path: Path) -> None:
@@ -270,6 +270,11 @@ def _who(run: Run, pictures: Pictures) -> list[Markup]:
         alt = f"Clients over rounds. {caption}."
         shown = pictures.figure("participation", draw, alt, caption)
     return [shown, folded(f"All {len(states)} clients as numbers", _each(run, states, drawn))]
+
+
+def _range(counts: Iterable[int]) -> str:
+    """From the least to the most; one number where they are the same."""
+    return " to ".join(map(str, dict.fromkeys([min(counts), max(counts)])))
 
 
 def _each(run: Run, states: np.ndarray, drawn: np.ndarray) -> Markup:

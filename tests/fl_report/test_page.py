@@ -286,8 +286,14 @@ def test_a_loss_is_that_of_the_last_evaluation(tmp_path: Path):
     assert METRICS["loss"].read(runs[0], 0, {}) is None
     seeded = folder_of(tmp_path / "seed", [row(1, 0.9)], CONFIG | {"run.seed": 5})
     page = Page(write([diverged, early, seeded], tmp_path / "page.html").read_text())
-    assert [line[4] for line in page.tables["Runs"]] == ["loss", "—", "—", "1.0000"]
-    assert [line[4] for line in page.tables["Means over seeds"]] == ["loss", "—", "—"]
+    assert [line[4] for line in page.tables["Runs"]] == [
+        "loss", "not finite", "—", "1.0000"
+    ]  # fmt: skip
+    assert [line[4] for line in page.tables["Means over seeds"]] == ["loss", "not finite", "—"]
+    alone = Page(write([diverged], tmp_path / "alone.html").read_text())
+    assert alone.boxes["loss"] == "not finiteround 2"
+    rounds = next(lines for title, lines in alone.tables.items() if lines[0][:1] == ["round"])
+    assert [line[2] for line in rounds[:3]] == ["loss", "1.0000", "not finite"]
 
 
 def test_brackets_are_no_markup_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -554,6 +560,13 @@ def test_updates_of_a_partial_round_are_marked(tmp_path: Path):
     assert "does not compare with full rounds" in page.text
     page = Page(participants.drift([full], Pictures(tmp_path / "pictures")))
     assert "does not compare with full rounds" not in page.text
+
+
+def test_what_is_the_same_of_all_clients_is_told_once(tmp_path: Path):
+    equal = {"classes": ["a", "b"], "samples": [4, 4], "label_counts": [[2, 2], [1, 3]]}
+    folder = folder_of(tmp_path / "x", [row(1, 0.5, cohort=[0, 1])], clients=equal)
+    page = Page(write([folder], tmp_path / "page.html").read_text())
+    assert "of 2 classes: 4 samples and 2 classes each." in page.text
 
 
 def test_what_comes_from_outside_is_text(tmp_path: Path):
@@ -836,6 +849,18 @@ def test_several_runs_in_a_browser(width: int, browser: Browser, tmp_path: Path)
             mobile=False)  # fmt: skip
     ends = "[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)"
     assert max(browser.value(ends)) <= 718
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_long_name_leaves_room_for_numbers(width: int, browser: Browser, tmp_path: Path):
+    rows = [row(1, 0.5), row(2, 0.9)]
+    name = "a_very_long_name_of_a_run_" * 6
+    folders = [folder_of(tmp_path / f"{name}{i}", rows) for i in range(2)]
+    browser.show(write(folders, tmp_path / "page.html"), width)
+    for title, column, told in (("Runs", 3, "0.9000"), ("To a target accuracy", 1, "2")):
+        cells = f"[...{SEEN.format(title)}].map(tr => [...tr.cells][{column}])"
+        assert browser.value(f"{cells}.map(td => td.innerText)") == [told, told]
+        assert max(browser.value(f"{cells}.map(td => td.getBoundingClientRect().right)")) <= width
 
 
 @pytest.fixture(scope="module")
