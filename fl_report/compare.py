@@ -116,7 +116,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """None before the first round; a last line that a crash cut short is left out."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = (line for line in lines if line.endswith(b"\n"))
-    return [parsed(line, f"{path}, line {i}") for i, line in enumerate(whole, 1)]
+    rows = [parsed(line, f"{path}, line {i}") for i, line in enumerate(whole, 1)]
+    for i, row in enumerate(rows, 1):
+        if (there := row.get("round")) != i:
+            raise ValueError(
+                f"{path}, line {i}: is not of round {i} (round: {there}); repair it, or leave "
+                "this run out"
+            )
+    return rows
 
 
 def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> Table:

@@ -58,6 +58,8 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys):
         ("config.json", b"{", ": is not JSON (Exp"),
         ("summary.json", b"", ": is not JSON (Exp"),
         ("history.jsonl", b'{"round": 1}\n[]\n', ", line 2: is not JSON (no object"),
+        ("history.jsonl", b'{"round": 1}\n{"round": 3}\n', ", line 2: is not of round 2 (round: 3"),
+        ("history.jsonl", b'{"loss": 1.0}\n', ", line 1: is not of round 1 (round: None"),
         ("config.json", b"null", ": is not JSON (no object"),
         ("summary.json", b"[]", ": is not JSON (no object"),
     ],
