@@ -31,7 +31,10 @@ def report(args: argparse.Namespace) -> int:
     try:
         page.write(folders, out, args.target, anyway=args.anyway)
         table = terminal.text(page.summary_table(compare.read(folders), args.target))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        remedy = "" if args.out else "; give another place with --out FILE.html"
+        return complain([f"{error.filename or out}: {error.strerror or error}{remedy}"])
+    except ValueError as error:
         return complain([str(error)])
     print(f"{table}\nreport: {out}")
     return OK

@@ -938,6 +938,19 @@ def test_the_command(runner, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_page_that_cannot_be_written_may_have_another_place(tmp_path: Path, capsys):
+    folder = folder_of(tmp_path / "one", [row(1, 0.5), row(2, 0.6)])
+    (folder / "report").touch()  # where the pictures go
+    assert main(["report", str(folder)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: {folder / 'report'}: File exists; give another place with --out FILE.html"
+    )
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(folder), "--out", str(folder / "report" / "page.html")]) == 2
+    assert capsys.readouterr().err == f"error: {folder / 'report' / 'page'}: Not a directory\n"
+
+
 def test_names_that_the_font_lacks_say_nothing_on_the_terminal(tmp_path, recwarn):
     plots.label_distribution([[3, 4], [5, 1]], ["肺炎", "normal"], tmp_path / "labels.png")
     assert (tmp_path / "labels.png").stat().st_size and not recwarn.list
