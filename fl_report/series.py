@@ -120,8 +120,8 @@ def default_target(runs: Sequence[Run]) -> float | None:
 
 def reached(run: Run, target: float) -> Reached | None:
     """When the global model's accuracy reached the target; None if it never did."""
-    for row in run.rows:
-        if (row.get("accuracy") or 0.0) >= target:
+    for row in evaluated(run):
+        if row["accuracy"] >= target:
             t = row["round"]
             spent = positions(run, "bytes")[t], positions(run, "seconds")[t]
             return Reached(t, int(spent[0]), spent[1])

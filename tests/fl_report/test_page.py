@@ -224,6 +224,7 @@ def test_the_target_by_hand():
     found = reached(run, 0.6)  # 4 rounds of 30 bytes; 1 + 2 + 3 + 4 seconds
     assert (found.round, found.bytes, found.seconds) == (4, 120, 10.0)
     assert reached(run, 0.81) is None
+    assert reached(run_of(row(1), row(2, 0.0)), 0.0).round == 2  # 0.9 times a best of 0
     assert curve(run, "accuracy", "bytes") == ([60, 120, 150], [0.5, 0.8, 0.7])
     assert curve(run, "accuracy", "seconds")[0] == [3, 10, 15]
     low = run_of(row(1, 0.3), label="low")
