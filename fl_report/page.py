@@ -35,11 +35,15 @@ def write(
         raise ValueError(f"{out}: the report is one HTML page; give a name that ends in .html")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("one results folder is given twice; give each once")
+    beside = out.with_suffix("")
+    if any(beside.resolve() in (folder.resolve(), folder.resolve().parent) for folder in folders):
+        raise ValueError(f"{out}: its pictures would lie among the results in {beside}; give "
+                         "another name")  # fmt: skip
     _check(target)
     runs = compare.read(folders)
     if not anyway and (problem := different_data(runs)):
         raise ValueError(problem)
-    pictures = markup.Pictures(out.with_suffix(""))
+    pictures = markup.Pictures(beside)
     title = _title(runs)
     parts = [
         headlines.heading(title, runs),

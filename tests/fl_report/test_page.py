@@ -702,6 +702,18 @@ def test_wrong_arguments(tmp_path: Path):
         write([tmp_path], tmp_path / "page.html")
 
 
+@pytest.mark.parametrize("name", ["all", "all/one"])
+def test_pictures_do_not_lie_among_results(name: str, tmp_path: Path):
+    """Else `all/*` would hold files that are no runs."""
+    (tmp_path / "all").mkdir()
+    one = folder_of(tmp_path / "all" / "one", [row(1, 0.5), row(2, 0.6)])
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="among the results in "):
+        write([one], tmp_path / f"{name}.html")
+    assert sorted(tmp_path.rglob("*")) == files
+    write([one], tmp_path / "all" / "page.html")
+
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 PATIENCE_S = 120.0
