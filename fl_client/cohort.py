@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from fl_client.stacked import Batches, Corrections, Dropouts, Rules, first_of, padded, stack
+from fl_client.stacked import Batches, Dropouts, Rules, corrections, first_of, padded, stack
 from fl_client.trainer import (
     LocalResult,
     Step,
@@ -205,13 +205,14 @@ class _Cohort:
         perturbation = perturbation_of(members[0].methods)
         if perturbation:
             perturbation.stacked = True
+        self.correction = corrections(
+            [handed_on(member.correction, settings) for member in members],
+            self._stack_params,
+            self.stacks[PARAMS][0],
+        )
         self.step = Step(
             perturbation=perturbation,
-            correct=Corrections(
-                [handed_on(member.correction, settings) for member in members],
-                self._stack_params,
-                self.stacks[PARAMS][0],
-            ),
+            correction=self.correction,
             clip_norm=settings.clip_norm,
             optimizer=optimizer,
             lr=settings.lr_of(key[1]),
@@ -268,6 +269,7 @@ class _Cohort:
             for (name, tensor), trained in zip(named.pop(PARAMS).items(), self.trained, strict=True)
         }
         self.leaves = [p for p in self.params.values() if p.requires_grad]
+        self.step.correction = self.correction.first(count)
         self.buffers = {name: t for tensors in named.values() for name, t in tensors.items()}
         if self.step.perturbation:
             self.step.perturbation.kept = []

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fl_client.trainer import Correction
 from fl_common.determinism import seed_of, uniform, words
-from fl_common.local import PADDING, per_tensor
+from fl_common.local import PADDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -117,47 +118,22 @@ def numbers(
     return found
 
 
-class Corrections:
-    """The closed-form terms of all clients; numbers that differ between them are (K,) tensors.
+def corrections(
+    terms: Sequence[Affine], stacked: Callable[[Tensors], Tensors], like: torch.Tensor
+) -> Correction:
+    """The closed-form terms of K clients.  `stacked` makes (K, ...) tensors of K vectors; `like`
+    has their dtype and device."""
 
-    `stacked` makes (K, ...) tensors of K vectors; `like` has their dtype and device.
-    """
+    def number(values: list[float]) -> float | torch.Tensor:
+        same = len(set(values)) == 1
+        return values[0] if same else numbers(values, like.device, like.dtype)
 
-    def __init__(
-        self,
-        terms: Sequence[Affine],
-        stacked: Callable[[Tensors], Tensors],
-        like: torch.Tensor,
-    ) -> None:
-        def number(values: list[float]) -> float | torch.Tensor:
-            if len(set(values)) == 1:
-                return values[0]
-            return numbers(values, like.device, like.dtype)
-
-        self.scale = number([term.scale for term in terms])
-        self.slope = number([term.slope for term in terms])
-        self.decay = number([term.decay for term in terms])
-        self.constant: Tensors = []
-        if any(term.constant is not None for term in terms):
-            zero = next(torch.zeros_like(t.constant) for t in terms if t.constant is not None)
-            vectors = [zero if term.constant is None else term.constant for term in terms]
-            self.constant = stacked(vectors)
-
-    def __call__(self, params: Tensors, grads: Tensors) -> float | torch.Tensor:
-        scale, slope, decay = (_of(v, len(params[0])) for v in (self.scale, self.slope, self.decay))
-        if isinstance(scale, torch.Tensor):
-            torch._foreach_mul_(grads, per_tensor(scale, grads))
-        elif scale != 1.0:
-            torch._foreach_mul_(grads, scale)
-        if isinstance(slope, torch.Tensor):
-            torch._foreach_add_(grads, torch._foreach_mul(params, per_tensor(slope, params)))
-        elif slope:
-            torch._foreach_add_(grads, params, alpha=slope)
-        if self.constant:
-            torch._foreach_add_(
-                grads, [_of(constant, len(params[0])) for constant in self.constant]
-            )
-        return decay
+    constant: Tensors = []
+    if any(term.constant is not None for term in terms):
+        zero = next(torch.zeros_like(t.constant) for t in terms if t.constant is not None)
+        constant = stacked([zero if term.constant is None else term.constant for term in terms])
+    parts = (number([getattr(t, name) for t in terms]) for name in ("scale", "slope", "decay"))
+    return Correction(*parts, constant)
 
 
 class Rules(TorchFunctionMode):
@@ -245,11 +221,6 @@ def _embedding(
         return vectors
     padding = (input == padding_idx % len(weight)).unsqueeze(-1)
     return torch.where(padding, vectors.detach(), vectors)
-
-
-def _of(value: Any, count: int) -> Any:
-    """The first `count` clients' part of a stacked tensor; a plain number holds for all of them."""
-    return value[:count] if isinstance(value, torch.Tensor) else value
 
 
 def first_of(state: State, count: int) -> State:

@@ -110,7 +110,7 @@ def local_round(
     halves = halved(net, settings, methods)
     step = Step(
         perturbation=perturbation_of(methods),
-        correct=Correction(handed_on(correction, settings), net),
+        correction=Correction.of(handed_on(correction, settings), net),
         clip_norm=settings.clip_norm,
         optimizer=optimizer,
         lr=settings.lr_of(server_round),
@@ -182,9 +182,7 @@ class Step:
     and gradients are (A, ...)."""
 
     perturbation: Perturbation | None
-    correct: Callable[[Tensors, Tensors], float | torch.Tensor]
-    """Adds the closed-form terms to the gradients; returns the decay to be added after clipping,
-    one number for all clients or (A,)."""
+    correction: Correction
     clip_norm: float
     optimizer: Optimizer
     lr: float
@@ -215,14 +213,13 @@ class Step:
         with torch.no_grad():
             if self.norms:
                 self.lengths.append(norms_of(grads, self.stacked))
-            decay = self.correct(params, grads)
+            decay = self.correction(params, grads)
             if self.clip_norm:
                 # As torch.nn.utils.clip_grad_norm_ has it.
                 factor = self.clip_norm / (norm_of(grads, self.stacked) + 1e-6)
                 torch._foreach_mul_(grads, per_tensor(factor.clamp_(max=1.0), grads))
             if isinstance(decay, torch.Tensor):
-                pull = torch._foreach_mul(params, per_tensor(decay, params))
-                torch._foreach_add_(grads, pull)
+                add_scaled(grads, params, decay)
                 decay = 0.0
             self.optimizer.step(params, grads, self.lr, decay)
         return loss
@@ -260,27 +257,52 @@ def handed_on(terms: Affine, settings: Train) -> Affine:
     return replace(terms, slope=0.0, decay=terms.decay + terms.slope)
 
 
+@dataclass(frozen=True)
 class Correction:
-    """An `Affine` on the training device, applied to the gradients of every step."""
+    """An `Affine` on the training device, applied to the gradients of every step: of one client, or
+    of A clients whose tensors are stacked, with numbers (A,) where they differ."""
 
-    def __init__(self, terms: Affine, net: torch.nn.Module) -> None:
-        self.scale, self.slope, self.decay = terms.scale, terms.slope, terms.decay
-        self.constant: list[torch.Tensor] = []
+    scale: float | torch.Tensor
+    slope: float | torch.Tensor
+    decay: float | torch.Tensor
+    constant: Tensors
+    """By trained parameter; empty: zero."""
+
+    @classmethod
+    def of(cls, terms: Affine, net: torch.nn.Module) -> Correction:
+        """One client's."""
+        constant: Tensors = []
         if terms.constant is not None:
             device = next(net.parameters()).device
             views = Layout.of(net).split(PARAMS, terms.constant.to(device))
             trained = zip(net.parameters(), views, strict=True)
-            self.constant = [view for p, view in trained if p.requires_grad]
+            constant = [view for p, view in trained if p.requires_grad]
+        return cls(terms.scale, terms.slope, terms.decay, constant)
 
-    def __call__(self, params: Tensors, grads: Tensors) -> float:
-        """Apply the terms to `grads` in place; returns the decay that is left to the optimizer."""
-        if self.scale != 1.0:
-            torch._foreach_mul_(grads, self.scale)
-        if self.slope:
-            torch._foreach_add_(grads, params, alpha=self.slope)
+    def first(self, count: int) -> Correction:
+        """The first `count` clients' part."""
+        parts = (
+            number[:count] if isinstance(number, torch.Tensor) else number
+            for number in (self.scale, self.slope, self.decay)
+        )
+        return Correction(*parts, [tensor[:count] for tensor in self.constant])
+
+    def __call__(self, params: Tensors, grads: Tensors) -> float | torch.Tensor:
+        """Apply the terms to `grads` in place; returns the decay, to be added after clipping."""
+        if isinstance(self.scale, torch.Tensor) or self.scale != 1.0:
+            torch._foreach_mul_(grads, per_tensor(self.scale, grads))
+        add_scaled(grads, params, self.slope)
         if self.constant:
             torch._foreach_add_(grads, self.constant)
         return self.decay
+
+
+def add_scaled(grads: Tensors, params: Tensors, factor: float | torch.Tensor) -> None:
+    """grads += factor * params, in place; `factor`: one number, or each client's (A,)."""
+    if isinstance(factor, torch.Tensor):
+        torch._foreach_add_(grads, torch._foreach_mul(params, per_tensor(factor, params)))
+    elif factor:
+        torch._foreach_add_(grads, params, alpha=factor)
 
 
 @contextmanager

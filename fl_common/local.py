@@ -151,10 +151,10 @@ def norm_of(tensors: Tensors, stacked: bool = False) -> torch.Tensor:
     return torch.linalg.vector_norm(norms, dim=0) if stacked else torch.linalg.vector_norm(norms)
 
 
-def per_tensor(factor: torch.Tensor, tensors: Tensors) -> torch.Tensor | Tensors:
+def per_tensor(factor: float | torch.Tensor, tensors: Tensors) -> float | torch.Tensor | Tensors:
     """`factor` as `_foreach_mul` takes it: a scalar unchanged, each client's own (A,) as one tensor
     per entry, shaped to broadcast."""
-    if not factor.dim():
+    if not isinstance(factor, torch.Tensor) or not factor.dim():
         return factor
     return [factor.view(-1, *[1] * (tensor.dim() - 1)) for tensor in tensors]
 

@@ -233,12 +233,15 @@ METHODS = {
 
 
 def test_terms_that_differ_from_client_to_client():
-    """grad + 2 theta, and grad / 2 + (1, -1)."""
+    """grad + 2 theta, and grad / 2 + (1, -1); then the first of them alone."""
     terms = [Affine(slope=2.0), Affine(constant=torch.tensor([1.0, -1.0]), scale=0.5)]
-    correct = stacked.Corrections(terms, lambda rows: [torch.stack(rows)], torch.zeros(()))
-    grads = [torch.ones(2, 2)]
-    assert correct([torch.tensor([[3.0, 4.0], [5.0, 6.0]])], grads) == 0
+    both = stacked.corrections(terms, lambda rows: [torch.stack(rows)], torch.zeros(()))
+    params, grads = [torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [torch.ones(2, 2)]
+    assert both(params, grads) == 0
     assert grads[0].tolist() == [[7.0, 9.0], [1.5, -0.5]]
+    grads = [torch.ones(1, 2)]
+    assert both.first(1)([params[0][:1]], grads) == 0
+    assert grads[0].tolist() == [[7.0, 9.0]]
 
 
 @pytest.mark.parametrize("method", METHODS)
