@@ -116,10 +116,15 @@ class WeightedMean:
         return mean
 
     def take(self, dtype: torch.dtype) -> torch.Tensor:
-        """The mean; frees the sum, so it can be taken once."""
+        """The mean; lets go of the sum, as large as two models, so it can be taken once."""
         mean = self.value(dtype)
         self._sum = None
         return mean
+
+    def take_sum(self) -> torch.Tensor:
+        """`sum`; lets go of it, so it can be taken once."""
+        total, self._sum = self.sum, None
+        return total
 
 
 def _blocks(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

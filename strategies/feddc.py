@@ -96,10 +96,10 @@ class FedDC(FederatedStrategy):
 
     def step(self) -> torch.Tensor:
         w, c, h = self.w[PARAMS], self.kept["c"], self.kept["H"]
-        number = self.config.clients.number
+        number, total = self.config.clients.number, self.deltas.take_sum()
         if self.params.gradient_correction:
-            self.kept["c"] = (c + self.controls.sum / number).to(c.dtype)
+            self.kept["c"] = (c + self.controls.take_sum() / number).to(c.dtype)
         if self.params.drift:
-            self.kept["H"] = (h + self.deltas.sum / number).to(h.dtype)
-        mean = self.deltas.sum / self.deltas.weight
+            self.kept["H"] = (h + total / number).to(h.dtype)
+        mean = total / self.deltas.weight
         return (w + mean + self.kept["H"]).to(w.dtype)

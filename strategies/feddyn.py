@@ -82,7 +82,7 @@ class FedDyn(FederatedStrategy):
         self.deltas.add(self.delta(reply))
 
     def step(self) -> torch.Tensor:
-        w, h = self.w[PARAMS], self.kept["H"]
-        self.kept["H"] = (h + self.deltas.sum / self.config.clients.number).to(h.dtype)
-        mean = self.deltas.sum / self.deltas.weight
+        w, h, total = self.w[PARAMS], self.kept["H"], self.deltas.take_sum()
+        self.kept["H"] = (h + total / self.config.clients.number).to(h.dtype)
+        mean = total / self.deltas.weight
         return (w + mean + self.kept["H"]).to(w.dtype)

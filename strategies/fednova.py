@@ -75,4 +75,4 @@ class FedNova(FederatedStrategy):
 
     def step(self) -> torch.Tensor:
         w, tau_eff = self.w[PARAMS], self.weighted_steps / self.answered
-        return (w + self.directions.sum * (tau_eff / self.answered)).to(w.dtype)
+        return (w + self.directions.take_sum() * (tau_eff / self.answered)).to(w.dtype)

@@ -235,5 +235,5 @@ class FedPart(FederatedStrategy):
 
     def step(self) -> torch.Tensor:
         new = self.w[PARAMS].clone()
-        self.groups.put(new, {g: mean.value(new.dtype) for g, mean in self.means.items()})
+        self.groups.put(new, {g: mean.take(new.dtype) for g, mean in self.means.items()})
         return new

@@ -81,5 +81,5 @@ class MoFedSAM(FederatedStrategy):
 
     def step(self) -> torch.Tensor:
         w, replies = self.w[PARAMS], self.deltas.weight
-        self.kept["m"] = over(-self.directions.sum, replies).to(w.dtype)
-        return (w + over(self.deltas.sum, replies)).to(w.dtype)
+        self.kept["m"] = over(-self.directions.take_sum(), replies).to(w.dtype)
+        return (w + over(self.deltas.take_sum(), replies)).to(w.dtype)

@@ -103,6 +103,6 @@ class Scaffold(FederatedStrategy):
 
     def step(self) -> torch.Tensor:
         w, c = self.w[PARAMS], self.kept["c"]
-        self.kept["c"] = (c + self.controls.sum / self.config.clients.number).to(c.dtype)
-        mean = self.deltas.sum / self.deltas.weight
+        self.kept["c"] = (c + self.controls.take_sum() / self.config.clients.number).to(c.dtype)
+        mean = self.deltas.take_sum() / self.deltas.weight
         return (w + self.params.eta_g * mean).to(w.dtype)

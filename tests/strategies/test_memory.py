@@ -4,6 +4,7 @@ it is cheap on the wire, and it outlives a run that is cut."""
 from __future__ import annotations
 
 import copy
+import gc
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ from fl_common import assembly, wire
 from fl_common.config import methods
 from fl_server.cli import main
 from fl_server.inprocess import InProcessGrid
+from fl_server.rounds import Rounds
 from tests import toy
 from tests.strategies.test_scaffold import by_hand
 
@@ -307,6 +309,22 @@ def test_drifts_advance_once_per_accepted_reply(on_toy, monkeypatch, name, world
     assert [np.flatnonzero(row).tolist() for row in moved] == [
         [1], *(row["replies"] for row in trace.result.history[1:])
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_no_sum_of_a_round_is_kept_while_the_next_one_is_waited_for(runner, monkeypatch, name):
+    """A sum is float64, so as large as two models."""
+    train, kept = Rounds.train, []
+
+    def followed(self, *args):
+        train(self, *args)
+        found = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        kept.append([each.shape for each in found if each.dtype == torch.float64])
+
+    monkeypatch.setattr(Rounds, "train", followed)
+    more = ["fedpart.warm-up=0"] if name == "fedpart" else []
+    runner(*TABULAR, "clients.number=2", "run.rounds=2", f"strategy.name={name}", *more)
+    assert kept == [[], []]
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
