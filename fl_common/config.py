@@ -340,8 +340,8 @@ class Engine(Group):
     cohort: Count = Field(
         "1",
         description="clients that the in-process engine trains at once, in one pass for all of "
-        "them: for small models on a GPU; updates differ by rounding, 1e-5 at most; a number, or "
-        "auto: chosen by measurement in the first round",
+        "them: for small models on a GPU; sums are rounded differently; a number, or auto: chosen "
+        "by measurement in the first round",
     )
     client_gpus: float = Field(
         0.0,

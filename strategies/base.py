@@ -87,7 +87,8 @@ def over(vector: torch.Tensor, number: float) -> torch.Tensor:
 class WeightedMean:
     """A mean of vectors, summed in float64 in the order they come.
 
-    The weights need no normalising beforehand.  Equal vectors give back exactly that vector.
+    The weights need no normalising beforehand.  Equal float32 vectors with whole-numbered weights
+    give back exactly that vector.
     """
 
     def __init__(self) -> None:
