@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -430,6 +431,7 @@ def serve(node: Node) -> int:
     sys.argv = ["flower-supernode", *_arguments(node)]
     opening = Opening()
     hear_denials(opening)
+    end_once()
     for name in LOGGERS:
         logging.getLogger(name).addFilter(opening)
     from flwr.supercore.exit import add_exit_handler
@@ -475,6 +477,23 @@ def hear_denials(opening: Opening) -> None:
         return invoker
 
     module.make_simple_grpc_retry_invoker = listening
+
+
+def end_once() -> None:
+    """Have no signal break off the orderly end that another has begun.
+
+    For its end Flower restores the handlers that it found.  With ours, a second Ctrl-C would leave
+    the temporary folder, and a node that the server took for online.
+    """
+    module = importlib.import_module(SUPERNODE)
+    register = module.register_signal_handlers
+
+    def registering(*arguments: object, **named: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(number, lambda *_: None)
+        register(*arguments, **named)
+
+    module.register_signal_handlers = registering
 
 
 class Opening(logging.Filter):

@@ -457,6 +457,31 @@ def test_sockets_have_room_whatever_the_folder_of_temporary_files(tmp_path: Path
     subprocess.run([sys.executable, "-c", SERVED], env=env, check=True, timeout=100)
 
 
+ENDED = """
+import importlib, os, signal, time
+from flwr.supercore.exit import add_exit_handler
+from flwr.supercore.telemetry import EventType
+from fl_client import node
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+node.end_once()
+def end():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    print("ended", flush=True)
+add_exit_handler(end)
+module = importlib.import_module(node.SUPERNODE)
+module.register_signal_handlers(event_type=EventType.RUN_SUPERNODE_LEAVE)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_second_signal_does_not_break_off_a_nodes_end():
+    """Flower's end of a SuperNode goes on to its last handler, and its exit code stays 0."""
+    command = [sys.executable, "-c", ENDED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
+
+
 def test_the_lines_of_flower_that_polling_replaces():
     """`poll_every` knows Flower's pauses by their literal lengths.
 
