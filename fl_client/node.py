@@ -307,8 +307,13 @@ def _check_server(node: Node, host: str, port: int, proxy: str = "") -> None:
                 f"{where}: answers, but not through the proxy that gRPC takes from {proxy}; have "
                 f"the proxy let it through, or add {host} to no_proxy"
             )
-        except (socket.gaierror, UnicodeError):  # a name that no host can have
-            raise NodeError(f"{where}: no such host; correct --superlink") from None
+        except (socket.gaierror, UnicodeError) as error:  # a name that no host can have
+            if getattr(error, "errno", None) != socket.EAI_AGAIN:
+                raise NodeError(f"{where}: no such host; correct --superlink") from None
+            problem = (
+                f"{where}: no DNS server answers; check this machine's network, or wait for it "
+                "with --wait SECONDS"
+            )
         except TimeoutError:
             problem = f"{where}: no answer; correct --superlink, or open the port in the firewall"
         except OSError as error:
@@ -364,7 +369,10 @@ def _check_tls(
 def _why(error: ssl.SSLCertVerificationError, host: str, where: str, ca: str) -> str:
     """What is wrong with the server's certificate, by OpenSSL's X509_V_ERR codes."""
     if error.verify_code == 10:
-        return f"{where}: its certificate has expired; renew it on the server"
+        return (
+            f"{where}: its certificate has expired; renew it on the server, or correct this "
+            "machine's clock"
+        )
     if error.verify_code == 9:
         return f"{where}: its certificate is not valid yet; check the clocks of both machines"
     if error.verify_code in (62, 64):
@@ -540,9 +548,9 @@ def _why_refused(node: Node, opening: Opening) -> str:
             "keys, give this node's as --auth-key"
         )
     return (
-        f"{where} did not accept this node's key: register it with `flwr supernode register "
-        f"{node.auth_key}.pub CONNECTION`; if it is registered, another node has it, or had it "
-        "within the last minute"
+        f"{where} did not accept this node's key: register it with `flatfed register keys.json "
+        "CONNECTION` on the server; if it is registered, another node has it, or had it within the "
+        "last minute"
     )
 
 

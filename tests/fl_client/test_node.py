@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -90,7 +91,7 @@ def test_certificates(keys, servers, capsys, server: str, ca: str, reason: str):
 def test_expired_server_certificate(keys, servers):
     port, root = servers["expired"], keys / "expired" / CA
     given = node.Node(f"127.0.0.1:{port}", root_certificates=root, wait=0)
-    with pytest.raises(node.NodeError, match="has expired; renew it on the server"):
+    with pytest.raises(node.NodeError, match="renew it on the server, or correct this machine's"):
         node._check_server(given, "127.0.0.1", port)
 
 
@@ -233,6 +234,25 @@ def test_server_that_comes_up_later():
     threading.Timer(1.0, server.start).start()
     node.check(node.Node(f"127.0.0.1:{port}", {"partition-id": 0}, insecure=True, wait=20))
     server.stop(0)
+
+
+def test_a_network_that_comes_up_later(servers, monkeypatch: pytest.MonkeyPatch):
+    """A machine that boots has no DNS yet: that is no mistake in --superlink."""
+    connect, calls = socket.create_connection, []
+
+    def connecting(*arguments: object) -> socket.socket:
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return connect(*arguments)
+
+    monkeypatch.setattr(node.socket, "create_connection", connecting)
+    given = node.Node(f"localhost:{servers['plaintext']}", insecure=True, wait=0)
+    with pytest.raises(node.NodeError, match="no DNS server answers; check this machine's network"):
+        node._check_server(given, "localhost", servers["plaintext"])
+    calls.clear()
+    node._check_server(replace(given, wait=20), "localhost", servers["plaintext"])
+    assert len(calls) == 3
 
 
 def test_port_in_use(servers, capsys):

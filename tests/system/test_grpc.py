@@ -164,7 +164,7 @@ def test_a_node_that_is_not_registered(two: Place):
     key = make_node_key(two.folder / "unknown").with_suffix("")
     for more, reason in (
         ([], "give this node's as --auth-key"),
-        (["--auth-key", str(key)], f"register it with `flwr supernode register {key}.pub"),
+        (["--auth-key", str(key)], "register it with `flatfed register keys.json"),
         (["--auth-key", str(keys / "node-0")], "another node has it"),
     ):
         node = two.flatfed("node", "--superlink", state["fleet"], *options, *more)
