@@ -120,7 +120,7 @@ class Ledger:
         self.rounds |= dict.fromkeys(names, server_round)
         self.sel, self.first = self.cohort, self.stats
         for kind, change in self.change.items():
-            self.sum[kind] = self.sum[kind] + change.sum
+            self.sum[kind] = self.sum[kind] + change.take_sum()
 
     def give_back(self, name: int, request: Mapping[str, Any]) -> Flat | None:
         """What this client remembered after the last round that counted; None if it has no
