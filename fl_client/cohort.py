@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -35,6 +35,7 @@ from fl_client.trainer import (
 from fl_common.determinism import generator_state, seed_device, seed_of, set_generator_state
 from fl_common.layout import PARAMS, Layout
 from fl_common.local import PADDING, mean_losses, norm_of
+from fl_common.passes import called_with
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -355,7 +356,7 @@ class _Cohort:
             methods[0].seen = []
         self.rules.masks, self.rules.samples = iter(masks), samples
         with self.rules:
-            output = functional_call(self.net, (params, buffers), (x,))
+            output = called_with(self.net, {**params, **buffers}, x)
         return output, [methods[0].seen for methods in self.terms]
 
     def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, Tensors]:

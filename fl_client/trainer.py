@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -26,6 +25,7 @@ from fl_common.determinism import (
 )
 from fl_common.layout import PARAMS, Layout
 from fl_common.local import norm_of, norms_of, per_tensor
+from fl_common.passes import called_with
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def local_round(
         for (method, name), tensor in zip(drawing, drawn, strict=True):
             setattr(method, name, tensor)
         with precision():
-            output = functional_call(net, copies(halves), (x,)) if halves else net(x)
+            output = called_with(net, copies(halves), x) if halves else net(x)
             whole = loss = criterion(output, y)
             for data_term in data_terms:
                 added = data_term(x, output, y)

@@ -1,4 +1,4 @@
-"""Which forward passes are a step's own, and which are extra.
+"""Forward passes with other tensors than the network's own, and which passes are a step's own.
 
 A method on forward hooks works on the pass whose output the loss is taken of.  Methods that look
 at the network once more (a teacher, a slimmed copy, a reference) wrap that in `extra_pass`.
@@ -13,7 +13,32 @@ from typing import TYPE_CHECKING
 from fl_common.deferred import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+
+def called_with(
+    net: torch.nn.Module, tensors: Mapping[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """`net(x)` with `tensors` in the place of its parameters and buffers of these names.
+
+    Tensors that layers share are named once.  So is a module that the network has under several
+    names, of which torch's `functional_call` would not put the tensors back.
+    """
+    given = {
+        id(own): tensors[name]
+        for named in (net.named_parameters, net.named_buffers)
+        for name, own in named(remove_duplicate=False)
+        if name in tensors
+    }
+    places = {
+        name: given[id(own)]
+        for path, module in net.named_modules()
+        for named in (module.named_parameters, module.named_buffers)
+        for name, own in named(path, recurse=False, remove_duplicate=False)
+        if id(own) in given
+    }
+    return torch.func.functional_call(net, places, (x,), tie_weights=False)
+
 
 _EXTRA = ContextVar("extra pass", default=False)
 

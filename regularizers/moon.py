@@ -22,7 +22,7 @@ from fl_common.config import Group
 from fl_common.deferred import torch
 from fl_common.layout import COUNTERS, PARAMS, STATS, Layout
 from fl_common.models.catalogue import MODELS, skeleton
-from fl_common.passes import extra_pass, is_main_pass
+from fl_common.passes import called_with, extra_pass, is_main_pass
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -126,10 +126,7 @@ class MOON(Regularizer):
         self.net.eval()
         try:
             with extra_pass(), torch.no_grad():
-                return [
-                    torch.func.functional_call(self.representation, tensors, x)
-                    for tensors in self.references
-                ]
+                return [called_with(self.representation, tensors, x) for tensors in self.references]
         finally:
             for module, training in modes:  # norms of frozen layers may be in evaluation mode
                 module.training = training

@@ -475,6 +475,31 @@ def test_padding_may_be_counted_from_the_end():
     assert weight.grad.tolist() == [[1, 1], [1, 1], [0, 0]]
 
 
+class Shared(torch.nn.Module):
+    """A layer that it has under two names, and a weight that two layers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc = torch.nn.Linear(64, 8), torch.nn.Linear(8, 4)
+        self.middle, self.tied = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.tied.weight = self.middle.weight
+        self.layers = torch.nn.Sequential(self.middle, self.norm, self.tied, self.middle, self.norm)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.layers(self.first(x.flatten(1))))
+
+
+def test_what_layers_share_stays_one(monkeypatch):
+    monkeypatch.setattr(assembly, "new_model", lambda *args: Shared())
+    federation = Federation(monkeypatch)
+    same(federation, 1e-11, rounds=2)
+    names = [*dict(federation.clients.net.named_parameters())]
+    assert names == [*dict(Shared().named_parameters())]
+    assert all(isinstance(p, torch.nn.Parameter) for p in federation.clients.net.parameters())
+
+
 class Mixing(torch.nn.Module):
     """Takes samples together, in a way that torch stacks and padding spoils."""
 
