@@ -196,7 +196,7 @@ class Clients:
         self.evaluate_job(job, job.start, "-before")
         result = self.local_round(job, self.config.train)
         place = job.sent[PARAMS].device
-        trained = {kind: concatenate(t).to(place) for kind, t in self.tensors.items()}
+        trained = {kind: concatenate(t).to(place) for kind, t in self._tensors().items()}
         self.evaluate_job(job, None, "-after")
         job.cpu_s += time.process_time() - started
         return self.finish(job, trained, result, self.optimizer.state())
@@ -394,7 +394,7 @@ class Clients:
         self.groups = assembly.groups_of(config, self.net, shape)
         if config.eval.grad_norm:
             self.layers = assembly.layers_of(config, self.net, shape)
-        self.tensors = {k: list(tensors.values()) for k, tensors in tensors_of(self.net).items()}
+        self.tensors: dict[str, Tensors] = {}
         self.optimizer = (
             Adam(weight_decay=train.weight_decay)
             if train.optimizer == "adam"
@@ -410,9 +410,16 @@ class Clients:
     @torch.no_grad()
     def _install(self, received: Flat) -> None:
         """Copy the received model into the resident one."""
-        for kind, tensors in self.tensors.items():
+        for kind, tensors in self._tensors().items():
             vector = self._uploaded(kind, received[kind])
             torch._foreach_copy_(tensors, self.layout.split(kind, vector))
+
+    def _tensors(self) -> dict[str, Tensors]:
+        """The resident network's tensors by kind.  A pass of a network of one's own may have put
+        new buffers in the place of others."""
+        if not self.tensors or ":" in self.config.model.name:
+            self.tensors = {kind: list(t.values()) for kind, t in tensors_of(self.net).items()}
+        return self.tensors
 
     def _uploaded(self, kind: str, vector: torch.Tensor) -> torch.Tensor:
         """On the training device; a model that many clients get goes to a GPU once."""

@@ -322,8 +322,11 @@ class _Cohort:
             found = ()
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            moved = [after[n] - (b if after[n].shape == b.shape else b[k]) for n, b in buffers]
-            return list(found), [change for change in moved if change.is_floating_point()]
+            return list(found), [
+                after[n] - (b if after[n].shape == b.shape else b[k])
+                for n, b in buffers
+                if b.is_floating_point()
+            ]
 
         params, buffers = self.params.items(), self.buffers.items()
         with _unrounded(), self.precision():

@@ -22,7 +22,8 @@ def called_with(
     """`net(x)` with `tensors` in the place of its parameters and buffers of these names.
 
     Tensors that layers share are named once.  So is a module that the network has under several
-    names, of which torch's `functional_call` would not put the tensors back.
+    names, of which torch's `functional_call` would not put the tensors back.  What the pass puts in
+    the place of a buffer is copied to the one in `tensors`.
     """
     given = {
         id(own): tensors[name]
@@ -37,7 +38,12 @@ def called_with(
         for name, own in named(path, recurse=False, remove_duplicate=False)
         if id(own) in given
     }
-    return torch.func.functional_call(net, places, (x,), tie_weights=False)
+    after = dict(places)
+    output = torch.func.functional_call(net, after, (x,), tie_weights=False)
+    for name, tensor in places.items():
+        if after[name] is not tensor:
+            tensor.copy_(after[name])
+    return output
 
 
 _EXTRA = ContextVar("extra pass", default=False)

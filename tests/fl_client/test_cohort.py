@@ -500,6 +500,34 @@ def test_what_layers_share_stays_one(monkeypatch):
     assert all(isinstance(p, torch.nn.Parameter) for p in federation.clients.net.parameters())
 
 
+class Replacing(torch.nn.Module):
+    """Puts a new buffer in the place of the old one in every step; another is a mask."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(64, classes)
+        self.register_buffer("mask", torch.arange(64) % 3 > 0)
+        self.register_buffer("last", torch.zeros(classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.fc(x.flatten(1) * self.mask)
+        if self.training:
+            self.last = (self.last + self.fc.weight.mean(1).detach()) / 2
+        return z - self.last
+
+
+def test_buffers_that_are_replaced_belong_to_their_client(monkeypatch):
+    federation = Federation(monkeypatch, model__name=f"{__name__}:Replacing")
+    same(federation, 1e-11)
+    messages = federation.messages()
+    of_both = federation.alone(messages, federation.states())
+    first = Federation(monkeypatch, model__name=f"{__name__}:Replacing")
+    for partition in (1, 0):  # the other way round
+        reply = first.clients.train(partition, messages[partition], RecordDict())
+        assert difference(reply, of_both[partition]) == 0
+        assert vectors(reply)["arrays/stats"].any()
+
+
 class Mixing(torch.nn.Module):
     """Takes samples together, in a way that torch stacks and padding spoils."""
 
