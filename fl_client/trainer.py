@@ -148,7 +148,17 @@ def local_round(
             x, y = transform(x, y)
         repeated = partial(_repeated, net, device, step.perturbation and generator_state(device))
         drawn = [getattr(method, name) for method, name in drawing]
-        losses.append(step(params, partial(gradient, x, y, *drawn), repeated))
+        try:
+            losses.append(step(params, partial(gradient, x, y, *drawn), repeated))
+        except ValueError as error:
+            if len(x) == 1 and "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    "BatchNorm cannot train on a batch of one sample, the last of "
+                    f"{len(data.y)} in batches of {settings.batch_size}; set another "
+                    "train.batch-size, give every client more samples, or use GroupNorm "
+                    "(model.norm=group, or in a model of your own)"
+                ) from error
+            raise
         sizes.append(len(x))
 
     weights = torch.tensor(sizes, dtype=torch.float64)

@@ -285,3 +285,23 @@ def test_a_network_with_a_loss_is_trained_on_it():
     play(model, Train(batch_size=N, lr=0.1))
     gradient = -2 * (local.y.float()[:, None] * local.x).mean(0)
     torch.testing.assert_close(model.w.detach(), -0.1 * gradient)
+
+
+def test_a_norm_of_one_sample_says_what_helps():
+    """13 samples in batches of 4 end with one; 13 in batches of 5 do not."""
+    model = net()
+    model.insert(1, torch.nn.BatchNorm1d(8))
+    with pytest.raises(ValueError, match=r"the last of 13 in batches of 4; set another train\.b"):
+        play(model, Train(batch_size=4))
+    assert play(model, Train(batch_size=5)).steps == 3
+
+
+def test_another_error_at_one_sample_stays_as_it_is():
+    class Refusing(torch.nn.Linear):
+        def forward(self, x):
+            if len(x) == 1:
+                raise ValueError("one is too few")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"^one is too few$"):
+        play(Refusing(FEATURES, CLASSES), Train(batch_size=4))
