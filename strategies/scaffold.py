@@ -56,8 +56,8 @@ def control_warnings(model: Flat) -> list[str]:
     if STATS not in model:
         return []
     return [
-        "BatchNorm statistics are averaged, not corrected: control variates work better with "
-        "model.norm=group"
+        "buffers, such as BatchNorm's statistics, are averaged, not corrected: control variates "
+        "work better with GroupNorm (model.norm=group, or in a model of your own)"
     ]
 
 

@@ -305,6 +305,21 @@ def test_augmented_and_dropped_out(monkeypatch):
     assert all(difference(a, b) < 1e-11 for a, b in zip(whole, pairs, strict=True))
 
 
+class Dropping(torch.nn.Module):
+    """Drops without a module for it."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.nn.functional.dropout(x.flatten(1), 0.3, self.training))
+
+
+def test_a_dropout_that_is_no_module(monkeypatch):
+    same(Federation(monkeypatch, model__name=f"{__name__}:Dropping"), 1e-11)
+
+
 def test_bfloat16(monkeypatch):
     """Autocast, to its own precision: 8 bits of mantissa, so 1 % of an update of 0.1."""
     federation = Federation(
