@@ -8,6 +8,7 @@ samples, in float64, and dropped, so that memory does not depend on how many the
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
@@ -109,8 +110,8 @@ class Curvature:
             loss = self._loss(x, y)
         if not self._differentiable:
             refuse_once_differentiable(loss)
-            self._differentiable = True
         grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
+        self._differentiable = True
         # A gradient without a graph is constant: the parameter is unused, or enters linearly.
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         if not live:
@@ -142,8 +143,8 @@ class Curvature:
 
 
 def refuse_once_differentiable(output: torch.Tensor) -> None:
-    """Raise ValueError for an operation behind `output` whose gradient torch silently takes for a
-    constant."""
+    """Have ValueError raised when a gradient of `output` passes an operation that makes it a
+    constant for torch, silently."""
     mark = torch.autograd.function.once_differentiable(None).__code__
     seen, left = set(), [output.grad_fn]
     while left:
@@ -154,10 +155,14 @@ def refuse_once_differentiable(output: torch.Tensor) -> None:
         left += [before for before, _ in node.next_functions]
         function = getattr(node, "_forward_cls", None)
         if getattr(getattr(function, "backward", None), "__code__", None) is mark:
-            raise ValueError(
-                f"{function.__name__}.backward is once_differentiable: the curvature behind it "
-                "would be taken for 0; write it in differentiable operations, without that mark"
-            )
+            node.register_prehook(partial(_refuse, function.__name__))
+
+
+def _refuse(name: str, grads: tuple[torch.Tensor, ...]) -> None:
+    raise ValueError(
+        f"{name}.backward is once_differentiable: the curvature behind it would be taken for 0; "
+        "write it in differentiable operations, without that mark"
+    )
 
 
 def cut(

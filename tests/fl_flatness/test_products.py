@@ -150,6 +150,16 @@ def test_an_operation_that_hides_its_curvature_is_named():
     torch.testing.assert_close(bad.gradient(), plain.gradient(), rtol=1e-10, atol=1e-13)
     with pytest.raises(ValueError, match=r"OnceCube.backward is once_differentiable: "):
         bad.product(v)
+    with pytest.raises(ValueError, match="once_differentiable"):  # nor a second time
+        bad.product(v)
+    behind, before = (
+        [Curvature(c.net, c.batches, only=[name]) for c in (plain, bad)]
+        for name in ("last.weight", "first.weight")
+    )
+    v = torch.arange(15, dtype=torch.float64)  # no gradient of the last layer passes it
+    torch.testing.assert_close(*(c.product(v) for c in behind), rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match=r"OnceCube.backward is once_differentiable: "):
+        before[1].product(torch.ones(80, dtype=torch.float64))
 
 
 def test_float32_networks_are_summed_in_float64():
