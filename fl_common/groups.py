@@ -70,7 +70,8 @@ class Groups:
                 continue
             seen.update(mine)
             if last is None or not isinstance(module, NORMS):
-                last = names[module] or "model"
+                # A layer's parametrizations are modules of their own, within it.
+                last = names[module].partition(".parametrizations.")[0] or "model"
             members.setdefault(last, []).extend(mine)
         trained = _trained(net)
         joined: dict[str, list[int]] = {}

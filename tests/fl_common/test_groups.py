@@ -167,6 +167,15 @@ def test_a_layer_whose_tensors_are_all_another_ones_makes_no_group():
     assert Groups.of(Shared(), (3,)).names == ("a",)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_parametrized_layer_is_one_group(bias: bool):
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=bias))
+    net = nn.Sequential(nn.Linear(3, 3), normed, nn.LayerNorm(3), nn.Linear(3, 2))
+    groups = Groups.of(net, (3,))
+    assert groups.names == ("0", "1", "3")
+    assert groups.numel("1") == 3 + 9 + 3 * bias + 6
+
+
 @pytest.mark.parametrize("name", [STATS, COUNTERS, PARAMS])
 def test_a_layer_cannot_have_the_name_of_what_travels_beside_groups(name):
     net = nn.Sequential()
