@@ -239,8 +239,8 @@ def _add_cost_commands(
     commands: argparse._SubParsersAction, settings: argparse.ArgumentParser
 ) -> None:
     of_data = argparse.ArgumentParser(add_help=False)
-    of_data.add_argument("--shape", metavar="C,H,W", help="shape of a sample, (C, H, W) or (F,), "
-        "if data.source does not say (default: 3,32,32)")  # fmt: skip
+    of_data.add_argument("--shape", metavar="C,H,W", help="shape of a sample, (C, H, W), (F,), or "
+        "(V, L) of token ids, if data.source does not say (default: 3,32,32)")  # fmt: skip
     of_data.add_argument("--classes", type=int, metavar="N", help="number of classes, if "
         "data.source does not say (default: 10)")  # fmt: skip
     of_model = argparse.ArgumentParser(add_help=False)

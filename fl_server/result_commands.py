@@ -231,8 +231,11 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Scalar]) -> Plan:
             shape = tuple(int(side) for side in args.shape.split(","))
         except ValueError:
             shape = ()
-        if len(shape) not in (1, 3) or min(shape) < 1:
-            errors.append(f"--shape {args.shape}: write an image as C,H,W, e.g. 3,32,32, or F")
+        if len(shape) not in (1, 2, 3) or min(shape) < 1:
+            errors.append(
+                f"--shape {args.shape}: write an image as C,H,W, e.g. 3,32,32, features as F, L of "
+                "V token ids as V,L"
+            )
     if classes is not None and classes < 1:
         errors.append(f"--classes {classes}: must be at least 1")
     if shape is not None or classes is not None:

@@ -254,6 +254,13 @@ def test_groups_take_settings(capsys):
     assert "stats" not in printed
 
 
+@pytest.mark.parametrize("command", [["groups", "text-cnn"], ["cost", "model.name=text-cnn"]])
+def test_a_sample_may_be_described_as_token_ids(command, capsys):
+    samples = ["--samples", "8"] if command[0] == "cost" else []
+    assert main([*command, *samples, "--shape", "50,9", "--classes", "4"]) == 0
+    assert "samples of 50 x 9, 4 classes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
