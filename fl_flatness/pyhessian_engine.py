@@ -89,7 +89,8 @@ class PyHessian:
         rows = [torch.cat([part.flatten() for part in v]).double() for v in vectors]
         return (
             torch.tensor(values, dtype=torch.float64) - shift,
-            torch.stack([row / row.norm() for row in rows]),
+            # Without curvature its vectors are 0.
+            torch.stack([row / (row.norm() or 1.0) for row in rows]),
         )
 
     def trace(self, *, probes: int) -> Estimate:

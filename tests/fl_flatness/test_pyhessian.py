@@ -85,6 +85,17 @@ def test_the_largest_by_algebraic_value():
     assert theirs.lowest(tolerance=1e-5, steps=1000)[0] == pytest.approx(-5, rel=1e-4)
 
 
+def test_without_curvature_all_is_zero():
+    """The network is sure of its only sample to the last bit; PyHessian's vectors are then 0."""
+    net, x, y = made(relu_mlp), images(1), torch.tensor([0])
+    with torch.no_grad():
+        net[3].bias[0] = 1e3
+    found = measure(net, x, y, Settings(engine="pyhessian", top=2, lowest=True), seed=0)
+    assert found["eigenvalues"] == found["eigenvalue_residuals"] == [0, 0]
+    assert (found["lambda_max"], found["lambda_min"], found["trace"]) == (0, 0, 0)
+    assert found["converged"]
+
+
 def test_density_works_again():
     """Its start vector of signs v and m steps integrate v^T H^p v up to p = 2 m - 1, in float32."""
     curvature, h = curvature_of(relu_mlp)
