@@ -76,8 +76,10 @@ def _table(*columns: str, caption: str, title: str | None = None) -> Table:
     )  # fmt: skip
     for column in columns:
         name = column in ("run", "layer", "kind")
+        # A list of eigenvalues wraps: in one line it would take the room of the other columns.
+        wraps = name or column.startswith("lambda_2..")
         justify = "left" if name else "right"
-        made.add_column(column, justify=justify, no_wrap=not name, overflow="fold")
+        made.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold")
     return made
 
 

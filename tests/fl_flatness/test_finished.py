@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from small_nets import exact_hessian
 from torch import nn
 
+from fl_flatness import report
 from fl_flatness.diagonals import subsample
 from fl_flatness.finished import Options
 from fl_flatness.stored import Stored
 from fl_server.cli import main
+from fl_server.console import show
 
 HERE = "tests.fl_flatness.test_finished"
 PNG = b"\x89PNG"
@@ -194,6 +196,15 @@ def test_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]):
     assert sorted(p.name for p in pictures.iterdir()) == [f"flatness-{name}.png" for name in names]
     assert all(p.read_bytes().startswith(PNG) for p in pictures.iterdir())
     assert not list((runs / "tied").glob("flatness-*.png"))
+
+
+def test_many_eigenvalues_leave_the_other_columns_their_room(capsys: pytest.CaptureFixture[str]):
+    numbers = {"accuracy": 0.25, "lambda_max": 12.25, "lambda_max_residual": 0.0}
+    found = numbers | {"trace": 123.4, "trace_error": 3.0, "eigenvalues": [12.25] * 100}
+    show(report.table([report.Measured("fedavg+man", Path(), [], found)]))
+    said = capsys.readouterr().out
+    assert "\n fedavg+man      0.250    12.25 ± 0   123.4 ± 3   12.2 12.2 " in said
+    assert said.split().count("12.2") == 99
 
 
 def test_pictures_go_into_each_folder_unless_told(runs: Path):
