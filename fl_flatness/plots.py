@@ -70,14 +70,16 @@ def loss_plane(
     """Contours and surface of losses (m, n) at steps (n,) and second_steps (m,) around `label`,
     along the two directions of these names.
 
-    The highest losses, beyond eight times the range of the lower half, are cut off.
+    The highest losses, beyond eight times the range of the lower half of the finite ones, are cut
+    off; so are those that are not finite.
     """
     from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = new_figure(10.5, 4.2, columns=2)
-    values = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf)
-    low, middle = values.min(), float(np.median(values))
-    values = np.minimum(values, low + 8 * max(middle - low, 1e-12))
+    values = np.asarray(losses, dtype=float)
+    finite = values[np.isfinite(values)]
+    low, middle = finite.min(), float(np.median(finite))
+    values = np.fmin(values, low + 8 * max(middle - low, 1e-12))
     levels = MaxNLocator(20).tick_values(low, values.max())
     filled = left.contourf(steps, second_steps, values, levels=levels, cmap="viridis")
     left.contour(

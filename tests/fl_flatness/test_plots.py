@@ -68,3 +68,7 @@ def test_landscapes_with_infinite_losses(tmp_path):
     losses[0, 0], losses[1, 2] = torch.inf, torch.nan
     plots.loss_plane(steps, [-1.0, 1.0], losses, path, ("first one", "second one"))
     assert size(path) == (1365, 546)
+    losses[:], losses[0, 1] = torch.inf, 0.5
+    losses[1, 1] = torch.nan
+    plots.loss_plane(steps, [-1.0, 1.0], losses, path, ("first one", "second one"))
+    assert size(path) == (1365, 546)
