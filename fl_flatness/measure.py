@@ -26,7 +26,7 @@ class Settings:
     batch_size: int = 128
     """Samples per graph: memory depends on it, and numbers by rounding alone."""
     tolerance: float = 1e-2
-    """On ||H v - lambda v|| / |lambda| of each eigenvalue; lambda itself is nearer by far."""
+    """On ||H v - lambda v|| / |lambda| of each eigenvalue; see `spectrum.Eigenpairs`."""
     steps: int = 100
     """Most products for the eigenvalues."""
     probes: int = 16

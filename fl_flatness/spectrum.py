@@ -90,7 +90,8 @@ class Lanczos:
 class Eigenpairs:
     """Eigenvalues in algebraic order: the largest need not have the largest |lambda|, where there
     are negative ones.  Residuals are relative, ||H v - lambda v|| / |lambda|; an eigenvalue lies
-    within this share of |lambda|, and lambda itself is nearer by far (by the residual's square).
+    within this share of |lambda|, up to the rounding of products.  lambda itself is nearer by far
+    (by the residual's square), unless others are as near as the residual: those may come as one.
     """
 
     values: torch.Tensor
