@@ -37,6 +37,7 @@ class Match:
 def match(
     diagonals: Sequence[torch.Tensor],
     mode: Literal["paper", "fedalign-code"] = "paper",
+    names: Sequence[int] | None = None,
 ) -> Match:
     """H_N and H_D of K >= 2 clients.
 
@@ -44,6 +45,7 @@ def match(
         them: the paper's products then pair different halves, so that noise does not bias them.
         Estimate all clients' with the same seed, so that like clients are exactly alike.  For
         fedalign-code an entry stands for a tensor, as `diagonals.as_sent` gives it.
+    names: of the clients, for the error; counted from 0 unless given.
 
     Raises ValueError where a diagonal is zero or lost in the noise of its estimate.
     """
@@ -54,7 +56,7 @@ def match(
         means = [(a + b) / 2 for a, b in halves]
         halves = [(d, d) for d in means]
     squares = [_product(h, h) for h in halves]
-    for k, square in enumerate(squares):
+    for k, square in zip(names or range(len(squares)), squares, strict=True):
         if not square > 0:
             raise ValueError(
                 f"client {k}: ||diag H||^2 is estimated at {square:.3g}; use more probes"

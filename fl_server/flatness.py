@@ -65,8 +65,10 @@ def expected_diagonal(config: CoreConfig, net: torch.nn.Module) -> dict[str, dic
     return {wire.ARRAYS: {wire.DIAGONAL: Spec((2, entries), "float32")}}
 
 
-def matched(config: CoreConfig, replies: Iterable[Message]) -> dict[str, float]:
-    """H_N and H_D of all clients that answered.  Raises ValueError as `match` does."""
-    diagonals = [wire.unpack(reply.content[wire.ARRAYS])[wire.DIAGONAL] for reply in replies]
-    found = match(diagonals, config.flatness.match)
+def matched(config: CoreConfig, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
+    """H_N and H_D of all clients that answered, by name.  Raises ValueError as `match` does."""
+    diagonals = {
+        name: wire.unpack(reply.content[wire.ARRAYS])[wire.DIAGONAL] for name, reply in replies
+    }
+    found = match([*diagonals.values()], config.flatness.match, [*diagonals])
     return {"h_n": found.h_n, "h_d": found.h_d}

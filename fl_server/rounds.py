@@ -456,9 +456,9 @@ class Rounds:
 
     def _diagonals(
         self, server_round: int, row: dict[str, Any], expected: dict[str, dict[str, Spec]]
-    ) -> Iterator[Message]:
-        """Every client's answer.  Its bytes go into the summary, as the cost of measuring, and not
-        into the row, which has those of the algorithm."""
+    ) -> Iterator[tuple[int, Message]]:
+        """Every client's name and answer.  Its bytes go into the summary, as the cost of measuring,
+        and not into the row, which has those of the algorithm."""
         members, outcome = self._everyone()
         phase = f"flatness of round {server_round}"
         settings = ConfigRecord({"server-round": server_round})
@@ -479,8 +479,8 @@ class Rounds:
                 lambda name: Expected(expected, server_round, samples[name], frozenset())
             ),
         )
-        for _, reply in replies:
-            yield reply
+        for name, reply in replies:
+            yield name, reply
             del reply  # before the next one comes
         self._tell(phase, outcome)
         row["flatness_failed"] = _reasons(outcome.failed | outcome.rejected)

@@ -267,6 +267,22 @@ def test_a_wrong_diagonal_is_refused(runner, monkeypatch, spoilt):
         assert (row["h_n"], row["h_d"]) == (expected.h_n, expected.h_d)
 
 
+def test_a_diagonal_lost_in_noise_is_named_after_its_client(runner, monkeypatch):
+    """Client 0 gives no answer, so that client 1's comes first."""
+
+    def estimate(net, x, y, *args):
+        found = torch.ones(2, D)
+        found[1] *= {0: torch.nan, 1: -1.0}.get(asked.pop(0), 1.0)
+        return found
+
+    asked = [0, 1, 2]
+    monkeypatch.setattr(fl_flatness.diagonals, "estimate", estimate)
+    done = runner(*over("run.rounds=1"), ALWAYS, "flatness.match=paper")
+    (row,) = done.history
+    assert list(row["flatness_failed"]) == ["0"]
+    assert row["flatness_error"].startswith("client 1: ||diag H||^2 is estimated at -39")
+
+
 def test_training_goes_on_without_a_match(runner, monkeypatch, capsys):
     """No diagonal is good: the row says so, and still has what the server measured."""
     zeros = torch.zeros(2, D)
