@@ -108,7 +108,8 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
     landscape: losses (SIDE, SIDE) over steps (SIDE,), with `options.landscape`.
     line: losses (LINE,) over steps (LINE,), with `options.line`.
     match: {"paper": {"h_n", "h_d"}, "fedalign-code": the same}, from the same diagonals, with
-        `options.match`; or match_error, a line, where they are lost in the noise.
+        `options.match`; or match_error, a line, where they are lost in the noise, or torch cannot
+        compute them.
 
     Raises ValueError where the curvature is not finite.
     """
@@ -133,8 +134,8 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
     if options.match:
         try:
             found["match"] = _match(run, options, say)
-        except ValueError as error:
-            found["match_error"] = str(error)
+        except (RuntimeError, ValueError) as error:  # of torch: mostly for want of memory
+            found["match_error"] = str(error).partition("\n")[0]
     return found
 
 

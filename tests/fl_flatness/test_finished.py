@@ -390,6 +390,17 @@ def test_a_match_that_is_lost_in_noise_costs_nothing_else(runs: Path, monkeypatc
     assert ": no H_N and H_D: client 0" in capsys.readouterr().out
 
 
+def test_a_match_that_takes_too_much_memory_costs_nothing_else(runs: Path, monkeypatch, capsys):
+    def estimate(*args):
+        raise torch.OutOfMemoryError("not enough memory: 9 bytes\nframe #0")
+
+    monkeypatch.setattr("fl_flatness.finished.estimate", estimate)
+    found = flatness(runs / "plain", *FEW, "--match")
+    assert found["match_error"] == "not enough memory: 9 bytes"
+    assert "match" not in found and found["lambda_max"] > 0
+    assert ": no H_N and H_D: not enough memory: 9 bytes\n" in capsys.readouterr().out
+
+
 def test_curvature_that_is_not_finite(runs: Path, capsys: pytest.CaptureFixture[str]):
     respelled(runs / "plain", lambda t: t.update({"2.bias": torch.full((3,), torch.nan)}))
     assert main(["flatness", *FEW, str(runs / "plain")]) == 3
