@@ -34,7 +34,7 @@ from fl_common import (
 from fl_common.files import home, unwritable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from fl_common.config import Scalar
 
@@ -56,6 +56,9 @@ CLOCKS = "Invalid timestamp"
 """All that a server says to a request whose signed time differs too much from its own."""
 IDLE_S, REPLY_S = 3, 0.5
 """Flower's hard-coded pauses between two polls, for a message and for the ClientApp's reply [s]."""
+IDLE_SHARE = 0.01
+"""A pause between two polls is at most this share of the time without work, so that it delays a
+round by no more than that."""
 
 
 class NodeError(ValueError):
@@ -74,7 +77,7 @@ class Node:
     port: int = 0
     """of the node's own loopback API; 0: any free one"""
     poll_interval: float = 0.2
-    """pause between two polls for work [s]"""
+    """shortest pause between two polls for work [s]"""
     wait: float = 3.0
     """how long the server may take to come up [s]"""
     preload: bool = True
@@ -609,11 +612,22 @@ def _literal(key: str, value: Scalar) -> str:
 
 
 def poll_every(interval: float) -> None:
-    """Have the SuperNode of this process ask for work every `interval` seconds.
+    """Have the SuperNode of this process ask for work every `interval` seconds; after long idleness
+    less often, so that many nodes do not keep the server busy, but no less often than Flower's.
 
     Flower's module sleeps for hard-coded times; it is given a `time` that sleeps for less.
     """
     module = importlib.import_module(SUPERNODE)
-    pauses = {IDLE_S: interval, REPLY_S: 0.05}
-    sleep: Callable[[float], None] = lambda s: time.sleep(pauses.get(s, s))  # noqa: E731
+    idle_since = None
+
+    def sleep(seconds: float) -> None:
+        nonlocal idle_since
+        if seconds == IDLE_S:
+            now = time.monotonic()
+            idle_since = idle_since or now
+            time.sleep(max(interval, min(IDLE_S, IDLE_SHARE * (now - idle_since))))
+        else:  # for a ClientApp's reply
+            idle_since = None
+            time.sleep(0.05 if seconds == REPLY_S else seconds)
+
     module.time = SimpleNamespace(**{**vars(time), "sleep": sleep})

@@ -276,7 +276,7 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
     add("--threads", type=int, metavar="N", help="torch threads")
     add("--poll-interval", type=float, default=0.2, metavar="S", help="pause between two requests "
-        "for work [s] (default: 0.2)")  # fmt: skip
+        "for work [s]; after long idleness it grows, up to 3 s (default: 0.2)")  # fmt: skip
     add("--no-preload", action="store_true", help="import torch again for every message")
     add("--worker", action="store_true", help="keep a resident trainer, with model, data and "
         "device, between messages; useful above all with a GPU")  # fmt: skip

@@ -519,10 +519,29 @@ def test_the_lines_of_flower_that_polling_replaces():
 def test_polling_interval(monkeypatch: pytest.MonkeyPatch):
     module = importlib.import_module(node.SUPERNODE)
     monkeypatch.setattr(module, "time", module.time)
-    slept = []
-    monkeypatch.setattr(node.time, "sleep", slept.append)
+    slept, now = [], [1000.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(node.time, "sleep", sleep)
+    monkeypatch.setattr(node.time, "monotonic", lambda: now[0])
     node.poll_every(0.2)
     for seconds in (node.IDLE_S, node.REPLY_S, 7):
         module.time.sleep(seconds)
     assert slept == [0.2, 0.05, 7]
+    # a pause is a hundredth of the time without work, which a message ends
+    slept.clear()
+    while slept[-1:] != [3]:
+        idle = sum(slept)
+        module.time.sleep(node.IDLE_S)
+        assert slept[-1] == pytest.approx(min(3, max(0.2, idle / 100)))
+    now[0] += 3600.0
+    module.time.sleep(node.REPLY_S)
+    module.time.sleep(node.IDLE_S)
+    assert slept[-3:] == [3, 0.05, 0.2]
+    node.poll_every(5)
+    module.time.sleep(node.IDLE_S)
+    assert slept[-1] == 5
     assert module.time.monotonic() > 0
