@@ -57,8 +57,7 @@ CLOCKS = "Invalid timestamp"
 IDLE_S, REPLY_S = 3, 0.5
 """Flower's hard-coded pauses between two polls, for a message and for the ClientApp's reply [s]."""
 IDLE_SHARE = 0.01
-"""A pause between two polls is at most this share of the time without work, so that it delays a
-round by no more than that."""
+"""A node's pause grows to this share of its time without work, and delays a round by no more."""
 
 
 class NodeError(ValueError):
@@ -612,8 +611,10 @@ def _literal(key: str, value: Scalar) -> str:
 
 
 def poll_every(interval: float) -> None:
-    """Have the SuperNode of this process ask for work every `interval` seconds; after long idleness
-    less often, so that many nodes do not keep the server busy, but no less often than Flower's.
+    """Have the SuperNode of this process ask for work every `interval` seconds.
+
+    After long idleness it asks less often, so that many nodes do not keep the server busy: every
+    IDLE_S at last, as Flower's own does, unless `interval` is longer.
 
     Flower's module sleeps for hard-coded times; it is given a `time` that sleeps for less.
     """

@@ -311,9 +311,13 @@ def test_drifts_advance_once_per_accepted_reply(on_toy, monkeypatch, name, world
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_no_sum_of_a_round_is_kept_while_the_next_one_is_waited_for(runner, monkeypatch, name):
-    """A sum is float64, so as large as two models."""
+@pytest.mark.parametrize(
+    ("name", "models"), [*((name, "cloud") for name in OURS), ("fedavg", "all")]
+)
+def test_no_sum_of_a_round_is_kept_while_the_next_one_is_waited_for(
+    runner, monkeypatch, name, models
+):
+    """A sum is float64, so as large as two models; that of all clients' last models stays."""
     train, kept = Rounds.train, []
 
     def doubles() -> list[torch.Tensor]:
@@ -329,8 +333,14 @@ def test_no_sum_of_a_round_is_kept_while_the_next_one_is_waited_for(runner, monk
 
     monkeypatch.setattr(Rounds, "train", followed)
     more = ["fedpart.warm-up=0"] if name == "fedpart" else []
-    runner(*TABULAR, "clients.number=2", "run.rounds=2", f"strategy.name={name}", *more)
-    assert kept == [[], []]
+    settings = [
+        "clients.number=2",
+        "run.rounds=2",
+        f"strategy.name={name}",
+        f"eval.models={models}",
+    ]
+    runner(*TABULAR, *settings, *more)
+    assert [len(shapes) for shapes in kept] == [int(models == "all")] * 2
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
