@@ -197,6 +197,15 @@ def test_what_a_stranger_can_do(site: Site, tmp_path: Path):
     taken.close()
 
 
+def test_a_node_that_is_interrupted_twice_ends_in_order(site: Site):
+    node = site.node("twice", 2, 2)
+    for _ in range(2):
+        node.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert node.wait(60) == 0, site.log("twice")
+    assert "Traceback" not in site.log("twice")
+
+
 def test_plaintext_gets_nothing(site: Site):
     """At most a TLS alert (type 0x15), which says that this was not TLS."""
     greetings = (b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
