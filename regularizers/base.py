@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     import torch
+    from torch.utils.hooks import RemovableHandle
 
     from fl_common.config import CoreConfig, Group
     from fl_common.layout import Flat
@@ -40,6 +41,8 @@ class Regularizer(LocalMethod):
     """Whether several clients are trained at once (`fl_client.cohort`).  Then `begin` and `finish`
     are called on the first client's instance only; the forward pass runs under vmap, where hooks
     see one client's tensors, without gradients; and `stacked_term` replaces `data_term`."""
+    hooks: Sequence[RemovableHandle] = ()
+    """The hooks that `begin` puts on the network; `finish` removes them."""
     seen: list[torch.Tensor]
     """With `stacked`: the tensors that hooks of the first client's instance collect in a pass, a
     list from before `begin` on; `stacked_term` finds each as (A, ...), with its graph."""
@@ -85,4 +88,7 @@ class Regularizer(LocalMethod):
         return 0.0
 
     def finish(self) -> None:
-        """Called after the last step; removes the hooks that were put on the network."""
+        """Called after the last step, or when one has failed; removes `hooks` from the network."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = ()

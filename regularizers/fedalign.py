@@ -56,7 +56,6 @@ class FedAlign(Regularizer):
         "which a mixed batch may contain little of; choose one of them"
     }
     neutral = "fedalign.mu=0"
-    hooks: tuple[Any, ...] = ()
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
@@ -113,11 +112,6 @@ class FedAlign(Regularizer):
             with torch.no_grad():
                 full = spectral_norm(p, features(y))
             return (spectral_norm(p[:, :inputs], features(slim)) - full).square().mean()
-
-    def finish(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = ()
 
 
 def unfit(net: torch.nn.Module, omega: float) -> str:

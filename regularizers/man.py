@@ -80,7 +80,6 @@ class MAN(Regularizer):
     Params = MANParams
     params: MANParams
     neutral = "man.zeta=0"
-    handles: tuple[Any, ...] = ()
 
     @classmethod
     def check(cls, config: CoreConfig) -> list[str]:
@@ -107,7 +106,7 @@ class MAN(Regularizer):
         if not self.params.zeta:
             return
         after = self.params.site == "post-act"
-        self.handles = tuple(
+        self.hooks = tuple(
             module.register_forward_hook(self._after)
             if after
             else module.register_forward_pre_hook(self._before)
@@ -177,11 +176,6 @@ class MAN(Regularizer):
     def _size(self, a: torch.Tensor) -> int:
         """B m_l, or B."""
         return a.numel() if self.params.reduce == "mean" else len(a)
-
-    def finish(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = ()
 
 
 def modules_at(site: str, net: torch.nn.Module) -> list[torch.nn.Module]:

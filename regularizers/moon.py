@@ -13,7 +13,7 @@ rounds, that code compares a new client with the random network that it began wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
@@ -56,7 +56,6 @@ class MOON(Regularizer):
     neutral = "moon.mu=0"
     copies = 2
     memory: ClassVar = (PARAMS, STATS, COUNTERS)
-    hooks: tuple[Any, ...] = ()
     references: tuple[dict[str, torch.Tensor], ...] = ()
     """The tensors of the global and of the last local model; none before the first round."""
 
@@ -132,9 +131,8 @@ class MOON(Regularizer):
                 module.training = training
 
     def finish(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = self.references = ()
+        super().finish()
+        self.references = ()
 
 
 def has_head(net: torch.nn.Module) -> bool:
