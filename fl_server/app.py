@@ -15,7 +15,7 @@ from fl_common.config import ConfigError, methods, resolve
 from fl_common.layout import on
 from fl_common.local import local_methods
 from fl_server import tracking
-from fl_server.exchange import HELD_BYTES, Exchange, RunFailed, by_reason
+from fl_server.exchange import HELD_BYTES, Exchange, RunFailed, Unresumable, by_reason
 from fl_server.keys import KeysError, read_keys
 from fl_server.progress import Progress
 from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
@@ -69,7 +69,7 @@ def main(grid: Grid, context: Context) -> None:
         reason = ended or str(error) or type(error).__name__
         recorder.fail(reason)
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
-        hopeful = recorder.checkpoints.rounds and "cannot be resumed" not in reason
+        hopeful = recorder.checkpoints.rounds and not isinstance(error, Unresumable)
         if hopeful and not (config and _unresumable(config, engine)):
             print(f"continue it with: flatfed resume {folder}", flush=True)
         raise error

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fl_common.files import read_checked, write_checked
-from fl_server.exchange import RunFailed
+from fl_server.exchange import Unresumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ class Checkpoints:
     def newest(self, note: Callable[[str], None]) -> Checkpoint:
         """The newest good checkpoint; `note` tells of every one that is not.
 
-        Raises RunFailed if there is none: never a silent fresh start.
+        Raises Unresumable if there is none: never a silent fresh start.
         """
         good, damaged = {}, []
         for path in sorted(self._files(), reverse=True):
@@ -73,7 +73,7 @@ class Checkpoints:
         for path in damaged:
             note(f"{path.name}: damaged (its checksum differs); not used")
         if not good:
-            raise RunFailed(
+            raise Unresumable(
                 f"{self.folder}: no good checkpoint"
                 + (f" ({len(damaged)} damaged)" if damaged else "")
                 + "; this run cannot be resumed; start it again under another run.name"

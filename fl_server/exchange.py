@@ -41,6 +41,10 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the message is one line for its user."""
 
 
+class Unresumable(RunFailed):
+    """Nor can it be resumed."""
+
+
 class RoundFailed(RuntimeError):
     """Too few good replies: the round changes nothing."""
 

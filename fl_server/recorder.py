@@ -20,7 +20,7 @@ from fl_common.files import lock, read_object, remove_unfinished, unwritable, wr
 from fl_common.fingerprint import code_sha256
 from fl_common.wire import model_sha256
 from fl_server.checkpoint import Checkpoints
-from fl_server.exchange import RunFailed
+from fl_server.exchange import RunFailed, Unresumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -263,7 +263,7 @@ class Recorder:
         text = path.read_bytes()[:length] if path.exists() else b""
         self._digest = hashlib.sha256(text)
         if self._digest.hexdigest() != facts["history"]["sha256"]:
-            raise RunFailed(
+            raise Unresumable(
                 f"{path}: its first {length} bytes are not what round {server_round} left; "
                 "this run cannot be resumed"
             )
