@@ -73,7 +73,8 @@ def connection(name: str) -> Connection:
     """
     if name:
         found = Connection(name, _address(name), flower_home())
-        remedy = f"start the SuperLink, or correct the address of engine.connection = {name!r}"
+        path = found.flower_home / "config.toml"
+        remedy = f"start the SuperLink, or correct the address of [superlink.{name}] in {path}"
     else:
         remedy = (
             "start one on this machine with `flatfed up --clients N`, or name a connection with "
@@ -104,14 +105,13 @@ def _address(name: str) -> str:
     if name not in known:
         have = f"{path} knows {', '.join(known)}" if known else f"{path} has none"
         raise UsageError(
-            f'engine.connection = "{name}": unknown connection; {have}; add [superlink.{name}] '
-            "with an address there"
+            f'"{name}": unknown connection; {have}; add [superlink.{name}] with an address there'
         )
     address = str(table[name].get("address", ""))
     if not address or address.startswith(":"):
         raise UsageError(
-            f'engine.connection = "{name}": a local simulation, not a federation of nodes; choose '
-            "another connection, or engine.name=ray"
+            f'"{name}": the connection of a local simulation (engine.name=ray), not of a '
+            "federation of nodes; choose another"
         )
     return address
 

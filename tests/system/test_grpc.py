@@ -223,7 +223,7 @@ def test_mistakes_start_nothing(tmp_path: Path):
         (["engine.name=grpc"], "no federation is up: start one"),
         (["engine.name=grpc", "engine.connection=lap"], "knows lab, local"),
         (["engine.name=grpc", "engine.connection=lab"], "cannot be reached (Connection refused)"),
-        (["engine.name=grpc", "engine.connection=local"], "a local simulation"),
+        (["engine.name=grpc", "engine.connection=local"], "of a local simulation"),
         (["engine.name=ray", "engine.connection=lab"], "belongs to engine.name=grpc"),
     ):
         run = place.flatfed("run", *settings)
