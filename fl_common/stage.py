@@ -38,8 +38,9 @@ class Stage:
 def last_stage(net: nn.Module) -> Stage:
     """`stages[-1]` of a residual network.  Else, of a Sequential, the last convolution before the
     classifier with its norm and activation, before pooling; without convolutions the last linear
-    layer before the classifier.  An activation that stands after its pool, with which it commutes,
-    is taken before.  Raises TypeError if there is no such stage, or it cannot be narrowed."""
+    layer before the classifier.  An activation that stands after its pool is taken before it, with
+    which a max pool commutes.  Raises TypeError if there is no such stage, or it cannot be
+    narrowed."""
     stages = getattr(net, "stages", None)
     if isinstance(stages, nn.Sequential) and len(stages):
         members = before_pool = [stages[-1]]

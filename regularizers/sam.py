@@ -49,7 +49,10 @@ class SAM(Regularizer):
 
 
 class ASAM(Regularizer):
-    """eps = rho T^2 g / ||T g||, T = |theta| + eta for weights and 1 for all else."""
+    """eps = rho T^2 g / (||T g|| + 1e-12), T = |theta| + eta for weights and 1 for all else.
+
+    As in FedASAM's code, weights are the parameters with `weight` in their names, norm layers' too.
+    """
 
     name = "asam"
     alone = ""

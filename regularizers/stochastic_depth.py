@@ -7,11 +7,12 @@ its residual with probability p_l, drawn once per batch, and
     training    relu(b_l residual(x) + shortcut(x)),  b_l ~ Bernoulli(p_l),
     evaluation  relu(p_l residual(x) + shortcut(x)).
 
-A dropped residual is not computed, so its norm layers see nothing.  The weight p_l is part of the
-network, on clients and on the server, since the parameters mean nothing without it: whoever
-uses `model.safetensors` elsewhere needs it.  Dividing by p_l in training instead, as dropout
-does, would avoid that and describe the same functions, but it trains differently: SGD would move
-the scale of a residual 1 / p_l^2 times as far.
+A dropped residual is not computed, so its norm layers see nothing; its parameters' gradient is 0,
+so that momentum and weight decay still move them.  The weight p_l is part of the network, on
+clients and on the server, since the parameters mean nothing without it: whoever uses
+`model.safetensors` elsewhere needs it.  Dividing by p_l in training instead, as dropout does, would
+avoid that and describe the same functions, but it trains differently: SGD would move the scale of
+a residual 1 / p_l^2 times as far.
 """
 
 from __future__ import annotations
