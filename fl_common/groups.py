@@ -198,30 +198,29 @@ class Groups:
     ) -> Iterator[None]:
         """Train these groups alone: no other parameter requires a gradient, so that the backward
         pass ends at the first of them.  With `frozen_norms`, norms of other groups are in
-        evaluation mode."""
+        evaluation mode; one without parameters is in no group, and stays in training mode."""
         if len(active) == len(self.members):
             yield
             return
         trained = {i for name in active for i in self.members[name]}
-        frozen = {
-            id(p): p for i, p in enumerate(net.parameters()) if i not in trained and p.requires_grad
-        }
+        others = {id(p): p for i, p in enumerate(net.parameters()) if i not in trained}
+        frozen = [p for p in others.values() if p.requires_grad]
         norms = [
             module
             for module in net.modules()
             if frozen_norms
             and isinstance(module, _NormBase)
             and module.training
-            and any(id(p) in frozen for p in module.parameters(recurse=False))
+            and any(id(p) in others for p in module.parameters(recurse=False))
         ]
-        for p in frozen.values():
+        for p in frozen:
             p.requires_grad_(False)
         for norm in norms:
             norm.eval()
         try:
             yield
         finally:
-            for p in frozen.values():
+            for p in frozen:
                 p.requires_grad_(True)
             for norm in norms:
                 norm.train()

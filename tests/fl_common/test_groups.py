@@ -387,6 +387,25 @@ def test_only_the_active_groups_require_gradients(frozen_norms):
         assert net.norm.training
 
 
+def test_a_frozen_norm_may_be_one_that_the_network_never_trains():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 2))
+    net[1].requires_grad_(False)
+    groups = Groups.of(net, (4,))
+    assert members(net, groups)["0"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    x = torch.tensor([[1.0, 0, 0, 0], [3.0, 0, 0, 0]])
+    with torch.no_grad():
+        net[0].weight.zero_()[0, 0] = 1  # the norm meets 1 and 3, of mean 2
+        net[0].bias.zero_()
+    with groups.only(net, ("2",), frozen_norms=True):
+        net(x)
+    assert net[1].running_mean[0] == 0  # as it was
+    with groups.only(net, ("0",), frozen_norms=True):
+        net(x)
+    assert net[1].running_mean[0] == 1  # half way to 2
+    assert net[1].training
+    assert not net[1].weight.requires_grad
+
+
 def test_the_network_is_as_before_even_after_an_error():
     net = Crossed().train()
     groups = Groups.of(net, (3,))
