@@ -58,7 +58,8 @@ class MoFedSAMRule(ClientRule):
 
 class MoFedSAM(FederatedStrategy):
     """w <- w + mean_S Delta_i;  m <- -mean_S Delta_i / (K_i eta), the cohort's mean direction;
-    K_i is client i's own, where the authors' code uses one nominal K."""
+    K_i is client i's own, where the code of FedSpeed's authors (woodenchild95/FL-Simulator) has one
+    nominal K."""
 
     name = "mofedsam"
     Params = MoFedSAMParams
