@@ -35,6 +35,9 @@ SuperLink [bytes]."""
 RETURNS = 3
 """How often a client is asked again in a round because its node went away and came back."""
 AWAITED = -1
+SPARE_S = 600.0
+"""The least time beyond the deadline for which a message lives: to fetch replies that came in time,
+and for clocks that differ [s]."""
 
 
 class RunFailed(RuntimeError):
@@ -94,8 +97,8 @@ class _Phase:
 
 
 class Exchange:
-    """All traffic of a run.  Messages of an earlier round stay known, so that a late reply is
-    told from a good one; it is dropped, and `note` says so."""
+    """All traffic of a run.  Messages that had no reply stay known until others have none, so that
+    a late reply is told from a good one; it is dropped, and `note` says so."""
 
     def __init__(self, grid: Grid, deadline_s: float, note: Callable[[str], None] = print) -> None:
         self.grid, self.deadline_s, self.note = grid, deadline_s, note
@@ -202,6 +205,10 @@ class Exchange:
 
     def _push(self, phase: _Phase, messages: dict[int, Message]) -> None:
         """Send these, by the names of their receivers, and expect their replies."""
+        for message in messages.values():
+            # Flower's own 12 hours may be less than the deadline; and a node that was silent for
+            # many rounds would have to work through the messages of them all.
+            message.metadata.ttl = self.deadline_s + max(self.deadline_s, SPARE_S)
         if self.held_bytes is not None:
             wire.share(messages.values())
         ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
@@ -256,7 +263,8 @@ class Exchange:
         phase.outcome.failed.update(dict.fromkeys(silent, self._silence()))
         for name in again:
             del phase.outcome.restored[name]
-        self._late |= {i: f"{phase.name}, client {name}" for i, name in phase.pending.items()}
+        # Those of before are forgotten: at this deadline they are too old for anyone to answer.
+        self._late = {i: f"{phase.name}, client {name}" for i, name in phase.pending.items()}
 
     def _completed(self, name: int, reply: Message, phase: _Phase) -> Message | None:
         """The client's message completed by what it lacks, if it asks for that; once a phase."""

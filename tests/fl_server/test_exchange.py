@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import count
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ class Grid:
     """Answers by `answer`, which sees the message; a node in `unknown` is not there when asked."""
 
     def __init__(self, answer: Callable[[Message], RecordDict]) -> None:
-        self.answer, self.unknown, self.sent = answer, set(), {}
+        self.answer, self.unknown, self.sent, self.ids = answer, set(), {}, count()
         self.pulled: list[int] = []
         """How many replies came at each look."""
 
@@ -44,7 +45,7 @@ class Grid:
         ids = []
         for message in messages:
             known = message.metadata.dst_node_id not in self.unknown
-            ids.append(f"m{len(self.sent)}" if known else "")
+            ids.append(f"m{next(self.ids)}" if known else "")
             if known:
                 message.metadata.__dict__["_message_id"] = ids[-1]
                 self.sent[ids[-1]] = message
@@ -62,7 +63,7 @@ def model(size: int = 3) -> ArrayRecord:
 
 def ask(grid: Grid, clients: int = 3, size: int = 3, deadline_s: float = 10.0, **more):
     """After how many looks each good reply was handed on, and the outcome."""
-    exchange = Exchange(grid, deadline_s, lambda text: None)
+    exchange = more.pop("exchange", None) or Exchange(grid, deadline_s, lambda text: None)
     vars(exchange).update({k: more.pop(k) for k in ("held_bytes", "locate") if k in more})
     messages = [
         Message(
@@ -128,6 +129,46 @@ def test_what_came_to_a_superlink_while_the_server_was_busy_came_in_time(held_by
     grid = Slow(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
     _, outcome = ask(grid, deadline_s=0.2, held_bytes=held_bytes)
     assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+
+
+class Silent(Grid):
+    """Client 1 never answers."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
+        self.asked: set[str] = set()
+
+    def pull_messages(self, ids):
+        ids = list(ids)
+        self.asked |= set(ids)
+        there = (i for i in ids if i in self.sent)
+        return super().pull_messages([i for i in there if self.sent[i].metadata.dst_node_id != 11])
+
+
+@pytest.mark.parametrize("held_bytes", [None, 1.0, 1e9])
+def test_replies_that_never_come_are_not_asked_for_for_ever(held_bytes: float | None):
+    grid = Silent()
+    exchange = Exchange(grid, 0.2, lambda text: None)
+    exchange.held_bytes = held_bytes
+    for _ in range(6):
+        grid.asked.clear()
+        _, outcome = ask(grid, exchange=exchange)
+        assert list(outcome.failed) == [1]
+    assert len(grid.asked) == 4  # three of this round, and one of the round before
+
+
+@pytest.mark.parametrize("deadline_s", [1.0, 3600.0, 86400.0])
+def test_a_message_lives_longer_than_its_deadline(deadline_s: float):
+    """But not for many of them, which a node that was silent would have to work through."""
+    lives = []
+
+    def answer(message: Message) -> RecordDict:
+        lives.append(message.metadata.ttl)
+        return RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD})
+
+    ask(Grid(answer), deadline_s=deadline_s)
+    assert len(lives) == 3
+    assert all(1.5 * deadline_s < life <= max(2 * deadline_s, 700) for life in lives)
 
 
 def test_nobody_waits_for_one_that_was_rejected():
