@@ -188,15 +188,25 @@ def participation(states: np.ndarray, rounds: Sequence[int], path: Path) -> None
 def gradient_norms(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
     """The norm at every local step, the mean over clients, a panel per run and a list per round;
     dotted lines are aggregations."""
+    from matplotlib.collections import LineCollection
+
     figure, axes = new_figure(4.4, 2.4 * len(panels), rows=len(panels))
     panes = np.atleast_1d(axes)
     for panel, (label, rounds) in zip(panes, panels.items(), strict=True):
-        start, width = 0, min(1, 40 / len(rounds))
+        # One line with gaps: one for each of thousands of rounds takes minutes.
+        x, y, ends, points = [], [], [0], []
         for norms in rounds:
-            steps, marker = range(start, start + len(norms)), "." if len(norms) == 1 else None
-            panel.plot(steps, norms, color=BLUE, linewidth=0.8, marker=marker)
-            start += len(norms)
-            panel.axvline(start - 0.5, color=GREY, linewidth=width, linestyle=":", zorder=0)
+            points += [len(x)] * (len(norms) == 1)
+            ends.append(ends[-1] + len(norms))
+            x += range(ends[-2], ends[-1] + 1)
+            y += [*norms, np.nan]
+        panel.plot(x, y, color=BLUE, linewidth=0.8, marker=".", markevery=points)
+        between = LineCollection(
+            [[(end - 0.5, 0), (end - 0.5, 1)] for end in ends[1:]], color=GREY, linestyle=":",
+            linewidth=min(1, 40 / len(rounds)), transform=panel.get_xaxis_transform(), zorder=0,
+        )  # fmt: skip
+        panel.add_collection(between, autolim=False)
+        panel.update_datalim([(ends[-1] - 0.5, 1)], updatey=False)
         panel.set(ylabel="gradient norm", yscale="log")
         panel.set_title(name_of(label), fontsize=10)
         plain(panel)

@@ -445,6 +445,19 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+def test_thousands_of_rounds_of_gradient_norms_are_one_line(figures: list, tmp_path: Path):
+    """With a gap and a dotted line after every round: an artist for each takes minutes."""
+    rounds = [[1.0, 2.0, 3.0][: 1 + t % 3] for t in range(3000)]
+    plots.gradient_norms({"a": rounds}, tmp_path / "x.png")
+    [(_, panel)] = figures
+    [line], [between] = panel.lines, panel.collections
+    x, y = line.get_data()
+    assert [int(k) for k, norm in zip(x, y, strict=True) if norm > 0] == list(range(6000))
+    assert list(y[np.isfinite(y)]) == [norm for norms in rounds for norm in norms]
+    assert len(y) == 9000 and len(line.get_markevery()) == 1000
+    assert [line[0][0] for line in between.get_segments()[:4]] == [0.5, 2.5, 5.5, 6.5]
+
+
 @pytest.mark.parametrize("many", [1, 2, 30])
 def test_clients_rounds_and_steps_are_whole_numbers(many: int, figures: list, tmp_path: Path):
     x, path = list(range(1, many + 1)), tmp_path / "x.png"
