@@ -583,7 +583,7 @@ def _preload(folder: Path, *, light: bool) -> None:
     launcher.chmod(0o700)
     os.environ["PATH"] = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
     # -P: this file's folder is not a place to import from.
-    options = [address, *(["--light"] if light else [])]
+    options = [str(folder), *(["--light"] if light else [])]
     subprocess.Popen([sys.executable, "-P", preload.__file__, *options], stdin=subprocess.DEVNULL)
 
 

@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -100,4 +101,6 @@ def _become_clientapp(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        serve(sys.argv[1], MODULES[:2] if "--light" in sys.argv[2:] else MODULES)
+        folder = sys.argv[1]
+        serve(f"{folder}/socket", MODULES[:2] if "--light" in sys.argv[2:] else MODULES)
+        shutil.rmtree(folder, ignore_errors=True)  # the node was killed, else it does so itself

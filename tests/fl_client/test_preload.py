@@ -28,7 +28,7 @@ def launch(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_fork_is_flowers_command(tmp_path: Path):
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([*SERVE, tmp_path / "socket"], stdout=log)
+        server = subprocess.Popen([*SERVE, tmp_path], stdout=log)
     try:
         assert wait_for((tmp_path / "socket").exists, 60)
         for count in (1, 2):
@@ -59,11 +59,14 @@ def test_none_of_our_modules_is_loaded(tmp_path: Path):
 
 
 def test_it_ends_with_its_parent(tmp_path: Path):
-    env = mark()
+    """And the folder of a node that was killed goes with it."""
+    env, folder = mark(), tmp_path / "node"
+    folder.mkdir()
     code = (
         "import subprocess, sys, time, pathlib; subprocess.Popen(sys.argv[1:])\n"
-        "while not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.1)"
+        "while not pathlib.Path(sys.argv[-1], 'socket').exists(): time.sleep(0.1)"
     )
-    command = [sys.executable, "-c", code, *map(str, [*SERVE, tmp_path / "socket"])]
+    command = [sys.executable, "-c", code, *map(str, [*SERVE, folder])]
     subprocess.run(command, env={**env, "PATH": "/usr/bin"}, timeout=60)
     assert wait_for(lambda: not living(env), 10)
+    assert not folder.exists()
