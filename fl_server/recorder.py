@@ -19,6 +19,7 @@ from fl_common.config import shown
 from fl_common.files import lock, read_object, remove_unfinished, unwritable, write_atomically
 from fl_common.fingerprint import code_sha256
 from fl_common.wire import model_sha256
+from fl_report.series import FAILURES
 from fl_server.checkpoint import Checkpoints
 from fl_server.exchange import RunFailed, Unresumable
 
@@ -168,8 +169,10 @@ class Recorder:
         remove_unfinished(folder)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.rows: list[dict[str, Any]] = []
+        """The history's rows, less what they have of every client: see `_brief`."""
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
-        self._resumed_rows = 0
+        self._client_cpu_s = 0.0
+        """Of the rounds played since this process began."""
         self.clients_apart: Callable[[], bool] = lambda: False
         """Whether clients work in other processes than this."""
         self.earlier = {"wall_s": 0.0, "cpu_s": 0.0}
@@ -212,7 +215,9 @@ class Recorder:
             from fl_server.tracking import Tracking
 
             experiment = self.summary["experiment"]
-            self._tracking = Tracking(config, self.folder, experiment, self.rows, note)
+            history = (self.folder / HISTORY).read_bytes() if self.rows else b""
+            rows = [json.loads(line) for line in history.splitlines()]
+            self._tracking = Tracking(config, self.folder, experiment, rows, note)
 
     def row(self, row: dict[str, Any], *, done: bool = True) -> None:
         """One round, appended to the history and flushed.  Trackers, which take each round once,
@@ -241,7 +246,8 @@ class Recorder:
             self._tracking.row(row)
 
     def _add(self, row: dict[str, Any], line: bytes) -> None:
-        self.rows.append(row)
+        self.rows.append(_brief(row))
+        self._client_cpu_s += row["client_cpu_s"]
         self._length += len(line)
         self._digest.update(line)
 
@@ -267,7 +273,7 @@ class Recorder:
                 f"{path}: its first {length} bytes are not what round {server_round} left; "
                 "this run cannot be resumed"
             )
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = [_brief(json.loads(line)) for line in text.splitlines()]
         if server_round == self._config["run.rounds"] and "accuracy" not in rows[-1]:
             raise RunFailed(
                 f"run.rounds = {server_round}: round {server_round} is already done and was not "
@@ -276,7 +282,6 @@ class Recorder:
         if path.exists():
             os.truncate(path, length)
         self._length, self.rows = length, rows
-        self._resumed_rows = len(self.rows)
         self.earlier = {key: facts[key] for key in self.earlier}
         for key in GATHERED:
             self.summary.pop(key, None)
@@ -368,7 +373,7 @@ class Recorder:
         """Seconds so far, before a resume too; the clients' processor time is part of it."""
         wall, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
         if self.clients_apart():
-            cpu += sum(row["client_cpu_s"] for row in self.rows[self._resumed_rows :])
+            cpu += self._client_cpu_s
         return {
             "wall_s": round(self.earlier["wall_s"] + wall, 3),
             "cpu_s": round(self.earlier["cpu_s"] + cpu, 3),
@@ -388,6 +393,13 @@ class Recorder:
             page.write([self.folder], self.folder / REPORT)
         except (OSError, ValueError) as error:  # a run is no worse for its pictures
             print(f"pictures and {REPORT}: {error}", flush=True)
+
+
+def _brief(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's numbers, and who was refused: all that is needed at a run's end.  Thousands of rows
+    with a number for each of a thousand clients would fill the memory."""
+    many = list | dict
+    return {k: v for k, v in row.items() if k in FAILURES or not isinstance(v, many)}
 
 
 def _data_of(members: Sequence[Member]) -> str:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import tracemalloc
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -194,6 +195,35 @@ def test_the_device_has_its_name(monkeypatch, tmp_path):
         recorder = Recorder(tmp_path / name.replace(":", ""))
         recorder.begin(config, config.flat(), "inprocess")
         assert recorder.summary["device"] == device
+
+
+def test_what_rounds_say_of_every_client_is_on_the_disk_alone(tmp_path):
+    """Not in the memory of a run of thousands of rounds."""
+    config = resolve({})
+    recorder = Recorder(tmp_path / "run")
+    recorder.begin(config, config.flat(), "inprocess")
+
+    def play(first: int, last: int) -> None:
+        for number in range(first, last):
+            of_clients = {str(name): number + name / 7 for name in range(1000)}
+            refused = {"7": f"no reply in round {number}"} if number == 3 else {}
+            row = {"round": number, "cohort": list(range(1000)), "failed": refused}
+            row |= {"accuracy": number / 100, "loss": 1.0, "bytes_up": 5, "bytes_down": 6}
+            recorder.row(row | {"client_cpu_s": 0.5, "client_accuracy": of_clients})
+
+    play(1, 11)
+    tracemalloc.start()
+    try:
+        play(11, 31)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < 20 * 4096
+    stored = (recorder.folder / "history.jsonl").read_text().splitlines()
+    assert [len(strict(line)["client_accuracy"]) for line in stored] == [1000] * 30
+    assert "1 no answer" in recorder.shown() and "0.3000" in recorder.shown()
+    recorder.clients_apart = lambda: True
+    assert recorder.facts()["cpu_s"] >= 15
 
 
 def test_best_accuracy_is_the_maximum(runner):
