@@ -558,7 +558,7 @@ def _why_refused(node: Node, opening: Opening) -> str:
 
 def _with_worker(config: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
     """The node's configuration with a resident trainer, which this process keeps alive."""
-    command = [sys.executable, "-P", "-m", "fl_client.worker", str(path)]
+    command = [sys.executable, "-P", "-m", "fl_client.worker", str(path), str(os.getpid())]
 
     def keep() -> None:
         while True:
@@ -583,7 +583,7 @@ def _preload(folder: Path, *, light: bool) -> None:
     launcher.chmod(0o700)
     os.environ["PATH"] = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
     # -P: this file's folder is not a place to import from.
-    options = [str(folder), *(["--light"] if light else [])]
+    options = [str(folder), str(os.getpid()), *(["--light"] if light else [])]
     subprocess.Popen([sys.executable, "-P", preload.__file__, *options], stdin=subprocess.DEVNULL)
 
 

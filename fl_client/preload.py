@@ -47,9 +47,8 @@ WATCH_S = 1.0
 """Pause between two looks at whether the node still lives [s]."""
 
 
-def serve(address: str, modules: tuple[str, ...] = MODULES) -> None:
-    """Fork for everyone who connects, as long as the parent lives."""
-    parent = os.getppid()
+def serve(address: str, parent: int, modules: tuple[str, ...] = MODULES) -> None:
+    """Fork for everyone who connects, as long as the parent, of this process id, lives."""
     for name in modules:
         with contextlib.suppress(ImportError):  # the app that needs it will say so
             importlib.import_module(name)
@@ -101,6 +100,6 @@ def _become_clientapp(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        folder = sys.argv[1]
-        serve(f"{folder}/socket", MODULES[:2] if "--light" in sys.argv[2:] else MODULES)
+        folder, node, *light = sys.argv[1:]
+        serve(f"{folder}/socket", int(node), MODULES[:2] if light else MODULES)
         shutil.rmtree(folder, ignore_errors=True)  # the node was killed, else it does so itself

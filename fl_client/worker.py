@@ -215,7 +215,7 @@ def _end_with(node: int) -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":  # of a node
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+if __name__ == "__main__":  # of the node with this process id, which may have died meanwhile
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     with suppress(KeyboardInterrupt):
         run(sys.argv[1])

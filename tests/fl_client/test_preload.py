@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def launch(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_fork_is_flowers_command(tmp_path: Path):
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([*SERVE, tmp_path], stdout=log)
+        server = subprocess.Popen([*SERVE, tmp_path, str(os.getpid())], stdout=log)
     try:
         assert wait_for((tmp_path / "socket").exists, 60)
         for count in (1, 2):
@@ -58,15 +59,17 @@ def test_none_of_our_modules_is_loaded(tmp_path: Path):
     assert not loaded & set(PACKAGES)
 
 
-def test_it_ends_with_its_parent(tmp_path: Path):
-    """And the folder of a node that was killed goes with it."""
+@pytest.mark.parametrize("begun", [True, False])
+def test_it_ends_with_its_parent(begun: bool, tmp_path: Path):
+    """And the folder of a node that was killed, be it at its very start, goes with it."""
     env, folder = mark(), tmp_path / "node"
     folder.mkdir()
     code = (
-        "import subprocess, sys, time, pathlib; subprocess.Popen(sys.argv[1:])\n"
-        "while not pathlib.Path(sys.argv[-1], 'socket').exists(): time.sleep(0.1)"
+        "import os, subprocess, sys, time, pathlib\n"
+        "subprocess.Popen([*sys.argv[1:], str(os.getpid())])\n"
+        f"while {begun} and not pathlib.Path(sys.argv[-1], 'socket').exists(): time.sleep(0.1)"
     )
     command = [sys.executable, "-c", code, *map(str, [*SERVE, folder])]
     subprocess.run(command, env={**env, "PATH": "/usr/bin"}, timeout=60)
-    assert wait_for(lambda: not living(env), 10)
+    assert wait_for(lambda: not living(env), 10 if begun else 60)
     assert not folder.exists()

@@ -27,6 +27,7 @@ from fl_server.cli import main
 
 SETTINGS = {"clients.number": 3, "train.device": "cpu"}
 COMMAND = [sys.executable, "-P", "-m", "fl_client.worker"]
+"""Then its socket, and the process with which it ends."""
 
 
 def context(path: Path, partition: int = 0, **settings) -> Context:
@@ -47,7 +48,7 @@ def to_train(**settings) -> RecordDict:
 def trainer(tmp_path: Path):
     """A worker's process and its socket."""
     path = tmp_path / "trainer"
-    process = subprocess.Popen([*COMMAND, path])
+    process = subprocess.Popen([*COMMAND, path, str(os.getpid())])
     assert wait_for(path.exists, 60)
     yield process, path
     process.kill()
@@ -223,13 +224,15 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_dead_ones_socket_is_replaced_and_a_living_ones_is_not(trainer):
     process, path = trainer
-    second = subprocess.run([*COMMAND, path], capture_output=True, text=True, timeout=60)
+    second = subprocess.run(
+        [*COMMAND, path, str(os.getpid())], capture_output=True, text=True, timeout=60
+    )
     assert second.returncode != 0
     assert "another trainer is there" in second.stderr
     process.kill()
     process.wait()
     assert path.exists()
-    third = subprocess.Popen([*COMMAND, path], stdout=subprocess.PIPE, text=True)
+    third = subprocess.Popen([*COMMAND, path, str(os.getpid())], stdout=subprocess.PIPE, text=True)
     try:
         assert "trainer ready" in third.stdout.readline()
         worker.ask(str(path), "query", RecordDict(), context(path))
@@ -256,13 +259,16 @@ def test_the_process_that_asks_imports_no_torch(trainer, tmp_path: Path):
     assert done.stdout.strip() == "False"
 
 
-def test_it_ends_with_its_node(tmp_path: Path):
+@pytest.mark.parametrize("begun", [True, False])
+def test_it_ends_with_its_node(begun: bool, tmp_path: Path):
+    """And with one that dies while the trainer still imports what it needs."""
     env, path = mark(), tmp_path / "trainer"
     code = (
-        "import pathlib, subprocess, sys, time; subprocess.Popen(sys.argv[1:])\n"
-        "while not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.1)"
+        "import os, pathlib, subprocess, sys, time\n"
+        "subprocess.Popen([*sys.argv[1:], str(os.getpid())])\n"
+        f"while {begun} and not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.1)"
     )
     subprocess.run(
         [sys.executable, "-c", code, *COMMAND, path], env={**os.environ, **env}, timeout=60
     )
-    assert wait_for(lambda: not living(env), 20)
+    assert wait_for(lambda: not living(env), 20 if begun else 60)
