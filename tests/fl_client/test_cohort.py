@@ -320,6 +320,23 @@ def test_a_dropout_that_is_no_module(monkeypatch):
     same(Federation(monkeypatch, model__name=f"{__name__}:Dropping"), 1e-11)
 
 
+class DroppingWeights(Dropping):
+    """Drops weights, of which there are not as many as samples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = torch.nn.functional.dropout(self.fc.weight, 0.3, self.training)
+        return torch.nn.functional.linear(x.flatten(1), weight, self.fc.bias)
+
+
+def test_dropped_weights_are_drawn_one_by_one(monkeypatch):
+    """In a last batch of one sample, a mask of its size would drop the same inputs everywhere."""
+    federation = Federation(monkeypatch, sizes=(9, 9), model__name=f"{__name__}:DroppingWeights")
+    messages = federation.messages()
+    at_once = federation.together(messages, federation.states())
+    singly = federation.alone(messages, federation.states())
+    assert [difference(a, b) for a, b in zip(singly, at_once, strict=True)] == [0, 0]
+
+
 def test_bfloat16(monkeypatch):
     """Autocast, to its own precision: 8 bits of mantissa, so 1 % of an update of 0.1."""
     federation = Federation(
