@@ -409,3 +409,12 @@ def test_a_network_without_sites_is_refused(tmp_path, monkeypatch, runner):
     refused = runner("run.rounds=1", *(f"{key}={value}" for key, value in own.items()))
     assert refused.code == 3
     assert "set man.site=layer-input" in refused.summary["error"]
+
+
+@pytest.mark.parametrize(
+    ("regularizers", "logits", "told"),
+    [("man, moon", True, 1), ("man, moon", False, 0), ("man", True, 0)],
+)
+def test_two_pulls_at_the_output_are_told(regularizers, logits, told):
+    settings = {"regularizers": regularizers, "model.head": "moon", "man.include-logits": logits}
+    assert len(MAN.warnings(resolve(settings))) == told
