@@ -199,8 +199,6 @@ class _Cohort:
                 for kind, tensors in self.stacks.items()
             }
         self.trained = [p.requires_grad for p in net.parameters()]
-        if not any(self.trained):
-            raise ValueError("no parameter of this round's groups requires a gradient")
         self.batches = Batches(members, settings, key, self.device)
         perturbation = perturbation_of(members[0].methods)
         if perturbation:

@@ -90,7 +90,7 @@ def local_round(
     norms: bool = False,
     graphs: Graphs | None = None,
 ) -> LocalResult:
-    """Train `net` in place for `settings.epochs` epochs over `data`.
+    """Train `net`, which is in training mode, in place for `settings.epochs` epochs over `data`.
 
     Randomness: the order and the augmentation of an epoch come from (seed, round, partition,
     epoch), all other draws of a step, dropout's too, from (seed, round, partition, step).
@@ -100,8 +100,6 @@ def local_round(
     of this network.
     """
     params = [p for p in net.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("no parameter of this round's groups requires a gradient")
     device = params[0].device.type
     criterion = getattr(net, "loss", cross_entropy)
     precision = precision_of(settings, device)
@@ -136,8 +134,6 @@ def local_round(
             whole.backward()
         return loss.detach(), taken_gradients(params)
 
-    if not net.training:
-        net.train()
     if graphs and graphs.fit(methods):
         gradient = graphs.of(gradient, net, 0, lambda: params, methods)
     losses, sizes = [], []
