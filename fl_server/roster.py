@@ -331,8 +331,6 @@ class Roster:
             fitting, self.members, self.number, code_sha256(), self._owners
         )
         self.known = {**self.members, **self.known}
-        for partition in self.members:
-            self._left.pop(partition, None)
         refused |= changed
         self._refuse(refused)
         if refused:  # they are told, and nobody waits for an answer
