@@ -292,6 +292,13 @@ def test_partial_rounds(monkeypatch, active: str):
     same(federation, 1e-11, **{wire.ACTIVE: [active]})
 
 
+def test_norms_that_are_frozen_take_no_padding_for_samples(monkeypatch):
+    federation = Federation(
+        monkeypatch, strategy__name="fedpart", fedpart__bn_frozen="eval", model__norm="batch"
+    )
+    same(federation, 1e-11, **{wire.ACTIVE: ["fc"]})
+
+
 def test_augmented_and_dropped_out(monkeypatch):
     """Every draw is the client's own, whoever is trained beside it."""
     recipe = Recipe((0.5,), (0.5,), train=(crop, flip))
@@ -399,6 +406,9 @@ def test_methods_that_are_trained_one_by_one(monkeypatch, caplog, method: str):
         at_once = federation.together(messages, federation.states())
     singly = federation.alone(messages, federation.states())
     assert [difference(a, b) for a, b in zip(singly, at_once, strict=True)] == [0, 0]
+    jobs = list(zip(range(2), messages, federation.states(), strict=True))
+    chosen, why = federation.clients.choose_cohort(jobs, 1)
+    assert (chosen, why[:24]) == (1, "engine.cohort = auto: 1;")
     (line,) = caplog.messages
     assert f"trained alone: {method}: " in line
 
