@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import Error
 
 import fl_client.app
@@ -472,6 +473,35 @@ def test_bool_or_float_weight_is_no_weight():
     content = good_reply()
     content["metrics"]["num-examples"] = 3.0
     assert "num-examples" in objection(content, EXPECTED)
+
+
+def test_records_of_another_kind():
+    for name, record in (("arrays", MetricRecord()), ("metrics", ConfigRecord())):
+        content = good_reply()
+        del content[name]
+        content[name] = record
+        assert objection(content, EXPECTED).startswith(f"{name} is not ")
+
+
+@pytest.mark.parametrize(
+    ("norms", "good"),
+    [
+        ([0.5, 0.0], True),
+        ([0.5], False),
+        ([0.5, 0.5, 0.5], False),
+        (0.5, False),
+        ([0.5, -0.5], False),
+        ([0.5, float("nan")], False),
+        ([float("inf"), 0.5], False),
+    ],
+)
+def test_lists_have_a_norm_for_each_step(norms, good):
+    content = good_reply()
+    content["metrics"].update({"steps": 2, "grad-norm": norms})
+    expected = replace(
+        EXPECTED, metrics=frozenset({"loss", "steps"}), steps=2, series=frozenset({"grad-norm"})
+    )
+    assert (objection(content, expected) is None) == good
 
 
 @pytest.mark.parametrize("lost", [0, 1, -1, 2.5])
