@@ -116,6 +116,20 @@ def test_features_of_zeros_give_zero_and_no_nan():
     assert q.grad.isfinite().all()
 
 
+def test_an_activation_behind_its_pool_counts_as_one_before_it():
+    """max(relu(a)) is relu(max(a)), so both networks compute the same, and so is their L_lip."""
+    torch.manual_seed(0)
+    stem, conv, fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 10, 3), nn.Linear(10 * 14 * 14, 10)
+    values = []
+    for ends in ((nn.ReLU(), nn.MaxPool2d(2)), (nn.MaxPool2d(2), nn.ReLU())):
+        net = nn.Sequential(stem, nn.ReLU(), conv, *ends, nn.Flatten(), fc)
+        method = begun(net, omega=0.5)
+        net(batch()[0])
+        values.append(method.lipschitz(method.x, method.y))
+        method.finish()
+    assert values[0] == values[1] > 0
+
+
 def by_hand(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """CE, L_lip and the narrow stage of a ResNet-8 at omega = 0.8, from modules alone."""
     first = net.stages[-1][0]
