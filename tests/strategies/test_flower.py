@@ -164,6 +164,16 @@ def test_checking_a_configuration_leaves_flowers_log_as_it_is(caplog):
     assert logging.getLogger("flwr").level == logging.INFO
 
 
+def test_clients_evaluate_as_with_our_own_fedavg(runner):
+    settings = [*BASE, "model.norm=batch", "eval.on=clients"]
+    ours = runner(*settings, "strategy.name=fedavg")
+    flowers = runner(*settings, "strategy.name=flwr:FedAvg")
+    assert ours.code == flowers.code == 0
+    for row, expected in zip(flowers.history, ours.history, strict=True):
+        for key in ("client_accuracy", "accuracy", "loss"):
+            assert row[key] == pytest.approx(expected[key], abs=0.01), key
+
+
 def test_nobody_to_write_to_is_not_waited_for():
     from flwr.app import ConfigRecord
 
