@@ -219,6 +219,19 @@ def test_a_node_that_left_before_it_was_asked(returns: bool, held: float | None)
         assert outcome.failed == {0: "its node is gone", 1: "its node is gone"}
 
 
+@pytest.mark.parametrize(("at_least", "given_up"), [(1, [0, 1]), (2, [0]), (3, [])])
+def test_who_is_gone_too_long_is_given_up_only_if_it_can_be_spared(at_least, given_up):
+    """The nodes of two clients are there again at the second look, when their time is up."""
+    grid = Grid(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
+    grid.unknown = {10, 11}
+    looks = iter([None, 20])
+    _, outcome = ask(
+        grid, locate=lambda names: dict.fromkeys(names, next(looks)), at_least=at_least
+    )
+    assert outcome.failed == dict.fromkeys(given_up, "its node is gone (clients.return-s)")
+    assert list(outcome.accepted) == [name for name in range(3) if name not in given_up]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
