@@ -67,3 +67,10 @@ def test_a_pickle_is_not_read() -> None:
     told = Array("float32", (1,), "numpy.ndarray", data.getvalue())
     with pytest.raises(ValueError, match="allow_pickle=False"):
         over_the_wire(RecordDict({"arrays": ArrayRecord({"x": told})}))["arrays"]["x"].numpy()
+
+
+def test_what_is_no_array_is_refused() -> None:
+    record = ArrayRecord({"x": Array.from_numpy_ndarray(np.zeros(2))})
+    others = dict.fromkeys(record.children, MetricRecord())
+    with pytest.raises(ValueError, match="Array"):
+        wire.ArrivedRecord.inflate(record.deflate(), others)

@@ -136,3 +136,10 @@ def test_residual_networks_are_seen_and_frozen_layers_are_not():
     assert [(row.layer, row.parameter) for row in rows] == [("1", "bias"), ("3", "weight")]
     net[1].bias.requires_grad_(False)
     assert [row.layer for row in layers(net, cut(images(), Y, 5))] == ["3"]
+
+
+def test_ids_of_words_have_no_norm():
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))
+    norms = activation_norms(net, [(torch.tensor([[1, 4], [2, 0]]), Y[:2])])
+    assert norms["0"][0].per_sample() is None
+    assert norms["2"][0].per_sample() > 0
