@@ -61,6 +61,7 @@ def test_equal_seeds_give_equal_text():
     assert json.dumps(measure(net, x, Y, ALL, seed=7), allow_nan=False) == first
     other = measure(net, x, Y, ALL, seed=8)
     assert other["trace"] != json.loads(first)["trace"]
+    assert other["layers"][0]["trace"] != json.loads(first)["layers"][0]["trace"]
 
 
 def test_batches_change_nothing_but_rounding():

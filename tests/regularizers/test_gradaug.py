@@ -18,6 +18,7 @@ from fl_common.local import Affine
 from fl_common.models.resnet import _resnet
 from regularizers import gradaug
 from regularizers.gradaug import GradAug, GradAugParams
+from regularizers.man import MAN, MANParams
 from regularizers.sam import SAM, SAMParams
 from tests.nets import SHAPE, WORK, batch, model
 
@@ -68,6 +69,20 @@ def test_value_and_gradient_by_hand():
         assert torch.allclose(p.grad[part], q.grad, rtol=1e-6, atol=1e-10), name
         p.grad[part] = 0
         assert not p.grad.any(), name  # the whole network's output is taken as a constant
+
+
+def test_its_passes_are_not_the_steps_own():
+    """MAN beside it looks at the whole network alone."""
+    net, (x, y) = model(), batch()
+    values = []
+    for n in (0, 2):
+        man, method = MAN(MANParams(), WORK), begun(net, n=n)
+        man.begin(net, {}, {})
+        output = net(x)
+        method.data_term(x, output, y)
+        values.append(man.data_term(x, output, y))
+        man.finish()
+    assert values[0] == values[1] > 0
 
 
 def test_the_terms_of_several_sub_networks_add_up():
