@@ -107,7 +107,7 @@ def test_replies_are_fetched_by_what_they_may_have_not_by_what_was_sent():
 
     for large, at_once in ((0, 6), (12, 2)):
         grid = Grid(answer)
-        _, outcome = ask(grid, clients=6, size=0, held_bytes=24, large=large)
+        _, outcome = ask(grid, clients=6, size=0, held_bytes=24.0, large=large)
         assert len(outcome.accepted) == 6
         assert sum(grid.pulled[: at_once and 1]) <= at_once
         assert max(grid.pulled) == (6 if large == 0 else 1)
