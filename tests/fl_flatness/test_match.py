@@ -32,11 +32,11 @@ def test_three_vectors_as_in_the_code():
 
 
 def test_the_code_adds_up_the_entries_of_a_tensor():
-    """(1, 2 | 3) and (0, 3 | 3) both become (3, 3)."""
+    """(1, 2 | 4) and (0, 3 | 4) both become (3, 4)."""
     net = torch.nn.Linear(2, 1)
-    pair = [torch.tensor([d, d], dtype=torch.float64) for d in ((1, 2, 3), (0, 3, 3))]
+    pair = [torch.tensor([d, d], dtype=torch.float64) for d in ((1, 2, 4), (0, 3, 4))]
     sent = [as_sent(halves, "fedalign-code", net) for halves in pair]
-    assert all(torch.equal(halves, torch.tensor([[3.0, 3], [3, 3]])) for halves in sent)
+    assert all(torch.equal(halves, torch.tensor([[3.0, 4], [3, 4]])) for halves in sent)
     found = match(sent, "fedalign-code")
     assert (found.h_n, found.h_d) == (0, 1)
     assert match(pair, "fedalign-code").h_d < 1
