@@ -18,7 +18,7 @@ BASE = ["clients.number=4", "run.rounds=2", "train.device=cpu"]
 NEEDS = {
     "QFedAvg": "client_learning_rate=0.1",
     "FedProx": "proximal_mu=0.1",
-    "Krum": "num_malicious_nodes=1",
+    "Krum": "num_malicious_nodes=0",
     "MultiKrum": "num_malicious_nodes=1,num_nodes_to_select=2",
 }
 
