@@ -842,14 +842,16 @@ def test_nodes_on_their_own_can_go_on_by_flwr_run_too():
 def test_clients_with_other_data(
     runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """As many samples as before, but not the same."""
+    """As many samples as before, but not the same.  The run stays as it was."""
     folder = runs.crashed("killed", after=2)
+    before = (folder / "summary.json").read_bytes()
     same = assembly.load_data(None)
     monkeypatch.setattr(assembly, "load_data", lambda config: replace(same, fingerprint="new"))
     assert runs.resume(folder) == 3
     why = "clients 0, 1: other data than when the run began; give them the same data again, or "
     why += "start a new run"
     assert why in failure(capsys)
+    assert (folder / "summary.json").read_bytes() == before
 
 
 def test_clients_with_other_numbers_of_samples(
