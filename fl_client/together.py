@@ -132,8 +132,11 @@ class Together:
         free = free_bytes(clients.device)
         batch = min(clients.config.train.batch_size, len(largest.data.y))
         if batch > self.measured.get(largest.active, 0) and free < sys.maxsize:
-            with clients.training(largest):
-                each = bytes_of(clients.net, largest.data, clients.config.train)
+            try:
+                with clients.training(largest):
+                    each = bytes_of(clients.net, largest.data, clients.config.train)
+            except Exception:  # its own round tells why, and is not that of the others
+                return 1
             self.measured[largest.active] = batch
             self.most = min(self.most, max(1, int(SHARE * free / each)))
             if self.most < min(at_once, len(jobs)):

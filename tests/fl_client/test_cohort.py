@@ -439,6 +439,34 @@ def test_a_norm_of_one_sample_is_met_alone(monkeypatch, caplog):
     ]
 
 
+class Picky(torch.nn.Module):
+    """Fails on images that are too bright for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(64, 4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.max() > 0.9:
+            raise ValueError("too bright")
+        return self.fc(x.flatten(1))
+
+
+def test_a_failure_while_memory_is_measured_is_not_that_of_the_others(monkeypatch):
+    """It is measured on the largest client, here the one that cannot be trained."""
+    monkeypatch.setattr(assembly, "new_model", lambda *args: Picky())
+    federation = Federation(monkeypatch)
+    x = federation.clients.data.train.x
+    x //= 2
+    x[19:41] = 255  # of client 2, the largest
+    messages = federation.messages()
+    replies = federation.together(messages, federation.states())
+    assert "ValueError: too bright" in str(replies.pop(2))
+    for i, reply in zip((0, 1, 3), replies, strict=True):
+        alone = federation.clients.train(i, messages[i], RecordDict())
+        assert difference(alone, reply) < 1e-11
+
+
 class OwnDraws(torch.nn.Module):
     """Noise that torch cannot draw for each client."""
 
