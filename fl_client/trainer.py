@@ -232,8 +232,17 @@ class Step:
 
 
 def taken_gradients(params: Tensors) -> Tensors:
-    """The gradients out of `.grad`, zero where the step did not use a parameter."""
+    """The gradients out of `.grad`, zero where the step did not use a parameter.
+
+    Each has its own memory, since they are overwritten: a backward pass may give views of one
+    tensor to several parameters, such as the biases of norms whose outputs are added up.
+    """
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    taken: set[int] = set()
+    for i, grad in enumerate(grads):
+        if (place := grad.data_ptr()) in taken:
+            grads[i] = grad.clone()
+        taken.add(place)
     for p in params:
         p.grad = None
     return grads

@@ -283,6 +283,16 @@ def test_activations_that_are_overwritten(monkeypatch):
     same(Federation(monkeypatch, regularizers="man", man__site="pre-act"), 1e-11)
 
 
+@pytest.mark.parametrize("method", ["train__clip_norm", "strategy__name"])
+def test_gradients_that_lie_at_one_place(monkeypatch, method: str):
+    """Of single samples with maps of 1 x 1, vmap gives the norms at the end of a block's residual
+    and of its shortcut one gradient for both biases; clipping it, or correcting it, is once for
+    each."""
+    values = {"train__clip_norm": 1.0, "strategy__name": "scaffold"}
+    settings = {"model__name": "resnet8", "model__norm": "group", method: values[method]}
+    same(Federation(monkeypatch, sizes=(1, 1), **settings), 1e-11)
+
+
 @pytest.mark.parametrize("active", ["conv2", "fc"])
 def test_partial_rounds(monkeypatch, active: str):
     """Behind `fc` no ReLU has a gradient, and MAN sees nothing; before `conv2` one of two."""

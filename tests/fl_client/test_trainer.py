@@ -210,6 +210,16 @@ def test_what_has_no_gradient_is_not_moved_by_a_pull():
     assert not torch.equal(model[0].weight[:, 1:], before[:, 1:])
 
 
+def test_a_gradient_that_two_parameters_share_is_each_ones_own():
+    """As autograd gives it to views that are added up."""
+    one, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    ((one.view(6) + other.view(6)) * torch.arange(6.0)).sum().backward()
+    assert one.grad.data_ptr() == other.grad.data_ptr()
+    grads = trainer.taken_gradients([one, other])
+    torch._foreach_mul_(grads, 2.0)
+    assert all(grad.flatten().tolist() == [0, 2, 4, 6, 8, 10] for grad in grads)
+
+
 def test_terms_add_up_in_their_order():
     first = Affine(constant=torch.tensor([1.0]), slope=2.0, scale=3.0, decay=4.0)
     second = Affine(constant=torch.tensor([10.0]), slope=20.0, scale=0.5, decay=40.0)
