@@ -402,7 +402,8 @@ class _Cohort:
 
     def _stacked_state(self) -> State:
         """The members' optimizer states side by side, zeros for a member without one; None if no
-        member has one."""
+        member has one.  In the memory format of the stacked parameters, as fused kernels need it:
+        those of a network may have channels innermost."""
         kept = [member.optimizer for member in self.members]
         known = next(filter(None, kept), None)
         if known is None:
@@ -415,7 +416,7 @@ class _Cohort:
                 if name == "steps"
                 else torch.stack(
                     [own[name][i] if own else torch.zeros_like(tensor) for own in kept]
-                )
+                ).contiguous()
                 for i, tensor in enumerate(like)
             ]
         return stacked

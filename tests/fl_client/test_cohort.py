@@ -199,6 +199,14 @@ def test_optimizers(monkeypatch, optimizer: str):
     same(federation, 1e-11, rounds=2 if kept else 1)
 
 
+@pytest.mark.parametrize("optimizer", ["kept momentum", "kept adam"])
+def test_what_is_kept_with_channels_innermost(monkeypatch, optimizer: str):
+    """As it is with most convolutional networks in float32 on a CPU."""
+    network = {"model__name": "lenet", "train__channels_last": "on"}
+    federation = Federation(monkeypatch, shape=(3, 16, 16), **network, **OPTIMIZERS[optimizer])
+    same(federation, 1e-11, rounds=2)
+
+
 def test_the_momentum_of_a_newcomer_is_zero(monkeypatch):
     """Two clients were in a round before, the largest of all not."""
     federation = Federation(monkeypatch, model__name="mlp", **OPTIMIZERS["kept momentum"])
