@@ -59,7 +59,7 @@ class Recorded:
 
 
 class Graphs:
-    """The recorded passes of a network whose parameters stay where they are."""
+    """The recorded passes of a network whose tensors stay where they are."""
 
     def __init__(self) -> None:
         self.passes: dict[Hashable, Recorded | None] = {}
@@ -112,7 +112,11 @@ class Graphs:
             key = (clients, trained, what_norms_do, variants, shapes)
             if key not in self.passes:
                 self.passes[key] = None
-                return gradient(*inputs)
+                before = list(net.buffers())
+                result = gradient(*inputs)
+                if [*map(id, before)] != [*map(id, net.buffers())]:
+                    self.refuse("the network puts new buffers in the place of others")
+                return result
             if self.passes[key] is None:
                 size = sum(tensor.nbytes for tensor in (*leaves(), *inputs))
                 if self.bytes + size > self.most():

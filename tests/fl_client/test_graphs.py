@@ -183,6 +183,17 @@ def test_what_cannot_be_recorded_is_run(monkeypatch, caplog, way: str):
     assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.parametrize("way", ["alone", "together"])
+def test_a_network_that_replaces_its_buffers(monkeypatch, way: str):
+    """A recorded pass would go on with the old ones.  Clients' stacked ones stay where they are."""
+    settings = {"model__name": "tests.fl_client.test_cohort:Replacing", "sizes": (40, 40)}
+    expected = replies(Federation(monkeypatch, **settings), None, way, rounds=2)
+    graphs = Taped()
+    found = replies(Federation(monkeypatch, **settings), graphs, way, rounds=2)
+    assert bool(graphs.refused) == (way == "alone") != bool(graphs.recorded)
+    assert all(difference(a, b) == 0 for a, b in zip(expected, found, strict=True))
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_recorded_passes_make_room(monkeypatch, caplog, dropped: bool):
     """Where a pass of another shape finds no memory beside them, the client's round begins anew
