@@ -802,9 +802,14 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip(f"none of {', '.join(NAMES)} on the PATH")
     opened = Browser(tmp_path / "profile")
-    yield opened
-    opened.process.kill()
-    opened.process.wait()
+    try:
+        yield opened
+        opened.session = {}
+        opened("Browser.close")  # killed, it would leave folders behind
+        opened.process.wait(PATIENCE_S)
+    finally:
+        opened.process.kill()
+        opened.process.wait()
 
 
 @pytest.mark.parametrize("width", [1200, 360])
