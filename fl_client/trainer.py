@@ -235,12 +235,13 @@ def taken_gradients(params: Tensors) -> Tensors:
     """The gradients out of `.grad`, zero where the step did not use a parameter.
 
     Each has its own memory, since they are overwritten: a backward pass may give views of one
-    tensor to several parameters, such as the biases of norms whose outputs are added up.
+    tensor, or of parts of it, to several parameters, such as the biases of norms whose outputs are
+    added up.
     """
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     taken: set[int] = set()
     for i, grad in enumerate(grads):
-        if (place := grad.data_ptr()) in taken:
+        if (place := grad.untyped_storage().data_ptr()) in taken:
             grads[i] = grad.clone()
         taken.add(place)
     for p in params:

@@ -211,12 +211,18 @@ def test_what_has_no_gradient_is_not_moved_by_a_pull():
 
 
 def test_a_gradient_that_two_parameters_share_is_each_ones_own():
-    """As autograd gives it to views that are added up."""
-    one, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
-    ((one.view(6) + other.view(6)) * torch.arange(6.0)).sum().backward()
-    assert one.grad.data_ptr() == other.grad.data_ptr()
-    grads = trainer.taken_gradients([one, other])
+    """As autograd gives it to views that are added up, be they put together of several."""
+    one, other, part, rest = (
+        torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (2, 3), (4,), (2,))
+    )
+    whole = one.view(6) + other.view(6) + torch.cat([part, rest])
+    (whole * torch.arange(6.0)).sum().backward()
+    assert one.grad.data_ptr() == other.grad.data_ptr() == part.grad.data_ptr()
+    assert rest.grad.data_ptr() == part.grad.data_ptr() + part.nbytes
+    grads = trainer.taken_gradients([rest, one, other, part])
     torch._foreach_mul_(grads, 2.0)
+    assert grads.pop(0).tolist() == [8, 10]
+    assert grads.pop().tolist() == [0, 2, 4, 6]
     assert all(grad.flatten().tolist() == [0, 2, 4, 6, 8, 10] for grad in grads)
 
 
