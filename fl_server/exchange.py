@@ -83,6 +83,8 @@ class _Phase:
     """Who has yet to answer, by message id."""
     sent: dict[str, int] = field(default_factory=dict)
     """Who was asked, by the ids of all messages."""
+    expires: dict[str, float] = field(default_factory=dict)
+    """When each message expires, by the monotonic clock [s]."""
     gone: set[int] = field(default_factory=set)
     """Clients whose node went away with the message, or before it, and that may come back."""
     needed: set[int] = field(default_factory=set)
@@ -97,8 +99,8 @@ class _Phase:
 
 
 class Exchange:
-    """All traffic of a run.  Messages that had no reply stay known until others have none, so that
-    a late reply is told from a good one; it is dropped, and `note` says so."""
+    """All traffic of a run.  Messages that had no reply stay known as long as they live, so that a
+    late reply is told from a good one; it is dropped, and `note` says so."""
 
     def __init__(self, grid: Grid, deadline_s: float, note: Callable[[str], None] = print) -> None:
         self.grid, self.deadline_s, self.note = grid, deadline_s, note
@@ -107,8 +109,9 @@ class Exchange:
         gone for good."""
         self.held_bytes: float | None = None
         """HELD_BYTES where the grid is another process, None where replies wait in this one."""
-        self._late: dict[str, str] = {}
-        """A name for each message whose reply did not come in time, by message id."""
+        self._late: dict[str, tuple[str, float]] = {}
+        """A name for each message whose reply did not come in time, and when the message expires,
+        by message id."""
 
     def replies(
         self,
@@ -205,10 +208,12 @@ class Exchange:
 
     def _push(self, phase: _Phase, messages: dict[int, Message]) -> None:
         """Send these, by the names of their receivers, and expect their replies."""
+        # Flower's own 12 hours may be less than the deadline; and a node that was silent for many
+        # rounds would have to work through the messages of them all.
+        life = self.deadline_s + max(self.deadline_s, SPARE_S)
+        expires = time.monotonic() + life
         for message in messages.values():
-            # Flower's own 12 hours may be less than the deadline; and a node that was silent for
-            # many rounds would have to work through the messages of them all.
-            message.metadata.ttl = self.deadline_s + max(self.deadline_s, SPARE_S)
+            message.metadata.ttl = life
         if self.held_bytes is not None:
             wire.share(messages.values())
         ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
@@ -219,6 +224,7 @@ class Exchange:
         for message_id, name in zip(ids, messages, strict=True):
             if message_id:
                 phase.pending[message_id] = phase.sent[message_id] = name
+                phase.expires[message_id] = expires
             # Flower gives no id to a message for a node that it does not know.
             elif not self._may_come_back(name, phase):
                 phase.outcome.failed[name] = "its node is gone"
@@ -232,6 +238,8 @@ class Exchange:
     def _pulled(self, phase: _Phase, at_once: int | None, last: bool) -> Iterator[Message]:
         """Replies that have come.  With `at_once`, one by one and only of the clients whose turn is
         next, so that the others wait where they are; with `last`, of all."""
+        now = time.monotonic()
+        self._late = {i: late for i, late in self._late.items() if now < late[1]}
         if at_once is None:
             yield from self.grid.pull_messages([*phase.pending, *self._late])
             return
@@ -248,7 +256,7 @@ class Exchange:
         if to in phase.pending:
             return phase.pending.pop(to)
         if to in self._late:
-            self.note(f"{phase.name}: dropped a late reply: {self._late.pop(to)}")
+            self.note(f"{phase.name}: dropped a late reply: {self._late.pop(to)[0]}")
         else:
             who = f"client {phase.sent[to]}" if to in phase.sent else "nobody who was asked"
             self.note(f"{phase.name}: dropped a repeated or unknown reply of {who}")
@@ -263,8 +271,8 @@ class Exchange:
         phase.outcome.failed.update(dict.fromkeys(silent, self._silence()))
         for name in again:
             del phase.outcome.restored[name]
-        # Those of before are forgotten: at this deadline they are too old for anyone to answer.
-        self._late = {i: f"{phase.name}, client {name}" for i, name in phase.pending.items()}
+        for i, name in phase.pending.items():
+            self._late[i] = f"{phase.name}, client {name}", phase.expires[i]
 
     def _completed(self, name: int, reply: Message, phase: _Phase) -> Message | None:
         """The client's message completed by what it lacks, if it asks for that; once a phase."""

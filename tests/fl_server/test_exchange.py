@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count
 
 import pytest
@@ -146,7 +147,8 @@ class Silent(Grid):
 
 
 @pytest.mark.parametrize("held_bytes", [None, 1.0, 1e9])
-def test_replies_that_never_come_are_not_asked_for_for_ever(held_bytes: float | None):
+def test_replies_that_never_come_are_not_asked_for_for_ever(held_bytes: float | None, monkeypatch):
+    monkeypatch.setattr("fl_server.exchange.SPARE_S", 0.0)
     grid = Silent()
     exchange = Exchange(grid, 0.2, lambda text: None)
     exchange.held_bytes = held_bytes
@@ -155,6 +157,22 @@ def test_replies_that_never_come_are_not_asked_for_for_ever(held_bytes: float | 
         _, outcome = ask(grid, exchange=exchange)
         assert list(outcome.failed) == [1]
     assert len(grid.asked) == 4  # three of this round, and one of the round before
+
+
+@pytest.mark.parametrize("held_bytes", [None, 1.0, 1e9])
+def test_a_reply_is_late_for_as_long_as_its_message_lives(held_bytes: float | None):
+    """Not fetched, it would stay at the SuperLink until the run ends."""
+    notes: list[str] = []
+    grid = Silent()
+    exchange = Exchange(grid, 0.2, notes.append)
+    exchange.held_bytes = held_bytes
+    for _ in range(3):
+        ask(grid, exchange=exchange)
+    grid.pull_messages = partial(Grid.pull_messages, grid)  # client 1 answers all that it was asked
+    exchange.deadline_s = 10.0
+    _, outcome = ask(grid, exchange=exchange)
+    assert list(outcome.accepted) == [0, 1, 2]
+    assert notes == ["round 1: dropped a late reply: round 1, client 1"] * 3
 
 
 @pytest.mark.parametrize("deadline_s", [1.0, 3600.0, 86400.0])
