@@ -398,8 +398,7 @@ class Recorder:
 def _brief(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's numbers, and who was refused: all that is needed at a run's end.  Thousands of rows
     with a number for each of a thousand clients would fill the memory."""
-    many = list | dict
-    return {k: v for k, v in row.items() if k in FAILURES or not isinstance(v, many)}
+    return {k: v for k, v in row.items() if k in FAILURES or not isinstance(v, list | dict)}
 
 
 def _data_of(members: Sequence[Member]) -> str:
