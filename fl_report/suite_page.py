@@ -103,22 +103,30 @@ def markdown(table: Mapping[str, Any]) -> str:
     parts.append("\n## How it was made\n\n```\n" + table["command"] + "\n```\n")
     parts.append(_made(done, table.get("elapsed_s")))
     parts.append("\n## Every run\n")
-    parts.append(_grid(["run", *_titles(table), "rounds", "wall s", "CPU s", "model"],
-                       [_run(table, cell) for cell in table["cells"]]))  # fmt: skip
+    apart = ["device"] if len(_devices(done)) > 1 else []
+    parts.append(_grid(["run", *_titles(table), "rounds", "wall s", "CPU s", *apart, "model"],
+                       [_run(table, cell, apart) for cell in table["cells"]]))  # fmt: skip
     return "\n".join(parts)
+
+
+def _devices(done: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({cell["device"] for cell in done})
 
 
 def _titles(table: Mapping[str, Any]) -> list[str]:
     return [Metric.of(name).title for name in table["metrics"]]
 
 
-def _run(table: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+def _run(table: Mapping[str, Any], cell: Mapping[str, Any], more: Sequence[str]) -> list[str]:
+    """`more`: what else is told of the run."""
     names = table["metrics"]
     if cell["status"] != "completed":
-        return [cell["cell"], *([NONE] * len(names)), NONE, NONE, NONE, cell["status"]]
+        nothing = [NONE] * (len(names) + len(more) + 3)
+        return [cell["cell"], *nothing, cell["status"]]
     numbers = [_number(Metric.of(name), cell["values"].get(name)) for name in names]
     times = [f"{cell['wall_s']:.1f}", f"{cell['cpu_s']:.1f}"]
-    return [cell["cell"], *numbers, str(cell["rounds"]), *times, cell["model_sha256"][:12]]
+    told = [*times, *(cell[key] for key in more)]
+    return [cell["cell"], *numbers, str(cell["rounds"]), *told, cell["model_sha256"][:12]]
 
 
 def _number(metric: Metric, value: float | None) -> str:
@@ -134,7 +142,7 @@ def _made(done: Sequence[Mapping[str, Any]], elapsed: float | None) -> str:
     wall, cpu = (sum(cell[key] for cell in done) for key in ("wall_s", "cpu_s"))
     lines = [
         f"{len(done)} runs, {wall:,.0f} s of wall time and {cpu:,.0f} s of processor time in all; "
-        f"device: {', '.join(sorted({cell['device'] for cell in done}))}",
+        f"device: {', '.join(_devices(done))}",
         "seconds are those of the runs themselves: without the start of their processes",
         *_beside(done, elapsed),
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",

@@ -127,7 +127,7 @@ def _row(
 ) -> Row | None:
     """None where there is nothing: no number is published, and the runs have none."""
     there = [cell for cell in group if cell["status"] == "completed"]
-    values = [v for cell in there if (v := cell["values"].get(metric.name)) is not None]
+    values = _values(there, metric)
     printed, place = _published(table, setting, method, metric.name)
     block = None if place is None else table["published"][place]
     if there and not values and not printed and not metric.may_fail:
@@ -143,7 +143,7 @@ def _row(
         metric.title,
         printed or NONE,
         place,
-        _spread(values, metric, len(there)),
+        _by_device(there, metric) if metric.kind.of_machine else _ours(there, metric),
         difference,
         len(group) - len(there),
     )
@@ -170,9 +170,23 @@ def _incomparable(
     return bool(table["reduced"] or table["overrides"] or metric.kind.of_machine or other)
 
 
-def _spread(values: Sequence[float], metric: Metric, runs: int) -> str:
-    """mean ± standard deviation (n - 1); n is told where it is not that of the runs."""
-    digits = metric.kind.digits
+def _values(cells: Sequence[Any], metric: Metric) -> list[float]:
+    return [v for cell in cells if (v := cell["values"].get(metric.name)) is not None]
+
+
+def _by_device(cells: Sequence[Any], metric: Metric) -> str:
+    """Means over runs on the same device, for other means would say nothing."""
+    devices = sorted({cell["device"] for cell in cells})
+    if len(devices) < 2:
+        return _ours(cells, metric)
+    alike = ([cell for cell in cells if cell["device"] == device] for device in devices)
+    means = zip(devices, (_ours(some, metric) for some in alike), strict=True)
+    return "; ".join(f"{device}: {mean}" for device, mean in means)
+
+
+def _ours(cells: Sequence[Any], metric: Metric) -> str:
+    """mean ± standard deviation (n - 1) over the runs that have the number."""
+    values, runs, digits = _values(cells, metric), len(cells), metric.kind.digits
     if not values:
         return "never" if runs and metric.may_fail else NONE
     told = f"{fmean(values):.{digits}f}"

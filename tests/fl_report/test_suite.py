@@ -401,6 +401,20 @@ def test_of_runs_that_never_reach_a_target_the_others_are_told():
     assert told == ("-", "4.0 (n = 1 of 2)", "-", 0)
 
 
+def test_runs_on_two_devices_have_no_mean_of_their_seconds():
+    card = {"device": "Card (cuda)"}
+    cells = [cell("fedavg", 0, 52.0), cell("fedavg", 1, 54.0, **card), cell("fedavg", 2, None)]
+    cells[1]["values"]["seconds"] = 1.0
+    table = a_table(cells=cells, metrics=["accuracy", "seconds"])
+    told = texts(table)
+    assert told["fedavg", "accuracy [%]"][1] == "53.0 ± 1.4 (n = 2)"
+    assert told["fedavg", "wall time [s]"][1] == "Card (cuda): 1.0 (n = 1); cpu: 3.0 (n = 1)"
+    page = suite_page.markdown(table)
+    assert "| rounds | wall s | CPU s | device | model |" in page
+    assert "| 1.5 | 1.0 | cpu | abab" in page and "| 1.5 | 1.0 | Card (cuda) | abab" in page
+    assert "| fedavg_seed2 | - | - | - | - | - | - | missing |" in page
+
+
 def test_other_conditions_than_the_published_ones_have_no_difference():
     differs = a_table()["published"][0] | {"differs": "other data"}
     seconds = a_table()["published"][0] | {"metric": "seconds"}
