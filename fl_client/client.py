@@ -388,7 +388,8 @@ class Clients:
 
     def _make_resident(self) -> None:
         config, train, shape = self.config, self.config.train, self.shape
-        self.net = assembly.new_model(config, len(self.data.classes), shape, self.device)
+        net = assembly.new_model(config, len(self.data.classes), shape, self.device)
+        self.net = net.train()  # all of it, as after an evaluation, whatever its class has left
         self.graphs = Graphs() if records(train, config.model.name, self.device) else None
         self.layout = Layout.of(self.net)
         self.groups = assembly.groups_of(config, self.net, shape)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flwr.app import RecordDict
 
 from strategies.base import ClientRule
-from tests.fl_client.test_cohort import Federation, difference
+from tests.fl_client.test_cohort import Federation, difference, vectors
 
 
 @pytest.mark.parametrize("regularizer", ["", "sam"])
@@ -27,6 +28,26 @@ def test_a_client_that_failed_leaves_nothing(monkeypatch, regularizer: str):
         clients.train(1, message, states[2])
     handle.remove()
     assert difference(clients.train(0, message, states[3]), expected) == 0.0
+
+
+class Resting(torch.nn.Sequential):
+    """Puts a part of itself into evaluation mode."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        nn = torch.nn
+        super().__init__(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, classes))
+        self[1].eval()
+
+
+def test_all_of_a_network_trains_in_training_mode(monkeypatch):
+    """Before its first evaluation as after it: else a run that is continued in another process
+    would reach another model."""
+    federation = Federation(monkeypatch, model__name=f"{__name__}:Resting", eval__on="clients")
+    message, state = federation.messages()[0], RecordDict()
+    before = federation.clients.train(0, message, state)
+    federation.clients.evaluate(0, message, state)
+    assert difference(federation.clients.train(0, message, state), before) == 0
+    assert vectors(before)["arrays/counters"] > 0
 
 
 def test_what_an_optimizer_keeps_comes_back_in_its_order(monkeypatch):
