@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fl_common.layout import COUNTERS, PARAMS, STATS
+from fl_common.passes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -249,12 +250,8 @@ def _met(net: nn.Module, shape: Sequence[int]) -> list[nn.Module]:
 
 def output_of_zeros(net: nn.Module, shape: Sequence[int]) -> torch.Tensor:
     """A network's logits (1, classes) for one sample of zeros, in evaluation mode."""
-    training, first = net.training, next(net.parameters())
-    try:
-        net.eval()
-        with torch.no_grad():
-            if len(shape) == 2:  # (V, L), of which ids are given
-                return net(torch.zeros(1, shape[1], dtype=torch.int64, device=first.device))
-            return net(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
-    finally:
-        net.train(training)
+    first = next(net.parameters())
+    with evaluating(net), torch.no_grad():
+        if len(shape) == 2:  # (V, L), of which ids are given
+            return net(torch.zeros(1, shape[1], dtype=torch.int64, device=first.device))
+        return net(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))

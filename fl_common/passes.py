@@ -1,4 +1,5 @@
-"""Forward passes with other tensors than the network's own, and which passes are a step's own.
+"""Forward passes with other tensors than the network's own, or in evaluation mode, and which passes
+are a step's own.
 
 A method on forward hooks works on the pass whose output the loss is taken of.  Methods that look
 at the network once more (a teacher, a slimmed copy, a reference) wrap that in `extra_pass`.
@@ -44,6 +45,18 @@ def called_with(
         if after[name] is not tensor:
             tensor.copy_(after[name])
     return output
+
+
+@contextmanager
+def evaluating(net: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 _EXTRA = ContextVar("extra pass", default=False)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
-from fl_flatness.products import Curvature, evaluating
+from fl_common.passes import evaluating
+from fl_flatness.products import Curvature
 from fl_flatness.spectrum import Lanczos, eigenpairs
 from fl_flatness.trace import hutchinson
 

@@ -7,11 +7,11 @@ samples, in float64, and dropped, so that memory does not depend on how many the
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
+from fl_common.passes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -177,18 +177,6 @@ def cut(
     if batch_size < 1:
         raise ValueError(f"batch size = {batch_size}: at least 1")
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-
-
-@contextmanager
-def evaluating(net: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has its own mode again."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _flat(parts: Sequence[torch.Tensor]) -> torch.Tensor:

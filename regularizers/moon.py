@@ -22,7 +22,7 @@ from fl_common.config import Group
 from fl_common.deferred import torch
 from fl_common.layout import COUNTERS, PARAMS, STATS, Layout
 from fl_common.models.catalogue import MODELS, skeleton
-from fl_common.passes import called_with, extra_pass, is_main_pass
+from fl_common.passes import called_with, evaluating, extra_pass, is_main_pass
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -121,14 +121,8 @@ class MOON(Regularizer):
         """z_g and z_p (B, width), of the network with each reference's tensors in turn."""
         if x.dim() == 4:  # faster on the CPU: pooling above all
             x = x.contiguous(memory_format=torch.channels_last)
-        modes = [(module, module.training) for module in self.net.modules()]
-        self.net.eval()
-        try:
-            with extra_pass(), torch.no_grad():
-                return [called_with(self.representation, tensors, x) for tensors in self.references]
-        finally:
-            for module, training in modes:  # norms of frozen layers may be in evaluation mode
-                module.training = training
+        with evaluating(self.net), extra_pass(), torch.no_grad():
+            return [called_with(self.representation, tensors, x) for tensors in self.references]
 
     def finish(self) -> None:
         super().finish()
