@@ -9,7 +9,10 @@ import os
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DIGITS = 32
 """Hex digits of SHA-256 in a file's name."""
@@ -62,6 +65,19 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
     return found
+
+
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if nothing can be read."""
+    try:
+        return read_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def write_object(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
+    """Replace `path` by this value as JSON, as `write_atomically` does.  Raises OSError."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), mode)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

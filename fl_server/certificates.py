@@ -6,7 +6,6 @@ All keys are on the curve P-384.  Private keys are readable by their owner alone
 from __future__ import annotations
 
 import ipaddress
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fl_common.files import write_atomically
+from fl_common.files import write_atomically, write_object
 from fl_server.keys import KeysError, read_public
 
 if TYPE_CHECKING:
@@ -126,8 +125,7 @@ def issue(
         for partition in new:
             make_node_key(folder / NODES / str(partition))
         keys = read_public(folder / NODES)
-        text = json.dumps({str(i): keys[i] for i in sorted(keys)}, indent=2)
-        write_atomically(folder / KEYS, f"{text}\n".encode(), 0o644)
+        write_object(folder / KEYS, {str(i): keys[i] for i in sorted(keys)}, 0o644)
     except OSError as error:
         raise KeysError(f"{error.filename or folder}: {error.strerror or error}") from None
     server = _read_certificate(folder / SERVER)

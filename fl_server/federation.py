@@ -190,10 +190,8 @@ def _alone() -> Iterator[None]:
 
 def _state() -> dict[str, Any]:
     """What `up` wrote; empty if there is nothing, or nothing that can be read."""
-    with suppress(OSError, ValueError):
-        state = files.read_object(home() / "state.json")
-        return state if {"boot", "mark", "clients", "address", "processes"} <= state.keys() else {}
-    return {}
+    state = files.read_or_empty(home() / "state.json")
+    return state if {"boot", "mark", "clients", "address", "processes"} <= state.keys() else {}
 
 
 def _present(state: dict[str, Any]) -> dict[int, str]:
@@ -382,8 +380,7 @@ class Federation:
             )
         with suppress(ProcessLookupError):
             self.processes[process.pid] = processes.identify(process.pid)
-        state = json.dumps(self.state, indent=2).encode()
-        files.write_atomically(self.folder / "state.json", state)
+        files.write_object(self.folder / "state.json", self.state)
         return process
 
     def _broken(self, what: str, log: Path) -> FederationError:

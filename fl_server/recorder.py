@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fl_common.config import shown
-from fl_common.files import lock, read_object, remove_unfinished, unwritable, write_atomically
+from fl_common.files import (
+    lock,
+    read_object,
+    read_or_empty,
+    remove_unfinished,
+    unwritable,
+    write_atomically,
+    write_object,
+)
 from fl_common.fingerprint import code_sha256
 from fl_common.wire import model_sha256
 from fl_report.series import FAILURES
@@ -95,7 +103,7 @@ def stored_config(folder: Path) -> dict[str, Scalar]:
 
 def record_setting(folder: Path, key: str, value: Scalar) -> None:
     """Store a setting that a run chose itself, so that it has the same when it is resumed."""
-    write_atomically(folder / CONFIG, _json({**stored_config(folder), key: value}))
+    write_object(folder / CONFIG, {**stored_config(folder), key: value})
 
 
 def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
@@ -129,10 +137,7 @@ def resume_error(folder: Path, values: Mapping[str, Any]) -> str | None:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """What the run in this folder came to; empty if nothing can be read."""
-    try:
-        return read_object(folder / SUMMARY)
-    except (OSError, ValueError):
-        return {}
+    return read_or_empty(folder / SUMMARY)
 
 
 def _lock(folder: Path) -> IO[bytes]:
@@ -150,11 +155,7 @@ def ended(folder: Path, reason: str) -> None:
         if summary.get("status") == "running":
             with _lock(folder):
                 failed = summary | {"status": "failed", "error": reason}
-                write_atomically(folder / SUMMARY, _json(failed))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+                write_object(folder / SUMMARY, failed)
 
 
 class Recorder:
@@ -206,8 +207,8 @@ class Recorder:
         }
 
     def _write_beginning(self) -> None:
-        write_atomically(self.folder / CONFIG, _json(self._config))
-        write_atomically(self.folder / SUMMARY, _json(self.summary))
+        write_object(self.folder / CONFIG, self._config)
+        write_object(self.folder / SUMMARY, self.summary)
 
     def track(self, config: CoreConfig, note: Callable[[str], None]) -> None:
         """Tell `tracking.to` every round from now on, and first the earlier ones that it lacks."""
@@ -301,7 +302,7 @@ class Recorder:
             "samples": [member.samples for member in members],
             "label_counts": [list(member.label_counts) for member in members],
         }
-        write_atomically(self.folder / CLIENTS, _json(self.labels))
+        write_object(self.folder / CLIENTS, self.labels)
 
     def restored(self, server_round: int, sizes: Mapping[int, int]) -> None:
         """Clients that had lost their memory, or a part of the model, and the bytes of the message
@@ -362,7 +363,7 @@ class Recorder:
             "bytes_down": sum(row["bytes_down"] for row in self.rows),
             **self._times(),
         }
-        write_atomically(self.folder / SUMMARY, _json(self.summary))
+        write_object(self.folder / SUMMARY, self.summary)
         if self._tracking:
             self._tracking.close(self.summary)
         if self._config.get("run.pictures", True):

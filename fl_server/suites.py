@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
 from fl_common.config import AUTO, resolve
-from fl_common.files import LOCK, absolute_path, lock, read_object, write_atomically
+from fl_common.files import LOCK, absolute_path, lock, read_object, read_or_empty, write_object
 from fl_common.fingerprint import code_sha256
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
@@ -319,7 +319,7 @@ def _measure(folder: Path, jobs: int) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "jobs": max(jobs, before.get("jobs", 0)),
     }
-    write_atomically(folder / MEASURED, (json.dumps(told, indent=2) + "\n").encode())
+    write_object(folder / MEASURED, told)
 
 
 def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
@@ -332,7 +332,7 @@ def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
 
 def measured(folder: Path) -> dict[str, Any]:
     """What a cell's process measured; empty if it was killed."""
-    return _read(folder / MEASURED)
+    return read_or_empty(folder / MEASURED)
 
 
 def code_of(folder: Path) -> str:
@@ -395,13 +395,13 @@ class OpenSuite:
                     self._remember(ran=True, seconds=time.monotonic() - began)
 
     def _remember(self, *, ran: bool, seconds: float = 0.0) -> None:
-        before = _read(self.base / REMEMBERED)
+        before = read_or_empty(self.base / REMEMBERED)
         told = {
             "command": self.command() if ran else before.get("command", self.command()),
             "settings": self.plan.overrides,
             "elapsed_s": round(before.get("elapsed_s", 0.0) + seconds, 1),
         }
-        write_atomically(self.base / REMEMBERED, (json.dumps(told, indent=2) + "\n").encode())
+        write_object(self.base / REMEMBERED, told)
 
     def command(self, *, places: bool = False) -> str:
         """The call that makes these cells; without `places`, those of this machine are left out
@@ -422,7 +422,7 @@ class OpenSuite:
         """The table, as JSON has it, of the cells that are there.  Raises SuiteError for folders
         that hold something else."""
         look(self.plan, self.base).check()
-        remembered = _read(self.base / REMEMBERED)
+        remembered = read_or_empty(self.base / REMEMBERED)
         told = remembered.get("command") or self.command()
         table = suite_table.gather(self.plan, self.base, told, measured, code_of)
         return table | {"elapsed_s": remembered.get("elapsed_s")}
@@ -454,14 +454,7 @@ def open_suite(
     this folder hold until they are given anew.  Raises SuiteError with every mistake."""
     name = f"{file.stem}-reduced" if reduced else file.stem
     base = absolute_path(out or Path("results", "suites")) / name
-    remembered = _read(base / REMEMBERED).get("settings", {})
+    remembered = read_or_empty(base / REMEMBERED).get("settings", {})
     taken = {key: value for key, value in remembered.items() if key not in overrides}
     plan = load(file, reduced=reduced, overrides=remembered | overrides)
     return OpenSuite(file, plan, base, out, taken, jobs)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except (OSError, ValueError):
-        return {}

@@ -13,10 +13,12 @@ import pytest
 
 from fl_common.files import (
     read_checked,
+    read_or_empty,
     read_toml,
     remove_unfinished,
     write_atomically,
     write_checked,
+    write_object,
 )
 
 NEW = bytes(range(256)) * 40
@@ -163,3 +165,14 @@ def test_a_toml_file_may_begin_with_an_editors_mark(tmp_path: Path):
     path = tmp_path / "my.toml"
     path.write_text('[run]\nname = "Größe"\n', encoding="utf-8-sig")
     assert read_toml(path) == {"run": {"name": "Größe"}}
+
+
+def test_what_is_no_object_is_read_as_an_empty_one(tmp_path: Path):
+    path = tmp_path / "told.json"
+    assert read_or_empty(path) == {}
+    for text in ("", "[1]", '{"a": 1', "\xff"):
+        path.write_text(text, "latin-1")
+        assert read_or_empty(path) == {}
+    write_object(path, {"a": [1, "ä"]})
+    assert read_or_empty(path) == {"a": [1, "ä"]}
+    assert path.read_bytes().endswith(b"}\n")
