@@ -20,13 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fl_common.files import write_atomically, write_object
-from fl_server.keys import KeysError, read_public
+from fl_server.keys import KeysError, openssh, read_public
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -149,9 +148,7 @@ def make_node_key(path: Path) -> Path:
     write_atomically(
         path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600
     )
-    write_atomically(
-        public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), 0o644
-    )
+    write_atomically(public, openssh(key.public_key()).encode(), 0o644)
     return public
 
 

@@ -108,7 +108,6 @@ def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None
         UnregisterNodeRequest,
     )
 
-    names = {key: f"node {partition}" for partition, key in keys.items()}
     try:
         with flwr_cli_exc_handler():
             way = read_superlink_connection(link.name)
@@ -117,16 +116,16 @@ def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None
                 listed = client.ListNodes(ListNodesRequest()).nodes_info
                 known = {of_flower(node.public_key): node for node in listed}
                 there = {k: node for k, node in known.items() if node.status != "unregistered"}
-                for partition in sorted(keys):
-                    if keys[partition] in known.keys() - there.keys():
+                for partition, key in sorted(keys.items()):
+                    if key in known.keys() - there.keys():
                         raise ValueError(
                             f"node {partition}: its key was unregistered, and Flower takes no "
                             f"key twice; delete nodes/{partition} and nodes/{partition}.pub, make "
                             "new ones with `flatfed certs --nodes N`, and bring the node its new "
                             "key"
                         )
-                for partition in sorted(keys):
-                    key, name = keys[partition], names[keys[partition]]
+                for partition, key in sorted(keys.items()):
+                    name = f"node {partition}"
                     if key in there:
                         print(f"{name}: is registered already ({there[key].status})")
                     else:
@@ -136,7 +135,7 @@ def register(keys: Mapping[int, str], link: Connection, *, remove: bool) -> None
                         made = client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
                         print(f"{name}: registered, Flower's node {made.node_id}")
                 for key in there if remove else ():
-                    if key not in names:
+                    if key not in keys.values():
                         id_ = there[key].node_id
                         client.UnregisterNode(UnregisterNodeRequest(node_id=id_))
                         print(f"Flower's node {id_}: unregistered, its key is not in the file")
