@@ -16,7 +16,7 @@ from fl_common.failures import harmless
 from fl_common.guards import objection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from flwr.serverapp import Grid
 
@@ -115,8 +115,7 @@ class Exchange:
 
     def replies(
         self,
-        messages: Sequence[Message],
-        names: Sequence[int],
+        asked: Mapping[int, Message],
         phase: str,
         outcome: Outcome,
         expected: Callable[[int], Expected],
@@ -125,9 +124,9 @@ class Exchange:
         meanwhile: Callable[[], None] = lambda: None,
         large: int = 0,
     ) -> Iterator[tuple[int, Message]]:
-        """Push `messages` and yield every good reply with the name of its client, names ascending.
+        """Push messages and yield every good reply with the name of its client, names ascending.
 
-        `names` says what each receiver is called, `expected` what its reply must be.  A reply
+        `asked`: each client's message, by its name; `expected`: what its reply must be.  A reply
         that comes before its turn waits.  Who has not answered by the deadline is left out.
         A client that lacks something is asked once more, with the content that `give_back` makes;
         for a request without cause that is None, and the guards reject the request.
@@ -136,9 +135,8 @@ class Exchange:
         Raises RoundFailed at the end if fewer than `at_least` replies were good.
         """
         early: dict[int, Message] = {}
-        waiting = deque(sorted(names))
-        asked = dict(zip(names, messages, strict=True))
-        under_way = _Phase(phase, asked, outcome, at_least, give_back)
+        waiting = deque(sorted(asked))
+        under_way = _Phase(phase, dict(asked), outcome, at_least, give_back)
         for name, reply in self._arrivals(under_way, meanwhile, large):
             if reply.has_error():
                 outcome.failed[name] = reason_of(reply)

@@ -361,8 +361,8 @@ class Rounds:
             return content
 
         replies = self.exchange.replies(
-            list(slim.values()), list(slim), phase, outcome, self._counted(expected), at_least,
-            give_back, sent, large=max(map(payload_bytes, asked.values()), default=0),
+            slim, phase, outcome, self._counted(expected), at_least, give_back, sent,
+            large=max(map(payload_bytes, asked.values()), default=0),
         )  # fmt: skip
         try:
             for name, reply in replies:
@@ -464,15 +464,15 @@ class Rounds:
         settings = ConfigRecord({"server-round": server_round})
         content = {wire.ARRAYS: wire.pack(self.model), wire.CONFIG: settings}
         # The whole model, past `holdings`: measuring does not change what training sends.
-        messages = [
-            Message(RecordDict(content), m.node_id, MessageType.QUERY, group_id=str(server_round))
-            for m in members
-        ]
+        kind, group = MessageType.QUERY, str(server_round)
+        asked = {
+            member.partition: Message(RecordDict(content), member.node_id, kind, group_id=group)
+            for member in members
+        }
         samples = {member.partition: member.samples for member in members}
-        self.progress.asked(phase, len(messages))
+        self.progress.asked(phase, len(asked))
         replies = self.exchange.replies(
-            messages,
-            [member.partition for member in members],
+            asked,
             phase,
             outcome,
             self._counted(

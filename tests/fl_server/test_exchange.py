@@ -66,18 +66,16 @@ def ask(grid: Grid, clients: int = 3, size: int = 3, deadline_s: float = 10.0, *
     """After how many looks each good reply was handed on, and the outcome."""
     exchange = more.pop("exchange", None) or Exchange(grid, deadline_s, lambda text: None)
     vars(exchange).update({k: more.pop(k) for k in ("held_bytes", "locate") if k in more})
-    messages = [
-        Message(
+    messages = {
+        name: Message(
             RecordDict({wire.ARRAYS: model(size), wire.CONFIG: ConfigRecord({})}),
             10 + name, "train", group_id="1",
         )
         for name in range(clients)
-    ]  # fmt: skip
+    }  # fmt: skip
     expected = Expected({wire.ARRAYS: {"params": Spec((3,), "float32")}}, 1, 3, frozenset())
     outcome = Outcome()
-    replies = exchange.replies(
-        messages, range(clients), "round 1", outcome, lambda name: expected, **more
-    )
+    replies = exchange.replies(messages, "round 1", outcome, lambda name: expected, **more)
     return [len(grid.pulled) for _ in replies], outcome
 
 

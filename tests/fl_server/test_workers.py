@@ -208,15 +208,13 @@ def test_work_of_an_earlier_round_changes_nothing_of_a_later_one(monkeypatch) ->
 
         def play(round_: int, clients: list[int], deadline_s: float) -> Outcome:
             exchange.deadline_s, outcome = deadline_s, Outcome()
-            messages = [
-                Message(RecordDict({"arrays": wire.pack({"w": torch.ones(3)})}), 2 + i, "train",
-                        group_id=str(round_))
+            messages = {
+                i: Message(RecordDict({"arrays": wire.pack({"w": torch.ones(3)})}), 2 + i, "train",
+                           group_id=str(round_))
                 for i in clients
-            ]  # fmt: skip
+            }  # fmt: skip
             expected = Expected({}, round_, 1, frozenset())
-            list(
-                exchange.replies(messages, clients, f"round {round_}", outcome, lambda i: expected)
-            )
+            list(exchange.replies(messages, f"round {round_}", outcome, lambda i: expected))
             return outcome
 
         assert len(play(1, [0, 1, 2, 3, 4, 5], 0.3).failed) == 6
@@ -275,7 +273,8 @@ def test_work_of_an_earlier_round_is_not_kept_by_one_process() -> None:
         for message in messages:
             message.metadata.__dict__["_group_id"] = str(round_)
         phase, expected = f"round {round_}", Expected({}, round_, 1, frozenset())
-        list(exchange.replies(messages, [0, 1, 2], phase, Outcome(), lambda i, e=expected: e))
+        asked = dict(enumerate(messages))
+        list(exchange.replies(asked, phase, Outcome(), lambda i, e=expected: e))
         assert len(grid._queue) == 2
 
 
