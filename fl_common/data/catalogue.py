@@ -6,7 +6,6 @@ Importing this module imports only the standard library: config validation uses 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 from fl_common.data import layouts
@@ -135,15 +134,12 @@ def check(
     image_size: int = 0,
     on_nodes: bool = False,
 ) -> list[tuple[str, str]]:
-    """What is wrong with these settings: (key, one line with the remedy); nothing is decoded.
+    """What is wrong with these settings of a source: (key, one line with the remedy); nothing is
+    decoded.
 
     on_nodes: the data lie on other machines, so that the path is not looked up here.
     """
-    info = SOURCES.get(source)
-    if info is None:
-        near = get_close_matches(source, SOURCES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return [("data.source", f"{source} is unknown; {hint}known: {', '.join(SOURCES)}")]
+    info = SOURCES[source]
     errors = [] if on_nodes else _check_path(source, path, info)
     if augment not in info.pipelines:
         errors.append(
@@ -177,8 +173,6 @@ def _check_path(source: str, path: str, info: SourceInfo) -> list[tuple[str, str
 def _check_partition(
     info: SourceInfo, partition: str, clients: int, min_size: int, classes_per_client: int
 ) -> list[tuple[str, str]]:
-    if partition not in PARTITIONS:
-        return [("data.partition", f"{partition} is unknown; known: {', '.join(PARTITIONS)}")]
     n = info.train_size if partition != "local" else None
     if n is not None and clients > n:
         return [("clients.number", f"{clients} clients, but {n} training samples; lower it")]

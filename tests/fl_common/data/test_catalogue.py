@@ -40,7 +40,6 @@ def only(errors):
 @pytest.mark.parametrize(
     ("settings", "key", "words"),
     [
-        ({"source": "cifar-10"}, "data.source", ["cifar-10 is unknown", "did you mean cifar10?"]),
         ({"source": "folder"}, "data.path", ["folder needs one"]),
         ({"source": "digits", "path": "/x"}, "data.path", ["in the package", "leave it empty"]),
         ({"source": "folder", "path": "/no/such"}, "data.path", ["/no/such does not exist"]),
@@ -55,7 +54,6 @@ def only(errors):
             "data.classes-per-client",
             ["2 classes"],
         ),
-        ({"source": "digits", "partition": "dirichle"}, "data.partition", ["known: iid"]),
         (
             {"source": "cifar100", "augment": "moon"},
             "data.augment",
@@ -71,8 +69,8 @@ def test_every_error_names_its_key_and_a_remedy(settings, key, words):
 
 
 def test_several_errors_come_together():
-    keys = [key for key, _ in check("folder", augment="moon", image_size=-1, partition="x")]
-    assert keys == ["data.path", "data.augment", "data.partition"]
+    keys = [key for key, _ in check("cifar10", "/no/such", augment="x", clients=50_001)]
+    assert keys == ["data.path", "data.augment", "clients.number"]
 
 
 def test_the_pickled_version_of_cifar_names_the_alternatives(tmp_path):
