@@ -70,14 +70,12 @@ class Ledger:
 
     def begin(self) -> None:
         """Begin a round, before its first reply."""
+        self.counts = False
+        """Whether the round has enough good replies; only then its models are evaluated."""
         self.sel: dict[str, WeightedMean] = {}
-        """By kind, the mean of the models of the round's cohort; empty until the round counts."""
+        """By kind, the mean of the models of the round's cohort."""
         self.first: Flat | None = None
-        """BatchNorm's statistics of the cohort's first client; None until the round counts."""
-        self.cohort: dict[str, WeightedMean] = {}
-        """What becomes `sel` when the round counts."""
-        self.stats: Flat | None = None
-        """What becomes `first` when the round counts."""
+        """BatchNorm's statistics of the cohort's first client."""
         self.change: dict[str, WeightedMean] = {}
         """What is added to `sum` when the round counts: how far each client's last model moved."""
 
@@ -87,11 +85,11 @@ class Ledger:
         answer, sent = Reply.of(reply), wire.vectors(message.content)
         model = self.groups.joined(answer.model, sent[PARAMS])
         evaluated = self.config.eval.model_names
-        if "first" in evaluated and self.stats is None:
-            self.stats = {STATS: model[STATS].clone()} if STATS in model else {}
+        if "first" in evaluated and self.first is None:
+            self.first = {STATS: model[STATS].clone()} if STATS in model else {}
         if "sel" in evaluated:
             for kind, vector in _averaged(model).items():
-                self.cohort.setdefault(kind, WeightedMean()).add(vector)
+                self.sel.setdefault(kind, WeightedMean()).add(vector)
         if not ((self.remembers and self.config.server.ledger) or self.sum):
             return
         settings: ConfigRecord = message.content[wire.CONFIG]
@@ -118,7 +116,7 @@ class Ledger:
     def accept(self, server_round: int, names: list[int]) -> None:
         """The round counts: these clients took part in it."""
         self.rounds |= dict.fromkeys(names, server_round)
-        self.sel, self.first = self.cohort, self.stats
+        self.counts = True
         for kind, change in self.change.items():
             self.sum[kind] = self.sum[kind] + change.take_sum()
 
@@ -146,11 +144,11 @@ class Ledger:
         each, the vectors that take the place of the global one's."""
         number = self.config.clients.number
         found: dict[str, Flat] = {}
-        if self.sel:
+        if self.counts and self.sel:
             found["sel"] = {kind: over(m.sum, m.weight) for kind, m in self.sel.items()}
         if self.sum:
             found["all"] = {kind: total / number for kind, total in self.sum.items()}
-        if self.first is not None:
+        if self.counts and self.first is not None:
             found["first"] = self.first
         return found
 

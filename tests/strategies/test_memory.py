@@ -210,6 +210,15 @@ def twice(honest, message, context):
     return honest(message, context)
 
 
+def test_a_round_that_does_not_count_has_no_models_of_its_own(traced, monkeypatch):
+    """In round 3 a reply is rejected, and both are needed."""
+    through(poisoned)(monkeypatch)
+    settings = ["run.rounds=4", "clients.min-replies=2", "eval.models=sel,all,first"]
+    rows = traced(2, *TABULAR, *settings).result.history
+    for of, there in (("sel", False), ("first", False), ("all", True)):
+        assert [f"loss_{of}" in row for row in rows] == [True, True, there, True]
+
+
 class Clock:
     """Time that passes only while one waits."""
 
