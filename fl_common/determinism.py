@@ -68,11 +68,7 @@ def prepare_process(threads: int = 1, deterministic: bool = True, device_type: s
     """
     import torch
 
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    _set_thresholds(1 << 30, (1 << 31) - 1)
     torch.set_num_threads(threads)
     # The same switch as torch.use_deterministic_algorithms, without its import of the compiler
     # (a CPU second and 75 MiB).
@@ -87,11 +83,14 @@ def prepare_process(threads: int = 1, deterministic: bool = True, device_type: s
 
 def return_memory() -> None:
     """Have blocks above 1 MiB go back to the system at once: for a process that mostly waits."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-            libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+    _set_thresholds(1 << 20, 1 << 20)
+
+
+def _set_thresholds(mmap: int, trim: int) -> None:
+    """From which size on blocks are mapped, and free memory goes back to the system [bytes]."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, mmap)
+        libc.mallopt(_M_TRIM_THRESHOLD, trim)
 
 
 def seed_device(device_type: str, seed: int) -> None:
