@@ -113,7 +113,7 @@ class Data(Group):
         "package.module:function, called with path= and seed=",
     )
     path: str = Field("", description="folder, file or hub name, for sources that need one")
-    partition: Literal[data_catalogue.PARTITIONS] = Field(  # type: ignore[valid-type]
+    partition: Literal[data_catalogue.PARTITIONS] = Field(
         "dirichlet",
         description="how samples are split over clients; dirichlet: per class, unequal sizes; "
         "dirichlet-balanced: equal sizes, one class prior per client; local: every node trains on "

@@ -82,7 +82,7 @@ def objection(content: RecordDict, expected: Expected) -> str | None:
 
 
 def _names(names: object) -> str:
-    return "(" + ", ".join(sorted(map(str, names))) + ")"  # type: ignore[call-overload]
+    return "(" + ", ".join(sorted(map(str, names))) + ")"
 
 
 def _array_problem(record: ArrayRecord, key: str, spec: Spec) -> str | None:

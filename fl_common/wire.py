@@ -58,7 +58,7 @@ class TensorArray(Array):
         )
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The serialised bytes (NumPy's format), made anew at each access."""
         array, head = self.numpy(), BytesIO()
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
@@ -100,7 +100,7 @@ class ArrivedArray(Array):
         return sum(map(len, self.pieces))
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The serialised bytes, joined anew at each access; b"" once `numpy` was called."""
         return b"".join(self.pieces)
 
