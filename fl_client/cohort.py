@@ -256,16 +256,16 @@ class _Cohort:
 
     def _take_first(self, count: int) -> None:
         """Take views of the first `count` clients' tensors, the trained ones as leaves."""
-        named: dict[str, dict[str, torch.Tensor]] = {}
-        for kind, tensors in self.stacks.items():
-            names = [slot.name for slot in self.layout.slots[kind]]
-            named[kind] = {
-                name: tensor[:count] for name, tensor in zip(names, tensors, strict=True)
+        named = {
+            kind: {
+                slot.name: tensor[:count]
+                for slot, tensor in zip(self.layout.slots[kind], tensors, strict=True)
             }
-        self.params = {
-            name: tensor.requires_grad_() if trained else tensor
-            for (name, tensor), trained in zip(named.pop(PARAMS).items(), self.trained, strict=True)
+            for kind, tensors in self.stacks.items()
         }
+        self.params = named.pop(PARAMS)
+        for tensor, trained in zip(self.params.values(), self.trained, strict=True):
+            tensor.requires_grad_(trained)
         self.leaves = [p for p in self.params.values() if p.requires_grad]
         self.step.correction = self.correction.first(count)
         self.buffers = {name: t for tensors in named.values() for name, t in tensors.items()}

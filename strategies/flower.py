@@ -75,9 +75,10 @@ def parse(name: str, params: str) -> tuple[Any, dict[str, Any]]:
             )
         if key in given:
             raise ValueError(f'strategy.params = "{params}": {key} is given twice; give it once')
-        given[key] = _number(text, whole=isinstance(scalars[key].default, int))
+        whole = isinstance(scalars[key].default, int)
+        given[key] = _number(text, whole)
         if given[key] is None:
-            kind = "whole number" if isinstance(scalars[key].default, int) else "finite number"
+            kind = "whole number" if whole else "finite number"
             raise ValueError(f'strategy.params = "{params}": {key} = {text} is not a {kind}')
     missing = [k for k, p in scalars.items() if p.default is p.empty and k not in given]
     if missing:
