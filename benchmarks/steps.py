@@ -21,7 +21,7 @@ from fl_client.optimizers import SGD
 from fl_client.trainer import LocalData, local_round
 from fl_common import assembly, wire
 from fl_common.config import resolve
-from fl_common.layout import PARAMS, concatenate, tensors_of
+from fl_common.layout import PARAMS, Layout, concatenate, tensors_of
 from fl_common.local import blank_memory, correction_of, local_methods, new_memory, owned
 from regularizers.base import Regularizer
 
@@ -58,16 +58,15 @@ class Round:
         tensors = tensors_of(self.net)
         self.sent = {kind: concatenate(t.values()) for kind, t in tensors.items()}
         self.tensors = {kind: list(t.values()) for kind, t in tensors.items()}
+        self.layout = Layout.of(self.net)
         self.sent |= {name: 1e-3 * torch.randn_like(self.sent[PARAMS]) for name in ("c", "m")}
 
     def play(self, *, count: bool = False) -> float:
         """One round; its processor time [s].  With `count`, `held` is the tensors' bytes in the
         middle of the round."""
-        for kind, tensors in self.tensors.items():
-            flat = torch.split(self.sent[kind], [t.numel() for t in tensors])
-            with torch.no_grad():
-                for tensor, values in zip(tensors, flat, strict=True):
-                    tensor.copy_(values.view_as(tensor))
+        with torch.no_grad():
+            for kind, tensors in self.tensors.items():
+                torch._foreach_copy_(tensors, self.layout.split(kind, self.sent[kind]))
         self.seen = 0 if count else -self.steps
         methods = local_methods(self.config, {wire.SAMPLES: 1000}, 1, 100)
         # What a client remembers that has taken part before.
