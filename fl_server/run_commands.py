@@ -284,9 +284,13 @@ def _on_flower(
 
 
 def _continued(folder: Path) -> str:
-    """The line that says how to continue a run; empty if it has no checkpoint here."""
+    """The line that says how to continue a run; empty if it is completed, or has no checkpoint
+    here."""
+    from fl_server.recorder import read_summary
+
     begun = any((folder / "checkpoints").glob("*"))
-    return f"continue it with: flatfed resume {folder}\n" if begun else ""
+    left = begun and read_summary(folder).get("status") != "completed"
+    return f"continue it with: flatfed resume {folder}\n" if left else ""
 
 
 def _broken_off(why: str, folder: Path, told: _Told) -> int:

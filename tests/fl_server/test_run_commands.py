@@ -138,6 +138,10 @@ def test_a_run_that_is_interrupted_can_go_on(
     hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
     assert capsys.readouterr().out == hint
     assert read_summary(tmp_path) == {"status": "failed", "error": "interrupted"}
+    write_summary(tmp_path, status="completed")
+    with pytest.raises(KeyboardInterrupt):
+        _run_ray(resolve({"engine.name": "ray"}), tmp_path)
+    assert capsys.readouterr().out == "", "a completed run has nothing to continue"
 
 
 def test_a_run_that_goes_on_or_has_ended_is_not_told_to_have_ended(tmp_path: Path):
