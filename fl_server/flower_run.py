@@ -74,6 +74,8 @@ _NOISE = (  # true of Flower's shared SuperLink, misleading here
     "To change federation size, use the following command:",
     "\tflwr federation simulation-config ",
 )
+_ACTOR_ENDS = "Manually terminating ClientAppActor"
+"""In what each of Ray's actors says when a simulation has ended, as a warning."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _plain(line: str) -> str | None:
         if not message or message.startswith(_NOISE):
             return None
         return message if level == "INFO" else f"{level}: {message}"
-    return None if text.startswith(_NOISE) else text
+    return None if text.startswith(_NOISE) or _ACTOR_ENDS in text else text
 
 
 def _unframed(lines: Iterable[str]) -> list[str]:

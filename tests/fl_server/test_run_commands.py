@@ -164,6 +164,14 @@ def test_the_class_of_an_error_is_not_its_reason():
     assert _plain(f"{line} there\n") == "roll call: refused node 9: /nope is not there"
 
 
+@pytest.mark.parametrize("repeated", ["", " [repeated 3x across cluster]"])
+def test_the_end_of_an_actor_is_no_warning(repeated: str):
+    """On a busy machine Ray hands on what its actors say at the end, after the run's last line."""
+    actor = "\x1b[36m(ClientAppActor pid=14306)\x1b[0m \x1b[93mWARNING \x1b[0m:   "
+    assert _plain(f"{actor}Manually terminating ClientAppActor{repeated}\n") is None
+    assert _plain(f"{actor}a client's own warning\n")
+
+
 @pytest.mark.parametrize(
     ("connection", "keys", "warned"), [("lab", "", 1), ("lab", "/keys.json", 0), ("", "", 0)]
 )
