@@ -130,7 +130,7 @@ class Ledger:
         if self.config.train.keeps_state:
             raise RunFailed(
                 f"{who}, and the server cannot know the momentum in it (train.keep-optimizer); "
-                "set client.state-dir to keep it on disk"
+                "set client.state-dir (a node has its own, --state-dir) to keep it on disk"
             )
         if not self.config.server.ledger:
             raise RunFailed(f"{who}, and server.ledger = false keeps no copy")

@@ -735,7 +735,7 @@ def test_kept_momentum_that_is_lost_ends_the_run(runs: Runs, capsys: pytest.Capt
         told = failure(capsys)
         assert re.search(r"client \d has lost its memory of round 3", told)
         assert "the server cannot know the momentum in it (train.keep-optimizer)" in told
-        assert "set client.state-dir" in told
+        assert "set client.state-dir (a node has its own, --state-dir)" in told
         assert summary(folder)["status"] == "failed"
         assert summary(folder)["error"] == told.removeprefix("run failed: ")
 
