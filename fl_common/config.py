@@ -664,7 +664,7 @@ OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
 def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The run config as one node reads it: the node's own settings win.
 
-    Raises ConfigError for a key that no node has.
+    Raises ConfigError for a key that no node has, and for a node's noise that would not be added.
     """
     known = [*NODE_KEYS, *OTHER_NODE_KEYS]
     errors = [
@@ -672,6 +672,12 @@ def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> d
         for key in node
         if key not in known
     ]
+    if "dp-clip" not in node:
+        errors += [
+            f"--node-config {key} = {node[key]}: no noise without dp-clip; give that too"
+            for key in ("dp-epsilon", "dp-delta")
+            if key in node
+        ]
     if errors:
         raise ConfigError(errors)
     return {**run_config, **{NODE_KEYS[key]: node[key] for key in node if key in NODE_KEYS}}

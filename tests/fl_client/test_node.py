@@ -354,8 +354,22 @@ def test_trusted_entities(keys, tmp_path: Path, capsys):
         (["--superlink", "h:1", "key"], "written key=value"),
         (["--superlink", "h:1", "partition-id=0", "dp_clip=1"], "did you mean dp-clip?"),
         (["--superlink", "h:1", "partition-id=0", "dp-clip=x"], "dp-clip = x: must be a number"),
-        (["--superlink", "h:1", "partition-id=0", "dp-delta=1"], "dp-delta = 1.0: must be"),
-        (["--superlink", "h:1", "partition-id=0", "dp-delta=0"], "dp-delta = 0.0: must be"),
+        (
+            ["--superlink", "h:1", "partition-id=0", "dp-clip=1", "dp-delta=1"],
+            "dp-delta = 1.0: must be",
+        ),
+        (
+            ["--superlink", "h:1", "partition-id=0", "dp-clip=1", "dp-delta=0"],
+            "dp-delta = 0.0: must be",
+        ),
+        (
+            ["--superlink", "h:1", "partition-id=0", "dp-epsilon=1"],
+            "no noise without dp-clip; give",
+        ),
+        (
+            ["--superlink", "h:1", "partition-id=0", "dp-delta=1e-5"],
+            "no noise without dp-clip; give",
+        ),
     ],
 )
 def test_settings(capsys, arguments: list[str], reason: str):
