@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from fl_common import determinism  # isort: skip  (sets MKL's environment before torch loads)
@@ -46,7 +47,7 @@ class Stored:
         if not (folder / MODEL).is_file():
             raise ValueError(
                 f"{folder}: holds no model ({MODEL}): the run has not ended; `flatfed resume "
-                f"{folder}` completes it"
+                f"{quote(str(folder))}` completes it"
             )
         for name in (CONFIG, CLIENTS):
             if not (folder / name).is_file():

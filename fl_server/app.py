@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from fl_common import determinism  # noqa: F401  # isort: skip  (sets MKL's environment first)
@@ -71,7 +72,7 @@ def main(grid: Grid, context: Context) -> None:
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
         hopeful = recorder.checkpoints.rounds and not isinstance(error, Unresumable)
         if hopeful and not (config and _unresumable(config, engine)):
-            print(f"continue it with: flatfed resume {folder}", flush=True)
+            print(f"continue it with: flatfed resume {quote(str(folder))}", flush=True)
         raise error
 
 

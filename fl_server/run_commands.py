@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         if whole and reached.get("rounds") == config.run.rounds:
             print(
                 f"{folder}: completed, all {config.run.rounds} rounds; nothing is left to do; for "
-                f"more rounds: flatfed resume {folder} run.rounds=N"
+                f"more rounds: flatfed resume {quote(str(folder))} run.rounds=N"
             )
             return OK
     elif problem := folder_error(folder):
@@ -290,7 +291,7 @@ def _continued(folder: Path) -> str:
 
     begun = any((folder / "checkpoints").glob("*"))
     left = begun and read_summary(folder).get("status") != "completed"
-    return f"continue it with: flatfed resume {folder}\n" if left else ""
+    return f"continue it with: flatfed resume {quote(str(folder))}\n" if left else ""
 
 
 def _broken_off(why: str, folder: Path, told: _Told) -> int:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -726,6 +727,28 @@ def test_kept_momentum_survives_in_the_state_directory(runs: Runs):
         )
         assert runs.resume(folder) == 0
         assert reached(folder) == reached(whole)
+
+
+def test_the_command_that_continues_a_run_can_be_pasted(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def row(progress: Progress, row: dict) -> None:
+        raise RuntimeError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "row", row)
+        assert main(runs.command("my run")) == 3
+    start = "continue it with: "
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(start)]
+    release()
+    assert main(shlex.split(lines[0].removeprefix(start))[1:]) == 0
+    assert summary(runs.base / "my run")["status"] == "completed"
+    capsys.readouterr()
+    assert runs.resume(runs.base / "my run") == 0
+    command = capsys.readouterr().out.split("for more rounds: ")[1].replace("=N", "=6")
+    release()
+    assert main(shlex.split(command)[1:]) == 0
+    assert len(history(runs.base / "my run")) == 6
 
 
 def test_kept_momentum_that_is_lost_ends_the_run(runs: Runs, capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import grpc
@@ -99,14 +100,15 @@ def test_a_server_that_said_nothing(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint: bool):
-    write_summary(tmp_path, status="running", rounds=3)
-    (tmp_path / "checkpoints").mkdir()
+    folder = tmp_path / "my runs"
+    (folder / "checkpoints").mkdir(parents=True)
+    write_summary(folder, status="running", rounds=3)
     if checkpoint:
-        (tmp_path / "checkpoints" / "round-1.safetensors").touch()
-    assert _broken_off("the SuperLink does not answer", tmp_path, told()) == 3
+        (folder / "checkpoints" / "round-1.safetensors").touch()
+    assert _broken_off("the SuperLink does not answer", folder, told()) == 3
     error = "the SuperLink does not answer"
-    assert read_summary(tmp_path) == {"status": "failed", "rounds": 3, "error": error}
-    hint = f"continue it with: flatfed resume {tmp_path}\n" * checkpoint
+    assert read_summary(folder) == {"status": "failed", "rounds": 3, "error": error}
+    hint = f"continue it with: flatfed resume {quote(str(folder))}\n" * checkpoint
     why = "error: the run failed: the SuperLink does not answer\n"
     assert capsys.readouterr().err == why + hint
 
