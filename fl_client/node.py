@@ -112,7 +112,7 @@ def check_settings(node: Node) -> None:
 
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise NodeError(f"--superlink {text}: must be HOST:PORT, e.g. 127.0.0.1:9092")
     return host.strip("[]"), int(port)
 
@@ -253,7 +253,7 @@ def _check_key(path: Path) -> None:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise NodeError(f"--auth-key {path}: not an EC key on a NIST curve; {make}")
     if path.stat().st_mode & 0o077:
-        why = f"others than its owner have rights to it; chmod 600 {path}"
+        why = f"others than its owner have rights to it; chmod 600 {quote(str(path))}"
         print(f"warning: --auth-key {path}: {why}", file=sys.stderr, flush=True)
 
 

@@ -126,8 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_key_commands(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on settings that stand behind an option: they are settings all the same.
-    if any(item.startswith("-") for item in rest) or not hasattr(args, "values"):
+    if not hasattr(args, "values"):
         parser.parse_args(argv)
+    elif any(item.startswith("-") for item in rest):
+        unknown = " ".join(rest)
+        parser.error(f"unrecognized arguments: {unknown}; settings are written key=value")
     else:
         args.values += rest
     if path := os.environ.get("PYTHONPATH"):  # for processes that start in other folders

@@ -236,9 +236,11 @@ def _huggingface(root: Path) -> Layout:
         return Layout("saved", str(root), (root,))
     if any(next(root.glob(f"**/*.{suffix}"), None) for suffix in ("csv", "json", "jsonl")):
         return Layout("files", str(root), (root,))
+    if root.is_file():
+        raise DataError(f"{root} is no parquet file; for csv or json give the folder that holds it")
     raise DataError(
-        f"{root} is not a parquet file and holds no parquet, csv or json files, nor a saved data "
-        "set; for images in class folders use data.source=folder"
+        f"{root} holds no parquet, csv or json files, nor a saved data set; for images in class "
+        "folders use data.source=folder"
     )
 
 

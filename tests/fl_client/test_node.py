@@ -334,6 +334,7 @@ def test_trusted_entities(keys, tmp_path: Path, capsys):
     ("arguments", "reason"),
     [
         (["--superlink", "host"], "must be HOST:PORT"),
+        (["--superlink", "https://h:1"], "must be HOST:PORT"),
         (["--superlink", "h:1"], "no partition: give --partition N"),
         (["--superlink", "h:1", "--partition", "-1"], "partition-id = -1: must be a whole number"),
         (["--superlink", "h:1", "--partition", "0", "partition-id=1"], "given twice, 0 and 1"),

@@ -228,6 +228,12 @@ def test_a_word_too_many_is_refused(call: list[str], tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_setting_written_as_an_option_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--run.rounds=3"])
+    assert "arguments: --run.rounds=3; settings are written key=value" in capsys.readouterr().err
+
+
 def test_a_ca_that_has_expired_or_has_another_key(folder: Path, tmp_path: Path, capsys):
     make_certificates(tmp_path / "old", ["h"], days=-1)
     mine = (folder / CA).read_bytes()

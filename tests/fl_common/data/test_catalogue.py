@@ -101,6 +101,12 @@ def test_a_folder_without_the_layout(tmp_path, source, words):
     assert words in message
 
 
+def test_a_csv_file_without_its_folder(tmp_path):
+    (tmp_path / "a.csv").touch()
+    assert "give the folder that holds it" in only(check("huggingface", f"{tmp_path}/a.csv"))[1]
+    assert not check("huggingface", str(tmp_path))
+
+
 def test_an_unreadable_path_is_no_traceback(tmp_path, monkeypatch):
     def refuse(_):
         raise PermissionError(13, "Permission denied", str(tmp_path))
