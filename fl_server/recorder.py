@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import IO, TYPE_CHECKING, Any
 
 from fl_common.config import shown
@@ -73,9 +74,11 @@ def folder_error(folder: Path) -> str | None:
         if error.errno == errno.ENAMETOOLONG:
             return f"run.name: {folder.name[:40]}...: {error.strerror}; give a shorter one"
     if exists:
+        resume = f"; to continue that run: flatfed resume {quote(str(folder))}"
         return (
             f"run.name: {folder} exists and is not overwritten; give another run.name or "
             "run.output-dir, or leave run.name empty for a timestamp"
+            + (resume if (folder / CONFIG).is_file() else "")
         )
     if problem := unwritable(folder.parent):
         return f"run.output-dir: {problem}; choose another folder"

@@ -656,7 +656,9 @@ def test_resume_is_a_setting_of_run_too(runs: Runs, capsys: pytest.CaptureFixtur
     folder = runs.crashed("killed", after=2)
     place = [f"run.output-dir={runs.base}", "run.name=killed"]
     assert main(["run", *place]) == 2
-    assert f"{folder} exists and is not overwritten" in refusal(capsys)
+    told = refusal(capsys)
+    assert f"{folder} exists and is not overwritten" in told
+    assert told.endswith(f"; to continue that run: flatfed resume {folder}\n")
     assert main(["run", *place, "run.resume=true"]) == 0
     assert reached(folder) == reached(whole)
     assert main(["run", "run.resume=true"]) == 2
