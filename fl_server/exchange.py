@@ -361,6 +361,12 @@ def payload_bytes(message: Message) -> int:
 
 def reason_of(reply: Message) -> str:
     """The last line of an error's text: the exception, without its traceback."""
+    if reply.error.code == ErrorCode.LOAD_CLIENT_APP_EXCEPTION:
+        # A copy of the app that a full disk or a power cut left unfinished is never completed.
+        return (
+            "the app cannot be loaded there; its log says why; if its copy of the app is "
+            "incomplete, delete $FLWR_HOME/apps (~/.flwr/apps) on that machine"
+        )
     lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
     text = next((line for line in reversed(lines) if ": " in line), lines[-1] if lines else "")
     text = text.removeprefix("Exception ClientAppException occurred. Message: ")

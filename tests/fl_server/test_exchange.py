@@ -270,3 +270,12 @@ def test_who_is_gone_too_long_is_given_up_only_if_it_can_be_spared(at_least, giv
 def test_the_reason_in_an_error_reply(text: str, reason: str):
     asked = Message(RecordDict(), 1, "train", group_id="1")
     assert reason_of(Message(Error(2, text), reply_to=asked)) == reason
+
+
+def test_an_app_that_a_node_cannot_load():
+    """As Flower tells it, which does not say why."""
+    asked = Message(RecordDict(), 1, "query")
+    asked.metadata.__dict__["_message_id"] = "1"
+    text = "An exception was raised when attempting to load `ClientApp`"
+    reason = reason_of(Message(Error(1, text), reply_to=asked))
+    assert "is incomplete, delete $FLWR_HOME/apps (~/.flwr/apps) on that machine" in reason
