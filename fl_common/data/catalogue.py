@@ -108,8 +108,8 @@ SOURCES: dict[str, SourceInfo] = {
         resizable=True,
     ),
     "huggingface": SourceInfo(
-        "images or numeric columns with a label: a parquet file or folder, a folder that "
-        "`datasets` reads or has saved, or a hub name (owner/name[@revision])",
+        "images or numeric columns with a label: a parquet file, a folder of parquet, csv or json "
+        "files, a folder that `datasets` has saved, or a hub name (owner/name[@revision])",
         path="required",
         pipelines=_ANY_IMAGES,
         resizable=True,
