@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import platform
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,3 +30,14 @@ def code_sha256() -> str:
 def versions() -> dict[str, str]:
     """The packages on which a result's bits depend."""
     return {name: version(name) for name in ("torch", "numpy", "flwr")}
+
+
+def installed() -> dict[str, str]:
+    """What else tells runs apart: Python's version, our own, and those of `versions`."""
+    found = {"python": platform.python_version()}
+    for name in ("flatfed", "flwr", "torch", "numpy"):
+        try:
+            found[name] = version(name)
+        except ImportError:  # PackageNotFoundError: run from a bundle, not installed
+            found[name] = "not installed"
+    return found

@@ -44,6 +44,17 @@ examples:
 """
 
 
+class _Version(argparse.Action):
+    """Prints what the machines of a federation compare, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fl_common.fingerprint import code_sha256, installed
+
+        versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+        print(f"{versions}, code {code_sha256()[:12]}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; gives the exit code."""
     parser = argparse.ArgumentParser(
@@ -52,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print what is installed here")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings = argparse.ArgumentParser(add_help=False)
     settings.add_argument(

@@ -8,10 +8,8 @@ import hashlib
 import json
 import math
 import os
-import platform
 import time
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 from typing import IO, TYPE_CHECKING, Any
@@ -26,7 +24,7 @@ from fl_common.files import (
     write_atomically,
     write_object,
 )
-from fl_common.fingerprint import code_sha256
+from fl_common.fingerprint import code_sha256, installed
 from fl_common.wire import model_sha256
 from fl_report.series import FAILURES
 from fl_server.checkpoint import Checkpoints
@@ -205,7 +203,7 @@ class Recorder:
             "engine": engine,
             "seed": config.run.seed,
             "device": _device(config),
-            "versions": _versions(),
+            "versions": installed(),
             "code": code_sha256(),
         }
 
@@ -427,14 +425,3 @@ def _device(config: CoreConfig) -> str:
     cores = getattr(os, "sched_getaffinity", None)
     count = len(cores(0)) if cores else os.cpu_count()
     return f"{device} ({count} processor{'s' * (count != 1)})"
-
-
-def _versions() -> dict[str, str]:
-    names = ("flatfed", "flwr", "torch", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except ImportError:  # PackageNotFoundError: run from a bundle, not installed
-            found[name] = "not installed"
-    return found

@@ -11,10 +11,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import flwr
 import grpc
 import pytest
+import torch
 
 from fl_common.config import resolve
+from fl_common.fingerprint import code_sha256, installed
 from fl_server import federation, flower_run
 from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
 from fl_server.cli import main
@@ -56,6 +59,15 @@ def told(*lines: str) -> _Told:
 
 def write_summary(folder: Path, **values: Any) -> None:
     (folder / "summary.json").write_text(json.dumps(values))
+
+
+def test_the_versions_are_those_that_a_run_records(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    recorded = ", ".join(f"{name} {version}" for name, version in installed().items())
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{recorded}, code {code_sha256()[:12]}\n"
+    assert f"flwr {flwr.__version__}, torch {torch.__version__.partition('+')[0]}" in recorded
 
 
 def test_a_failure_is_one_line_and_its_traceback_a_file(tmp_path: Path, capsys):
