@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from fl_common.data import catalogue as data_catalogue
-from fl_common.failures import harmless
+from fl_common.failures import harmless, reason
 from fl_common.files import absolute_path
 from fl_common.models import catalogue as model_catalogue
 
@@ -52,6 +52,10 @@ class Group(BaseModel):
         populate_by_name=True,
         protected_namespaces=(),
     )
+
+
+class NoParams(Group):
+    """The group of a method without hyper-parameters."""
 
 
 class Run(Group):
@@ -435,10 +439,19 @@ class ConfigError(ValueError):
 
 @cache
 def methods(package: Literal["strategies", "regularizers"]) -> dict[str, Any]:
-    """The methods of a package by name, as its files declare them."""
+    """The methods of a package by name, as its files declare them.  Raises ConfigError for a file
+    that cannot be imported."""
     base = importlib.import_module(f"{package}.base")
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+        try:
+            importlib.import_module(f"{package}.{module.name}")
+        except ConfigError:
+            raise
+        except Exception as error:
+            why = reason(error).splitlines()[0]
+            raise ConfigError(
+                [f"{package}/{module.name}.py: {why}; correct the file, or move it away"]
+            ) from error
     return dict(sorted(base.METHODS.items()))
 
 

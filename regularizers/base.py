@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from fl_common.config import enter
+from fl_common.config import NoParams, enter
 from fl_common.local import LocalMethod
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Regularizer(LocalMethod):
     """One method; one instance serves one local round."""
 
     name: ClassVar[str]
-    Params: ClassVar[type[Group]]
+    Params: ClassVar[type[Group]] = NoParams
     refuses: ClassVar[dict[str, str]] = {}
     """Other regularizers that make no sense with this one, with the reason and the remedy."""
     neutral: ClassVar[str]

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 
 from fl_common import wire
-from fl_common.config import Group, enter
+from fl_common.config import Group, NoParams, enter
 from fl_common.deferred import torch
 from fl_common.guards import Spec
 from fl_common.layout import COUNTERS, PARAMS, STATS
@@ -35,10 +35,6 @@ METHODS: dict[str, type[FederatedStrategy]] = {}
 BLOCK = 1 << 16
 """Elements that the CPU adds at a time: adding across dtypes copies the addend, and a copy this
 small stays in its cache."""
-
-
-class NoParams(Group):
-    """The group of a method without hyper-parameters."""
 
 
 class Weighting(Group):

@@ -19,10 +19,10 @@ from flwr import serverapp
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fl_common import wire
-from fl_common.config import items_of
+from fl_common.config import NoParams, items_of
 from fl_common.deferred import torch
 from fl_common.layout import PARAMS
-from strategies.base import METHODS, BufferMean, ClientRule, FederatedStrategy, NoParams, Reply
+from strategies.base import METHODS, BufferMean, ClientRule, FederatedStrategy, Reply
 from strategies.fedprox import FedProxParams, FedProxRule
 
 if TYPE_CHECKING:

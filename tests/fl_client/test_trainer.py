@@ -9,12 +9,11 @@ from torch.nn.functional import cross_entropy
 from fl_client import trainer
 from fl_client.optimizers import SGD, Adam
 from fl_client.trainer import LocalData, batches, local_round
-from fl_common.config import Train
+from fl_common.config import NoParams, Train
 from fl_common.data.transforms import pipeline
 from fl_common.local import Affine, Perturbation, Work, correction_of
 from regularizers.base import METHODS, Regularizer
 from regularizers.proximal import Proximal, ProximalParams
-from strategies.base import NoParams
 from strategies.fedsam import MoFedSAMParams, MoFedSAMRule
 
 N, FEATURES, CLASSES = 13, 6, 3

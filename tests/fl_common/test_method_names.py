@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+import regularizers
 from fl_common import config
 from fl_common.config import ConfigError, Group, methods
 from fl_server.cli import main
+from regularizers.base import METHODS
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,39 @@ def test_a_default_is_a_settings(value: object, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(config, "methods", {"strategies": {"mine": mine}, "regularizers": {}}.get)
     with pytest.raises(ConfigError, match=r"strategies.mine: mine.my-key = .*: a setting is text"):
         config.schema.__wrapped__()
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """One more folder of regularizers."""
+    monkeypatch.setattr(regularizers, "__path__", [*regularizers.__path__, str(tmp_path)])
+    before = dict(METHODS)
+    methods.cache_clear()
+    yield tmp_path
+    sys.modules.pop("regularizers.mine", None)
+    METHODS.clear()
+    METHODS.update(before)
+    methods.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import nowhere", r"ModuleNotFoundError: No module named 'nowhere' \(.*mine.py:1\)"),
+        ("def f(:", r"SyntaxError: .* \(mine.py, line 1\)"),
+        ("\nmu = nu", r"NameError: name 'nu' is not defined \(.*mine.py:2\)"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named(text: str, why: str, room: Path):
+    (room / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^regularizers/mine.py: {why}; correct the file"):
+        methods("regularizers")
+
+
+def test_a_method_needs_no_settings_of_its_own(room: Path):
+    base = "from regularizers.base import Regularizer\n"
+    (room / "mine.py").write_text(f"{base}class Mine(Regularizer):\n    name = 'mine'\n")
+    assert methods("regularizers")["mine"].Params.model_fields == {}
 
 
 @pytest.mark.parametrize("call", [["suite", "x.toml"], ["node", "--superlink", "h:1"], ["config"]])
