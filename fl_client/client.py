@@ -18,7 +18,7 @@ from fl_client.together import Together
 from fl_client.trainer import LocalData, local_round
 from fl_common import assembly, wire
 from fl_common.data.errors import DataError
-from fl_common.determinism import prepare_process
+from fl_common.determinism import prepare_process, release_memory
 from fl_common.evaluation import evaluate
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.layout import PARAMS, Layout, concatenate, tensors_of
@@ -141,7 +141,10 @@ class Clients:
         """`at_once` for engine.cohort=auto, and the reason in words: measured on these messages of
         the first round, against `workers` processes that train one client at a time each.  The
         messages are still to be trained afterwards."""
-        return self.together.choose(jobs, workers)
+        try:
+            return self.together.choose(jobs, workers)
+        finally:
+            release_memory()  # a trial of many clients takes many times one's
 
     def begin(self, partition: int, content: RecordDict, state: RecordDict) -> Job | RecordDict:
         """The job of a local round, or the reply that asks for what the client lacks."""

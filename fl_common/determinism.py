@@ -86,6 +86,15 @@ def return_memory() -> None:
     _set_thresholds(1 << 20, 1 << 20)
 
 
+def release_memory() -> None:
+    """Give back, once, what an exceptional piece of work has left with the allocators."""
+    import torch
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    torch.cuda.empty_cache()
+
+
 def _set_thresholds(mmap: int, trim: int) -> None:
     """From which size on blocks are mapped, and free memory goes back to the system [bytes]."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

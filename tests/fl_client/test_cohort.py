@@ -11,6 +11,7 @@ import gc
 import logging
 import sys
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ from fl_common import assembly, wire
 from fl_common.config import ConfigError, Train, resolve
 from fl_common.data.sources import Dataset, Split
 from fl_common.data.transforms import RECIPES, Recipe, crop, flip
+from fl_common.determinism import release_memory
 from fl_common.layout import PARAMS, concatenate, tensors_of
 from fl_common.local import Affine
 from fl_common.models.layers import MaxPool2d
@@ -841,6 +843,26 @@ def test_auto_takes_what_was_faster(monkeypatch):
     assert all(not state for _, _, state in jobs)
     after = federation.together(messages, federation.states())
     assert all(difference(a, b) == 0 for a, b in zip(before, after, strict=True))
+
+
+def memory(which: str) -> int:
+    """This process's memory: VmRSS, what it has, or VmHWM, the most it had [KiB]."""
+    return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_auto_gives_back_the_memory_of_its_trial(monkeypatch):
+    """The process would else keep it for the rest of the run."""
+    settings = {"model__name": "lenet64", "train__dtype": "float32", "train__batch_size": 64}
+    federation = Federation(monkeypatch, [64] * 12, (3, 32, 32), **settings)
+    jobs = [(i, m, RecordDict()) for i, m in enumerate(federation.messages())]
+    federation.clients.train(*jobs[0])
+    release_memory()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS
+    federation.clients.choose_cohort(jobs, 1)
+    assert memory("VmHWM") > before + 100_000
+    assert memory("VmRSS") < before + 50_000
 
 
 def test_bad_settings():
