@@ -74,8 +74,8 @@ def checks(config: CoreConfig) -> list[str]:
         errors += _check_own_source(data.source, data.augment)
         shape = None
     elif data.source not in data_catalogue.SOURCES:
-        known = [*data_catalogue.SOURCES, "or your own package.module:function"]
-        errors.append(unknown_name("data.source", data.source, known))
+        unknown = unknown_name("data.source", data.source, list(data_catalogue.SOURCES))
+        errors.append(f"{unknown}, or your own package.module:function")
         shape = None
     else:
         found = data_catalogue.check(
@@ -92,8 +92,8 @@ def checks(config: CoreConfig) -> list[str]:
         errors += [f"{key}: {message}" for key, message in found]
         shape = data_catalogue.SOURCES[data.source].shape
     if ":" not in model.name and model.name not in model_catalogue.MODELS:
-        known = [*model_catalogue.MODELS, "or your own package.module:Name"]
-        errors.append(unknown_name("model.name", model.name, known))
+        unknown = unknown_name("model.name", model.name, list(model_catalogue.MODELS))
+        errors.append(f"{unknown}, or your own package.module:Name")
     else:
         errors += model_catalogue.check(model.name, shape, norm=model.norm, head=model.head)
     return errors

@@ -141,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "values"):
         parser.parse_args(argv)
     elif any(item.startswith("-") for item in rest):
-        unknown = " ".join(rest)
-        parser.error(f"unrecognized arguments: {unknown}; settings are written key=value")
+        hint = "" if hasattr(args, "folders") else "; settings are written key=value"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     else:
         args.values += rest
     if path := os.environ.get("PYTHONPATH"):  # for processes that start in other folders

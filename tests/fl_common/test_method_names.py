@@ -55,7 +55,7 @@ def test_a_default_is_a_settings(value: object, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """One more folder of regularizers."""
     monkeypatch.setattr(regularizers, "__path__", [*regularizers.__path__, str(tmp_path)])
     before = dict(METHODS)
@@ -75,15 +75,15 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("\nmu = nu", r"NameError: name 'nu' is not defined \(.*mine.py:2\)"),
     ],
 )
-def test_a_file_that_cannot_be_imported_is_named(text: str, why: str, room: Path):
-    (room / "mine.py").write_text(text)
+def test_a_file_that_cannot_be_imported_is_named(text: str, why: str, own: Path):
+    (own / "mine.py").write_text(text)
     with pytest.raises(ConfigError, match=rf"^regularizers/mine.py: {why}; correct the file"):
         methods("regularizers")
 
 
-def test_a_method_needs_no_settings_of_its_own(room: Path):
+def test_a_method_needs_no_settings_of_its_own(own: Path):
     base = "from regularizers.base import Regularizer\n"
-    (room / "mine.py").write_text(f"{base}class Mine(Regularizer):\n    name = 'mine'\n")
+    (own / "mine.py").write_text(f"{base}class Mine(Regularizer):\n    name = 'mine'\n")
     assert methods("regularizers")["mine"].Params.model_fields == {}
 
 

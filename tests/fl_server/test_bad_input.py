@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from fl_common.checks import unused
-from fl_common.config import from_text, resolve
+from fl_common.config import ConfigError, from_text, resolve
 from fl_report.terminal import text
 from fl_server import result_commands
 from fl_server.cli import main
@@ -747,3 +747,13 @@ def test_no_client_within_the_deadline_of_a_round(
     assert "0.6" in out + err
     assert "Traceback" not in out + err
     assert done.summary["status"] == "failed"
+
+
+def test_an_unknown_source_or_model_could_be_ones_own():
+    with pytest.raises(ConfigError) as wrong:
+        resolve({"data.source": "mypkg.data.load", "model.name": "mypkg.nets.Net"})
+    source, model = wrong.value.errors
+    assert source.startswith('data.source = "mypkg.data.load": unknown; known: digits, ')
+    assert source.endswith(", or your own package.module:function")
+    assert model.startswith('model.name = "mypkg.nets.Net": unknown; known: ')
+    assert model.endswith(", or your own package.module:Name")

@@ -232,6 +232,9 @@ def test_a_setting_written_as_an_option_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--run.rounds=3"])
     assert "arguments: --run.rounds=3; settings are written key=value" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", "results/A", "--traget"])
+    assert capsys.readouterr().err.endswith("arguments: --traget\n"), "it has no settings"
 
 
 def test_a_ca_that_has_expired_or_has_another_key(folder: Path, tmp_path: Path, capsys):
