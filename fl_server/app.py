@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fl_common import determinism  # noqa: F401  # isort: skip  (sets MKL's environment first)
 import torch
 from flwr.serverapp import ServerApp
+from flwr.supercore.exit.exit_handler import add_exit_handler
 
 from fl_common import wire
 from fl_common.checks import unused
@@ -19,7 +20,7 @@ from fl_server import tracking
 from fl_server.exchange import HELD_BYTES, Exchange, RunFailed, Unresumable, by_reason
 from fl_server.keys import KeysError, read_keys
 from fl_server.progress import Progress
-from fl_server.recorder import Recorder, folder_error, results_folder, resume_error
+from fl_server.recorder import STOPPED, Recorder, folder_error, results_folder, resume_error
 from fl_server.roster import Roster
 from fl_server.rounds import Rounds
 
@@ -54,6 +55,10 @@ def main(grid: Grid, context: Context) -> None:
         print(f"run failed: {error}", flush=True)
         raise error
     config, engine = None, engine_of(grid)
+    if engine == "grpc":
+        # Flower ends a stopped process by force 5 s after its signal; the exception that it raises
+        # comes here after 3 s or more, once the last lines are on their way.
+        add_exit_handler(recorder.stopped, run_before_force_exit=True)
     try:
         config = resolve(values)
         if missing := tracking.missing(config.tracking.names):
@@ -65,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
         federate(grid, config, recorder, progress)
     except BaseException as error:
         # Flower stops a run by raising SystemExit in its ServerApp.
-        ended = {KeyboardInterrupt: "interrupted", SystemExit: "stopped"}.get(type(error))
+        ended = {KeyboardInterrupt: "interrupted", SystemExit: STOPPED}.get(type(error))
         error = _for_its_user(error, folder)
         reason = ended or str(error) or type(error).__name__
         recorder.fail(reason)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 CONFIG, CLIENTS, HISTORY = "config.json", "clients.json", "history.jsonl"
 REPORT = "report.html"
+STOPPED = "stopped"
+"""The error in the summary of a run that was told to end."""
 SUMMARY, MODEL = "summary.json", "model.safetensors"
 GATHERED = ("memory_given_back", "flatness_bytes_down", "flatness_bytes_up")
 """What the summary gathers from round to round and no row of the history has."""
@@ -350,7 +352,21 @@ class Recorder:
             print(f"{SUMMARY} could not be written: {error.strerror}", flush=True)
             return self.summary
 
+    def stopped(self) -> None:
+        """Write down at once that a run under way is being stopped; the pictures are for `fail`."""
+        if self._before is None and self.summary["status"] == "running":
+            self.summary |= {"status": "failed", "error": STOPPED}
+            self._write_end()
+
     def _close(self) -> dict[str, Any]:
+        self._write_end()
+        if self._tracking:
+            self._tracking.close(self.summary)
+        if self._config.get("run.pictures", True):
+            self._draw()
+        return self.summary
+
+    def _write_end(self) -> None:
         evaluated = [row for row in self.rows if row.get("accuracy") is not None]
         if evaluated:
             self.summary |= {
@@ -365,11 +381,6 @@ class Recorder:
             **self._times(),
         }
         write_object(self.folder / SUMMARY, self.summary)
-        if self._tracking:
-            self._tracking.close(self.summary)
-        if self._config.get("run.pictures", True):
-            self._draw()
-        return self.summary
 
     def _times(self) -> dict[str, float]:
         """Seconds so far, before a resume too; the clients' processor time is part of it."""

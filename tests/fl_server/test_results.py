@@ -891,6 +891,39 @@ entry_point()
     assert "Traceback" not in done.stderr
 
 
+def test_a_stopped_run_says_so_although_flower_ends_its_process_by_force(tmp_path: Path):
+    """In a ServerApp's process: Flower's handler of the signal takes longer than Flower waits."""
+    code = """
+import os, signal, time
+from flwr.supercore.exit import exit as ending, register_signal_handlers
+from flwr.supercore.telemetry import EventType
+import fl_server.app
+from fl_server.cli import entry_point
+from fl_server.recorder import Recorder
+
+row = Recorder.row
+
+def told(self, values, **more):
+    row(self, values, **more)
+    if len(self.rows) == 2:
+        leave = EventType.FLWR_SERVERAPP_RUN_LEAVE
+        register_signal_handlers(leave, exit_handlers=[lambda: time.sleep(60)])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+Recorder.row, ending.FORCE_EXIT_TIMEOUT_SECONDS = told, 0.2
+fl_server.app.ENGINES = {}
+entry_point()
+"""
+    settings = [f"run.output-dir={tmp_path}", "run.name=mine", "clients.number=2"]
+    command = [sys.executable, "-c", code, "run", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr  # Flower's own, of a process that it stopped
+    assert "run failed" not in done.stdout  # nothing of ours ran after the signal
+    summary = strict((tmp_path / "mine" / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", "stopped")
+    assert (summary["rounds"], "accuracy" in summary) == (2, True)
+
+
 def test_what_rounds_do_not_need_is_not_in_memory_while_they_run(runner, tmp_path):
     """From a warm cache; the pictures are drawn, and matplotlib is loaded, after the last round."""
     assert runner("run.rounds=1").code == 0
