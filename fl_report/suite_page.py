@@ -100,7 +100,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     parts.append(_grid(list(_columns(table)), _lines(table)))
     parts += [_remark(i, table["published"][place]) for place, i in _cited(table).items()]
     done = [cell for cell in table["cells"] if cell["status"] == "completed"]
-    parts.append("\n## How it was made\n\n```\n" + table["command"] + "\n```\n")
+    commands = dict.fromkeys(cell.get("command", table["command"]) for cell in done)
+    told = "\n".join(commands or [table["command"]])
+    parts.append(f"\n## How it was made\n\n```\n{told}\n```\n")
     parts.append(_made(done, table.get("elapsed_s")))
     parts.append("\n## Every run\n")
     apart = ["device"] if len(_devices(done)) > 1 else []

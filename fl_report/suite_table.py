@@ -85,6 +85,35 @@ def gather(
     }
 
 
+def with_shared_settings(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with the settings that all its completed runs share told once."""
+    cells = table["cells"]
+    every = [cell["settings"].items() for cell in cells if "settings" in cell]
+    shared = dict(every[0]) if every else {}
+    shared = {k: v for k, v in shared.items() if all((k, v) in items for items in every)}
+    apart = [
+        cell | {"settings": {k: v for k, v in cell["settings"].items() if k not in shared}}
+        if "settings" in cell
+        else cell
+        for cell in cells
+    ]
+    return {**table, "settings": shared, "cells": apart}
+
+
+def completed(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The completed runs of a table, each with all its settings and the command that made it, by
+    name.  A table written by an older version has no settings."""
+    return {
+        cell["cell"]: cell
+        | {
+            "settings": {**table.get("settings", {}), **cell.get("settings", {})},
+            "command": cell.get("command", table["command"]),
+        }
+        for cell in table.get("cells", ())
+        if cell["status"] == "completed"
+    }
+
+
 SAME = ("data.path", "data.cache-dir", "client.state-dir", "train.device", "train.threads",
     "engine.name", "engine.workers", "run.pictures", "server.checkpoint-every")  # fmt: skip
 """Settings of the command line that leave a cell comparable with the published numbers."""

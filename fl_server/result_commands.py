@@ -65,7 +65,7 @@ def suite(args: argparse.Namespace) -> int:
     try:
         if not (args.table or args.publish):
             failed = suite.run()
-        table = suite.table()
+        table = suite.table(args.publish)
         show(suite_page.terminal(table))
         for path in suite.write(table, args.publish):
             print(path)

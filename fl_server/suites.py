@@ -78,16 +78,27 @@ def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
         stored = read_object(folder / CONFIG)
     except (OSError, ValueError) as error:
         return f"its {CONFIG} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return unlike(config, stored)
+
+
+def unlike(config: Mapping[str, Scalar], stored: Mapping[str, Scalar]) -> str | None:
+    """The first setting in which a stored run differs from this configuration, as words."""
     defaults = resolve({}).flat()
-    for key in [*config, *(key for key in stored if key not in config)]:
+    for key in deciding({**config, **stored}):
         ours, there = config.get(key), stored.get(key, defaults.get(key))
         # As on the command line: a key's type may have changed between versions.
         same = ours == there or shown(ours) == shown(there)
         if key == "engine.cohort" and ours == AUTO:  # a run stores the number that it chose
             same = True
-        if key not in FREE and not key.startswith("tracking.") and not same:
+        if not same:
             return f"{key} is {shown(there)} there and {shown(ours)} here"
     return None
+
+
+def deciding(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The settings that decide what a run computes."""
+    its = config.items()
+    return {k: v for k, v in its if k not in FREE and not k.startswith("tracking.")}
 
 
 def begun(folder: Path) -> bool:
@@ -418,20 +429,51 @@ class OpenSuite:
                 words.append(f"{key}={shown(value)}")
         return shlex.join(words)
 
-    def table(self) -> dict[str, Any]:
-        """The table, as JSON has it, of the cells that are there.  Raises SuiteError for folders
-        that hold something else."""
+    def table(self, publish: Path | None = None) -> dict[str, Any]:
+        """The table, as JSON has it, of the cells that are there, and of those in the table that
+        `publish` has.  Raises SuiteError for folders that hold something else."""
         look(self.plan, self.base).check()
         remembered = read_or_empty(self.base / REMEMBERED)
         told = remembered.get("command") or self.command()
         table = suite_table.gather(self.plan, self.base, told, measured, code_of)
-        return table | {"elapsed_s": remembered.get("elapsed_s")}
+        table["elapsed_s"] = remembered.get("elapsed_s")
+        for cell in table["cells"]:
+            if cell["status"] == "completed":
+                cell["settings"] = deciding(read_object(self.base / cell["cell"] / CONFIG))
+        if publish:
+            self._keep(table, self._page(publish).with_suffix(".json"))
+        return suite_table.with_shared_settings(table)
+
+    def _keep(self, table: dict[str, Any], published: Path) -> None:
+        """Put runs that were published before, and whose folders are not here, into the table, as
+        far as they are of the suite's settings; prints what became of them."""
+        kept = []
+        there = suite_table.completed(read_or_empty(published))
+        for cell, told in zip(self.plan.cells, table["cells"], strict=True):
+            if told["status"] == "completed" or cell.name not in there:
+                continue
+            earlier = there[cell.name]
+            config = resolve(cell.values, absolute_paths=False).flat()
+            if not earlier["settings"]:
+                print(f"{cell.name}: not kept from {published}, which lacks its settings")
+            elif problem := unlike(config, earlier["settings"]):
+                print(f"{cell.name}: not kept from {published}: {problem}")
+            else:
+                kept.append(cell.name)
+                told.clear()
+                told.update(earlier)
+        if kept:
+            print(f"kept from {published}, as {self.base} lacks them: {', '.join(kept)}")
+            table["elapsed_s"] = None  # theirs is not known run by run
+
+    def _page(self, publish: Path) -> Path:
+        return publish / f"{self.plan.folder_name}.md"
 
     def write(self, table: Mapping[str, Any], publish: Path | None) -> list[Path]:
         """table.md, table.json and report.html in the suite's folder, or the page in `publish`;
         gives their paths."""
         if publish:
-            return suite_page.write(table, publish / f"{self.plan.folder_name}.md")
+            return suite_page.write(table, self._page(publish))
         self.base.mkdir(parents=True, exist_ok=True)
         written = suite_page.write(table, self.base / "table.md")
         done = [c["cell"] for c in table["cells"] if c["status"] == "completed"]

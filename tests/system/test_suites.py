@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,6 +330,59 @@ def test_settings_of_the_call_hold_for_the_folder_and_are_named(tmp_path, capfd)
     table = json.loads((suite.folder / "table.json").read_text())
     assert table["command"].endswith("run.rounds=1 train.device=cpu")
     assert table["overrides"] == ["run.rounds"]
+
+
+def test_published_runs_outlive_the_folders_that_they_were_made_in(tmp_path, capfd):
+    text = BRIEF + '[methods.fedprox]\nstrategy.name = "fedprox"\nfedprox.mu = 0.1\n'
+    suite = Suite(tmp_path, text)
+    pages = tmp_path / "pages"
+    data = pages / "mini.json"
+
+    def publish(*more: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """The table's cells by name, the whole of it, and what was told."""
+        assert suite.call("--publish", str(pages), "run.rounds=1", *more) == 0
+        table = json.loads(data.read_text())
+        return {cell["cell"]: cell for cell in table["cells"]}, table, capfd.readouterr().out
+
+    assert suite.call("run.rounds=1") == 0
+    first, table, told = publish()
+    assert "kept" not in told and table["elapsed_s"] > 0
+    assert "run.output-dir" not in table["settings"] and table["settings"]["run.rounds"] == 1
+    assert first["fedprox_seed0"]["settings"] == {"strategy.name": "fedprox", "fedprox.mu": 0.1}
+    page = data.with_suffix(".md").read_text()
+
+    shutil.rmtree(suite.folder / "fedavg_seed0")
+    second, table, told = publish()
+    assert f"kept from {data}, as {suite.folder} lacks them: fedavg_seed0\n" in told
+    assert table["elapsed_s"] is None
+    own = re.sub(r"; the suite's own time: \d+ s", "", page)
+    assert data.with_suffix(".md").read_text() == own
+    assert second["fedavg_seed0"].pop("command") == table["command"]
+    assert second == first
+
+    shutil.rmtree(suite.folder)
+    assert suite.call("run.rounds=1", "--jobs", "2") == 0  # the numbers of this folder come first
+    shutil.rmtree(suite.folder / "fedprox_seed0")
+    third, table, told = publish()
+    lines = data.with_suffix(".md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("flatfed suite")] == [
+        f"flatfed suite {suite.file} --jobs 2 run.rounds=1",
+        f"flatfed suite {suite.file} run.rounds=1",
+    ]
+    assert (third["fedavg_seed0"]["jobs"], third["fedprox_seed0"]["jobs"]) == (2, 1)
+
+    suite.file.write_text(text.replace("mu = 0.1", "mu = 0.2"))
+    fourth, table, told = publish()
+    assert f"fedprox_seed0: not kept from {data}: fedprox.mu is 0.1 there and 0.2 here\n" in told
+    assert fourth["fedprox_seed0"]["status"] == "missing"
+
+    for cell in table["cells"]:  # as an older version wrote it
+        cell.pop("settings", None)
+    data.write_text(json.dumps(table | {"settings": {}}))
+    shutil.rmtree(suite.folder / "fedavg_seed0")
+    fifth, table, told = publish()
+    assert f"fedavg_seed0: not kept from {data}, which lacks its settings\n" in told
+    assert fifth["fedavg_seed0"]["status"] == "missing"
 
 
 def test_a_completed_cell_with_a_broken_file_is_named(tmp_path, capfd):
