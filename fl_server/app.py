@@ -208,8 +208,9 @@ def _opening(config: CoreConfig, roster: Roster, model: Flat) -> str:
 
 
 def _closing(summary: Mapping[str, Any], folder: Path) -> str:
+    rounds = summary["rounds"]
     return (
         f"accuracy {summary['accuracy']:.4f} (best {summary['best_accuracy']:.4f}) after "
-        f"{summary['rounds']} rounds in {summary['wall_s']:.1f} s; "
+        f"{rounds} round{'s' * (rounds != 1)} in {summary['wall_s']:.1f} s; "
         f"model_sha256 {summary['model_sha256'][:16]}...\nresults: {folder}"
     )

@@ -16,7 +16,7 @@ BEAT_S = 30.0
 
 _ROUND = re.compile(r"round +(\d+)/(\d+)  (.*)  (ETA .*)")
 _RESUMED = re.compile(r"resumed after round (\d+) of (\d+)")
-_WAITING = re.compile(r"waiting: (.* replies) after .*")
+_WAITING = re.compile(r"waiting: (.* replies(?:, the server computes)?) after .*")
 
 
 class Progress:
@@ -82,7 +82,8 @@ class Progress:
         return f"ETA {duration(self._seconds / self._played * (self.rounds - self.done))}"
 
     def _waiting(self) -> str:
-        return f"{self._phase}: {self._replies} of {self._asked} replies"
+        told = f"{self._phase}: {self._replies} of {self._asked} replies"
+        return f"{told}, the server computes" if self._replies == self._asked else told
 
     def _show_waiting(self) -> None:
         if self.bar:

@@ -313,8 +313,15 @@ def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool
     told.put_down(folder)
     if status.completed and reached == "completed":
         return OK
+    says = f"Flower says {status.status} {status.details}".rstrip()
+    if reached == "completed":
+        return told.failed(
+            "its results are complete, but its process ended before all pictures were drawn; "
+            f"{says}; draw them with: flatfed report {quote(str(folder))}",
+            "",
+        )
     if reached == "running":
-        why = f"its process ended; Flower says {status.status} {status.details}".rstrip()
+        why = f"its process ended; {says}"
         return _broken_off(why, folder, told)
     error = summary.get("error", "") if reached == "failed" else ""
-    return told.failed(error, f"{reached}; Flower says {status.status} {status.details}".strip())
+    return told.failed(error, f"{reached}; {says}")

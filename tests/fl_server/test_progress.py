@@ -97,6 +97,11 @@ def test_a_long_round_shows_that_it_goes_on(capsys, monkeypatch):
     first, *others = lines_of(capsys, 2)
     assert first == "waiting: round 1: 1 of 4 replies after 0 s"
     assert len(others) < (time.monotonic() - began) / 0.05
+    for _ in range(3):
+        shown.reply()
+    capsys.readouterr()
+    told = "waiting: round 1: 4 of 4 replies, the server computes after 0 s"
+    assert lines_of(capsys, 1)[-1] == told
     shown.row(row(1, 20.0))
     capsys.readouterr()
     time.sleep(0.2)
@@ -110,6 +115,11 @@ def test_a_long_round_shows_that_it_goes_on(capsys, monkeypatch):
     capsys.readouterr()
     time.sleep(0.15)
     assert capsys.readouterr().out == ""
+
+
+def test_one_round_is_one_round(runner, capsys):
+    assert runner("clients.number=2", "run.rounds=1", "train.device=cpu").code == 0
+    assert " after 1 round in " in capsys.readouterr().out
 
 
 def test_replies_of_a_run_are_counted(runner, monkeypatch, capsys):
@@ -160,6 +170,9 @@ def test_the_lines_of_another_process_as_a_bar(capsys, monkeypatch):
     there.resumed(2)
     there.asked("round 3", 8)
     lines = lines_of(capsys, 3)
+    for _ in range(8):
+        there.reply()
+    lines += lines_of(capsys, 1)
     there.row(row(3, 60.0))
     there.stop()
     lines += capsys.readouterr().out.splitlines()
@@ -171,6 +184,7 @@ def test_the_lines_of_another_process_as_a_bar(capsys, monkeypatch):
     shown = terminal.shown
     assert "results: /there\n" in shown and "resumed after round 2 of 5\n" in shown
     assert "round 2/5" in shown and "round 3: 0 of 8 replies" in shown
+    assert "round 3: 8 of 8 replies, the server computes" in shown
     assert re.search(r"round 3/5 .* ETA 2 min +1/2 clients  60.00 s", shown)
     assert "waiting:" not in shown
 

@@ -110,6 +110,15 @@ def test_a_server_that_said_nothing(tmp_path: Path, capsys):
     )
 
 
+def test_a_server_that_was_ended_after_its_last_round(tmp_path: Path, capsys):
+    write_summary(tmp_path, status="completed", accuracy=0.5)
+    assert _outcome(FAILED, tmp_path, told()) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the run failed: its results are complete, but its process ended")
+    assert line.endswith(f"draw them with: flatfed report {tmp_path}")
+    assert read_summary(tmp_path)["status"] == "completed"
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint: bool):
     folder = tmp_path / "my runs"
