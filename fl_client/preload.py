@@ -35,6 +35,7 @@ try:
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(5)
         s.connect({address!r})
+        s.settimeout(None)  # whoever is asked answers or dies; given up, it might fork all the same
         s.sendall(json.dumps(sys.argv[1:]).encode())
         s.shutdown(socket.SHUT_WR)
         started = s.recv(1)

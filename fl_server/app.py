@@ -73,7 +73,10 @@ def main(grid: Grid, context: Context) -> None:
         ended = {KeyboardInterrupt: "interrupted", SystemExit: STOPPED}.get(type(error))
         error = _for_its_user(error, folder)
         reason = ended or str(error) or type(error).__name__
-        recorder.fail(reason)
+        if recorder.fail(reason).get("status") == "completed":
+            print(f"{reason} while the pictures were drawn; the results are complete, and\n"
+                  f"flatfed report {quote(str(folder))} draws them", flush=True)  # fmt: skip
+            raise error
         print(f"run failed: {reason}\nresults: {folder}", flush=True)
         hopeful = recorder.checkpoints.rounds and not isinstance(error, Unresumable)
         if hopeful and not (config and _unresumable(config, engine)):

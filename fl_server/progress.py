@@ -49,8 +49,9 @@ class Progress:
 
     def asked(self, phase: str, number: int) -> None:
         """The run waits for `number` replies."""
-        self._phase, self._asked, self._replies = phase, number, 0
+        self._phase, self._asked, self._replies = "", number, 0
         self._began = time.monotonic()
+        self._phase = phase  # last: another thread reads them
         self._show_waiting()
 
     def reply(self) -> None:

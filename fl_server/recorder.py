@@ -154,9 +154,11 @@ def ended(folder: Path, reason: str) -> None:
     """Mark a run whose process ended without a word as failed in its summary, unless another
     process is still at work on it."""
     with suppress(RunFailed, OSError):
-        summary = read_summary(folder)
-        if summary.get("status") == "running":
-            with _lock(folder):
+        if read_summary(folder).get("status") != "running":
+            return
+        with _lock(folder):
+            summary = read_summary(folder)  # as the other process left it
+            if summary.get("status") == "running":
                 failed = summary | {"status": "failed", "error": reason}
                 write_object(folder / SUMMARY, failed)
 
@@ -342,9 +344,12 @@ class Recorder:
 
     def fail(self, reason: str) -> dict[str, Any]:
         """Write the summary, and the pictures so far, of a run that ended early; one that was to be
-        resumed and was not touched stays as it was."""
+        resumed and was not touched stays as it was, and so does one that is completed but for its
+        pictures.  Gives the summary."""
         if self._before is not None:
             return self._before
+        if (there := read_summary(self.folder)).get("status") == "completed":
+            return there
         self.summary |= {"status": "failed", "error": reason}
         try:
             return self._close()

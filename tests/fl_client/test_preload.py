@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,21 +28,38 @@ def launch(folder: Path) -> subprocess.CompletedProcess[str]:
     text = preload.LAUNCHER.format(address=str(folder / "socket"), command=command)
     (folder / "launch.py").write_text(text)
     command = [sys.executable, "-IS", folder / "launch.py", "--help"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_the_fork_is_flowers_command(tmp_path: Path):
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([*SERVE, tmp_path, str(os.getpid())], stdout=log)
     try:
-        assert wait_for((tmp_path / "socket").exists, 60)
+        assert wait_for((tmp_path / "socket").exists, 300)
         for count in (1, 2):
             assert launch(tmp_path).stdout == ""
-            assert wait_for(lambda n=count: (tmp_path / "log").read_text().count(SAYS) == n, 30)
+            assert wait_for(lambda n=count: (tmp_path / "log").read_text().count(SAYS) == n, 300)
         assert server.poll() is None
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_launcher_waits_for_who_has_taken_its_request(tmp_path: Path, monkeypatch):
+    """Else both would run the same task."""
+    assert "settimeout(5)" in preload.LAUNCHER
+    hasty = preload.LAUNCHER.replace("settimeout(5)", "settimeout(0.2)")
+    monkeypatch.setattr(preload, "LAUNCHER", hasty)
+    with socket.socket(socket.AF_UNIX) as server, ThreadPoolExecutor() as threads:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+        launched = threads.submit(launch, tmp_path)
+        caller, _ = server.accept()
+        with caller:
+            time.sleep(0.6)
+            assert json.loads(caller.recv(4096)) == ["--help"]
+            caller.sendall(b"1")
+        assert launched.result().stdout == ""
 
 
 def test_without_it_the_command_itself_runs(tmp_path: Path):
@@ -70,6 +91,6 @@ def test_it_ends_with_its_parent(begun: bool, tmp_path: Path):
         f"while {begun} and not pathlib.Path(sys.argv[-1], 'socket').exists(): time.sleep(0.1)"
     )
     command = [sys.executable, "-c", code, *map(str, [*SERVE, folder])]
-    subprocess.run(command, env={**env, "PATH": "/usr/bin"}, timeout=60)
-    assert wait_for(lambda: not living(env), 10 if begun else 60)
+    subprocess.run(command, env={**env, "PATH": "/usr/bin"}, timeout=300)
+    assert wait_for(lambda: not living(env), 60 if begun else 300)
     assert not folder.exists()

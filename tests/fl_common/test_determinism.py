@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_common.determinism import seed_of, uniform, words
@@ -15,11 +15,13 @@ from fl_common.determinism import seed_of, uniform, words
 KEYS = st.lists(st.integers(0, 2**40), max_size=4)
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_streams_differ_unless_their_keys_are_equal(one, two):
     assert (seed_of("step", *one) == seed_of("step", *two)) == (one == two)
 
 
+@settings(deadline=None)
 @given(KEYS)
 def test_purposes_have_streams_of_their_own(key):
     assert len({seed_of(purpose, *key) for purpose in ("init", "cohort", "order", "step")}) == 4

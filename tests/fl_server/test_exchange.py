@@ -130,6 +130,18 @@ def test_what_came_to_a_superlink_while_the_server_was_busy_came_in_time(held_by
     assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
 
 
+class Clock:
+    """Time that passes only while one waits."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class Silent(Grid):
     """Client 1 never answers."""
 
@@ -146,6 +158,7 @@ class Silent(Grid):
 
 @pytest.mark.parametrize("held_bytes", [None, 1.0, 1e9])
 def test_replies_that_never_come_are_not_asked_for_for_ever(held_bytes: float | None, monkeypatch):
+    monkeypatch.setattr("fl_server.exchange.time", Clock())
     monkeypatch.setattr("fl_server.exchange.SPARE_S", 0.0)
     grid = Silent()
     exchange = Exchange(grid, 0.2, lambda text: None)

@@ -24,7 +24,7 @@ from fl_common.guards import Expected
 from fl_server import inprocess, network, workers
 from fl_server.exchange import Exchange, Outcome
 from fl_server.inprocess import InProcessGrid
-from tests.living import living, mark
+from tests.living import living, mark, wait_for
 
 if TYPE_CHECKING:
     from tests.conftest import Runner
@@ -214,7 +214,15 @@ def test_work_of_an_earlier_round_changes_nothing_of_a_later_one(monkeypatch) ->
                 for i in clients
             }  # fmt: skip
             expected = Expected({}, round_, 1, frozenset())
-            list(exchange.replies(messages, f"round {round_}", outcome, lambda i: expected))
+            list(
+                exchange.replies(
+                    messages,
+                    f"round {round_}",
+                    outcome,
+                    lambda i: expected,
+                    meanwhile=lambda: wait_for(lambda: began.value == 2, 60),
+                )
+            )
             return outcome
 
         assert len(play(1, [0, 1, 2, 3, 4, 5], 0.3).failed) == 6
@@ -346,8 +354,8 @@ def test_nothing_is_left_of_a_run(runner: Runner) -> None:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_workers_end_with_the_run(tmp_path: Path, end: signal.Signals) -> None:
     call = [sys.executable, "-c", "from fl_server.cli import entry_point as e; e()", "run",
-            "run.rounds=100000", "engine.workers=2", f"run.output-dir={tmp_path}",
-            "run.name=r"]  # fmt: skip
+            "run.rounds=100000", "eval.every=100000", "run.pictures=false", "engine.workers=2",
+            f"run.output-dir={tmp_path}", "run.name=r"]  # fmt: skip
     env = mark()
     with (tmp_path / "log").open("wb") as log:
         run = subprocess.Popen(

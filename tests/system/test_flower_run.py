@@ -228,20 +228,21 @@ def test_taken_port_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("does", "message"),
+    ("does", "limit", "message"),
     [
-        ("exec sleep 2", "did not listen within 0.5 s"),
-        ("exit 3", "ended at its start with exit code 3"),
+        ("exec sleep 6", 3.0, "did not listen within 3 s"),
+        ("exit 3", 60.0, "ended at its start with exit code 3"),
     ],
 )
 def test_superlink_that_does_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller_stays: None, does: str, message: str
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller_stays: None, does: str, limit: float,
+    message: str,
+) -> None:  # fmt: skip
     (tmp_path / "empty").mkdir()
     (tmp_path / "flower-superlink").write_text(f"#!/bin/sh\necho a reason; {does}\n")
     (tmp_path / "flower-superlink").chmod(0o755)
     monkeypatch.setattr(flower_run, "BIN", tmp_path)
-    monkeypatch.setattr(flower_run, "START_TIMEOUT", 0.5)
+    monkeypatch.setattr(flower_run, "START_TIMEOUT", limit)
     with pytest.raises(RuntimeError, match=rf"{message}; the end of its log:\na reason"):
         flower_run._start_superlink(tmp_path)
 

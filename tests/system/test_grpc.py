@@ -190,7 +190,7 @@ def test_an_interrupted_run_is_stopped(two: Place, number: int, code: int):
         text=True,
     )
     try:
-        assert wait_for((two.folder / name / "history.jsonl").exists, 90)
+        assert wait_for((two.folder / name / "history.jsonl").exists, 400)
         run.send_signal(number)
         output, _ = run.communicate(timeout=180)
     finally:
@@ -296,7 +296,7 @@ def test_a_superlink_that_dies(tmp_path: Path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert wait_for((tmp_path / "dies" / "history.jsonl").exists, 90)
+        assert wait_for((tmp_path / "dies" / "history.jsonl").exists, 400)
         state = json.loads((tmp_path / "home/up/state.json").read_text())
         os.kill(int(next(iter(state["processes"]))), signal.SIGKILL)
         _, error = run.communicate(timeout=240)
