@@ -160,11 +160,13 @@ def parameter_dtype(config: CoreConfig) -> torch.dtype:
 def training_device(config: CoreConfig) -> torch.device:
     """`auto` is the first CUDA device if there is one, else the CPU.
 
-    Raises ValueError if this machine does not have it.
+    A run on Ray without shares of a GPU is on the CPU: Ray counts no card for its clients, but
+    does not hide one from them.  Raises ValueError if this machine does not have the device.
     """
     name = config.train.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        without = config.engine.name == "ray" and not config.engine.client_gpus
+        name = "cuda" if torch.cuda.is_available() and not without else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(

@@ -351,7 +351,7 @@ class Engine(Group):
         0.0,
         ge=0,
         description="share of a GPU that each client takes on Ray; 0.25: four at once on a card; "
-        "0: they train on the CPU",
+        "0: the run is on the CPU",
     )
 
 

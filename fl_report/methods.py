@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from fl_common.config import fields, meaning, methods
@@ -14,27 +15,34 @@ if TYPE_CHECKING:
 HEAD = """\
 # Methods
 
-`python -m fl_report.methods` writes this page from the code. A strategy is chosen with
-`strategy.name`, regularizers with `regularizers=one,another`; the keys of each are listed below.
-`flatfed run` refuses combinations that make no sense, with the reason, before anything starts.
+`python -m fl_report.methods > docs/methods.md` makes this page from the code. A strategy is chosen
+with `strategy.name`, regularizers with `regularizers=one,another`; the keys of each are listed
+below. `flatfed run` refuses combinations that make no sense, with the reason, before anything
+starts.
 
 N is the number of clients and S a round's cohort. In a round, w is the model that is sent, theta_i
 client i's trained model, and Delta_i = theta_i - w. Client i has n_i samples: a share p_i of the
 cohort's samples, and omega_i times the mean over all clients. It takes K_i local steps with the
 learning rate eta.
 """
+FLOWERS = "Flower's own strategies are there too: {}. Their arguments go into `strategy.params`."
 WORKS, NEEDLESS, REFUSED, PART = "yes", "needless", "no", "part of it"
+LEGEND = f"""\
+*{PART}*: the strategy has it already, and naming it again is refused; *{NEEDLESS}*: it works, and a
+warning says that it adds nothing; *{REFUSED}*: refused.
+"""
 
 
 def page() -> str:
     """The whole page as Markdown."""
     strategies = {n: m for n, m in methods("strategies").items() if ":" not in n}
     regularizers = methods("regularizers")
-    parts = [HEAD, "## Strategies\n"]
+    flowers = ", ".join(f"`{name}`" for name in methods("strategies") if name not in strategies)
+    parts = [HEAD, fill(FLOWERS.format(flowers), 100, break_on_hyphens=False), "\n## Strategies\n"]
     parts += [_section(name, cls, _kept(cls)) for name, cls in strategies.items()]
     parts.append("## Regularizers\n")
     parts += [_section(name, cls, _held(cls)) for name, cls in regularizers.items()]
-    parts += ["## Combinations\n", _matrix(strategies, regularizers), _notes(strategies)]
+    parts += ["## Combinations\n", LEGEND, _matrix(strategies, regularizers), _notes(strategies)]
     return "\n".join(parts)
 
 

@@ -330,8 +330,9 @@ def _add_federation_commands(commands: argparse._SubParsersAction) -> None:
     node.set_defaults(function=node_commands.node)
 
     worker = commands.add_parser("worker", help="serve as a node's resident trainer",
-        description="Holds model, data and device for a node that is started with --node-config "
-        "worker-socket=PATH; `flatfed node --worker` starts one by itself.")  # fmt: skip
+        description="Holds model, data and device for a node that is started with "
+        """--node-config 'worker-socket="PATH" ...'; `flatfed node --worker` starts one by """
+        "itself.")  # fmt: skip
     worker.add_argument("--socket", type=Path, required=True, metavar="PATH", help="socket on "
         "which the node's messages arrive; open to this user only")  # fmt: skip
     worker.set_defaults(function=node_commands.worker)

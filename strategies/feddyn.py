@@ -29,8 +29,9 @@ DUAL = "the drift term pulls already; the fixed point is the same, but reached m
 class DriftParams(Weighting):
     clip_scope: Literal["all", "official"] = Field(
         "all",
-        description="what train.clip-norm bounds; all: the whole gradient; official: all but "
-        "alpha_i theta, which the authors' code leaves to weight decay",
+        description="what train.clip-norm bounds; all: the whole gradient; official: all but the "
+        "pull's part in theta (alpha_i theta; FedSpeed: lambda_i theta), which the authors' code "
+        "leaves to weight decay",
     )
 
     def pull(self, alpha_i: float, h: torch.Tensor, w: torch.Tensor) -> Affine | None:

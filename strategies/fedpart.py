@@ -4,7 +4,7 @@ Wang et al., Why Go Full? Elevating Federated Learning Through Partial Network U
 2024 (https://arxiv.org/abs/2410.11559); the schedule, the groups and the defaults are those of the
 authors' code (FLAIR-Community/Fling), with two differences.  There, frozen layers still get
 gradients; here the backward pass ends at the active group.  There, BatchNorm's statistics stay with
-their clients; here they are averaged in every round, unless `bn_stats` says otherwise.
+their clients; here they are averaged in every round, unless `fedpart.bn-stats` says otherwise.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Sun et al., FedSpeed: Larger Local Interval, Less Communication Round, and Highe
 Accuracy, ICLR 2023 (https://arxiv.org/abs/2302.10429).  The prox-correction of the paper is
 g_i = -lambda h_i, where our lambda is the paper's 1 / lambda.  As in the authors' code, the server
 adds the mean of all h_i to the unweighted mean of the cohort.  There lambda is the same for all
-clients (`weighting = "uniform"`); divided by omega_i, as FedDyn's alpha is, it counts them by their
-samples.
+clients (`fedspeed.weighting=uniform`); divided by omega_i, as FedDyn's alpha is, it counts them by
+their samples.
 """
 
 from __future__ import annotations

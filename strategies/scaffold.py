@@ -4,7 +4,7 @@ Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Lear
 (https://arxiv.org/abs/1910.06378), Algorithm 1 with eq. 4 and 5.  For clients of unequal sizes
 the server's control variate is divided by omega_i, client i's samples over the clients' mean, both
 in the step and in the update.  Then c_i is the mean local gradient and the fixed point is the
-optimum of the data-weighted loss.  `weighting = "uniform"` is the paper as printed.
+optimum of the data-weighted loss.  `scaffold.weighting=uniform` is the paper as printed.
 """
 
 from __future__ import annotations

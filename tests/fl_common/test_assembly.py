@@ -1,4 +1,4 @@
-"""What a run is put together from: the order of images and convolutions in memory."""
+"""What a run is put together from: its device, the order of images and convolutions in memory."""
 
 from __future__ import annotations
 
@@ -30,3 +30,18 @@ def test_whose_channels_lie_innermost(order, dtype, device, model, expected):
     own = config.model.model_copy(update={"name": model})
     config = config.model_copy(update={"train": train, "model": own})
     assert assembly.innermost(config, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "cuda"),
+        ({"engine.name": "grpc"}, "cuda"),
+        ({"engine.name": "ray", "engine.client-gpus": 0.25}, "cuda"),
+        ({"engine.name": "ray"}, "cpu"),
+    ],
+)
+def test_auto_is_a_card_that_the_run_has_a_share_of(settings: dict, expected: str, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert assembly.training_device(resolve(settings)).type == expected
