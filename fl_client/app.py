@@ -19,6 +19,9 @@ from fl_common.failures import Failed, harmless, reason
 from fl_common.layout import PARAMS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from flwr.app import Context
     from flwr.clientapp.typing import ClientAppCallable
 
@@ -108,9 +111,13 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     The numbers of a reply (loss, samples) stay as they are, and so does what the client remembers,
     which does not leave it.
     """
+    values: Mapping[str, Any] = context.run_config
+    if "dp-clip" in context.node_config:
+        from fl_common.config import with_node
+
+        values = with_node({}, context.node_config)
     clip, epsilon, delta = (
-        float(context.node_config.get(key, context.run_config.get(f"client.{key}", 0.0)))
-        for key in ("dp-clip", "dp-epsilon", "dp-delta")
+        float(values.get(f"client.{key}", 0.0)) for key in ("dp-clip", "dp-epsilon", "dp-delta")
     )
     reply = call_next(message, context)
     if not clip or reply.has_error():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 from typing import TYPE_CHECKING
 
@@ -156,11 +154,6 @@ def _check_flatness(config: CoreConfig) -> list[str]:
         errors.append(
             f"flatness.every = {flatness.every}: needs the server's test set; set eval.on=server "
             "or both"
-        )
-    if flatness.engine == "pyhessian" and importlib.util.find_spec("pyhessian") is None:
-        errors.append(
-            'flatness.engine = "pyhessian": it is not installed; pip install "flatfed[pyhessian]", '
-            "or leave it at own"
         )
     if flatness.match != "none" and config.clients.number < 2:
         errors.append(

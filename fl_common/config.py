@@ -675,7 +675,8 @@ OTHER_NODE_KEYS = ("partition-id", "num-partitions", "worker-socket")
 
 
 def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """The run config as one node reads it: the node's own settings win.
+    """The run config as one node reads it: the node's own settings win.  A node with noise of its
+    own has all of it from itself: a server's epsilon would undo it.
 
     Raises ConfigError for a key that no node has, and for a node's noise that would not be added.
     """
@@ -693,4 +694,8 @@ def with_node(run_config: Mapping[str, Scalar], node: Mapping[str, Scalar]) -> d
         ]
     if errors:
         raise ConfigError(errors)
-    return {**run_config, **{NODE_KEYS[key]: node[key] for key in node if key in NODE_KEYS}}
+    own = {NODE_KEYS[key]: node[key] for key in node if key in NODE_KEYS}
+    if "dp-clip" in node:
+        client = Client()
+        own = {"client.dp-epsilon": client.dp_epsilon, "client.dp-delta": client.dp_delta, **own}
+    return {**run_config, **own}

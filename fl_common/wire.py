@@ -10,8 +10,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Error, Message, Metadata
+from flwr.app.message import make_message
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import ErrorCode
+from flwr.common.serde_utils import metadata_from_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 
 from fl_common.deferred import torch
@@ -19,7 +24,7 @@ from fl_common.deferred import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from flwr.app import Message, RecordDict
+    from flwr.app import RecordDict
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """Record names; those of Flower's own strategies and mods."""
@@ -152,9 +157,32 @@ ArrivedArray.__qualname__, ArrivedRecord.__qualname__ = "Array", "ArrayRecord"
 
 
 def receive_in_pieces() -> None:
-    """Have Flower make an `ArrivedArray` of every array that this process receives."""
+    """Have Flower make an `ArrivedArray` of every array that this process receives, and an error of
+    a reply that it cannot decode."""
+    from flwr.superlink.grid import http_grid
+
     known = inflatable_utils.inflatable_class_registry
     known["Array"], known["ArrayRecord"] = ArrivedArray, ArrivedRecord
+    http_grid.inflate_object_from_contents = _inflated
+
+
+def _inflated(message_id: str, contents: dict[str, bytes]) -> Message:
+    """A message from its objects, as Flower makes it; of objects that make none, an error of their
+    sender, in whose place Flower would raise and lose all that was pulled with it."""
+    head = contents[message_id]  # they are taken away as they are read
+    try:
+        found = inflatable_utils.inflate_object_from_contents(message_id, contents)
+        if not isinstance(found, Message):
+            raise ValueError(f"{type(found).__name__} in place of a message")
+        return found
+    except Exception as error:  # the bytes are a stranger's
+        told = f"its reply cannot be decoded: {type(error).__name__}: {error}"
+    try:
+        proto = ProtoMessage.FromString(inflatable_object.get_object_body(head, Message))
+        metadata = metadata_from_proto(proto.metadata)
+    except Exception:  # whose it is, nobody can say: a reply to nothing
+        metadata = Metadata(0, message_id, 0, 0, "", "", 0.0, 0.0, SYSTEM_MESSAGE_TYPE)
+    return make_message(metadata, error=Error(ErrorCode.UNKNOWN, told))
 
 
 def share(messages: Iterable[Message]) -> None:

@@ -82,6 +82,7 @@ def _config(folder: Path, data_path: Path | None) -> CoreConfig:
     values = json.loads((folder / CONFIG).read_text())
     values |= {
         "engine.name": "inprocess", "engine.connection": "", "engine.client-gpus": 0.0,
+        "engine.workers": "auto", "engine.cohort": "1",
         "clients.keys": "", "client.state-dir": "", "flatness.engine": "own",
     }  # fmt: skip
     if not Path(values.get("data.cache-dir", "")).is_dir():

@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
         add_exit_handler(recorder.stopped, run_before_force_exit=True)
     try:
         config = resolve(values)
-        if missing := tracking.missing(config.tracking.names):
+        if missing := tracking.missing(config):
             raise ConfigError(missing)
         recorder.begin(config, {**config.flat(), "engine.name": engine}, engine)
         recorder.clients_apart = lambda: getattr(grid, "clients_apart", True)
@@ -73,7 +73,8 @@ def main(grid: Grid, context: Context) -> None:
         ended = {KeyboardInterrupt: "interrupted", SystemExit: STOPPED}.get(type(error))
         error = _for_its_user(error, folder)
         reason = ended or str(error) or type(error).__name__
-        if recorder.fail(reason).get("status") == "completed":
+        recorder.fail(reason)
+        if recorder.summary["status"] == "completed":  # by this process
             print(f"{reason} while the pictures were drawn; the results are complete, and\n"
                   f"flatfed report {quote(str(folder))} draws them", flush=True)  # fmt: skip
             raise error
@@ -120,11 +121,12 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         exchange.locate = roster.locate
         first = roster.members[0]
         _check_data(config, roster)
-        recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
         run = Rounds(config, exchange, roster, recorder, progress)
         progress.note(_opening(config, roster, run.model))
         if config.run.resume:
             run.resume()
+        recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
+        if config.run.resume:
             progress.resumed(run.done)
         else:
             run.recorder.checkpoints.write(run.checkpoint())

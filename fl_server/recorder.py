@@ -253,7 +253,7 @@ class Recorder:
 
     def _add(self, row: dict[str, Any], line: bytes) -> None:
         self.rows.append(_brief(row))
-        self._client_cpu_s += row["client_cpu_s"]
+        self._client_cpu_s += row["client_cpu_s"] or 0.0
         self._length += len(line)
         self._digest.update(line)
 

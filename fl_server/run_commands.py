@@ -128,7 +128,7 @@ def _unready(config: CoreConfig) -> list[str]:
     if not (cache / "datasets").is_dir() and (problem := unwritable(cache)):
         key = "data.cache-dir" if config.data.cache_dir else "FLATFED_CACHE"
         return [f"{key}: {problem}; choose another folder with data.cache-dir"]
-    return missing(config.tracking.names)
+    return missing(config)
 
 
 def resume(args: argparse.Namespace) -> int:
@@ -156,8 +156,11 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     values = config.flat()
 
     def chosen(number: int, why: str) -> None:
-        """Store the number, so that the run trains as many clients at once when it is resumed."""
+        """Store the number, so that the run trains as many clients at once when it is resumed; one
+        process does so."""
         record_setting(folder, "engine.cohort", str(number))
+        if number > 1 and config.engine.workers != "auto":
+            record_setting(folder, "engine.workers", "1")
         print(why, flush=True)
 
     cohort = config.engine.cohort

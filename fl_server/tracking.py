@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fl_common.config import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from fl_common.config import CoreConfig, Scalar
@@ -26,6 +26,7 @@ REMEDIES = {
     "tensorboard": "pip install 'flatfed[tracking]'",
     "mlflow": "pip install mlflow",
     "wandb": "pip install wandb",
+    "pyhessian": 'pip install "flatfed[pyhessian]"',
 }
 COUNTED = ("cohort", "replies", "failed", "rejected", "evaluation_failed", "flatness_failed")
 """Columns of a history that name clients; their number is told."""
@@ -35,12 +36,14 @@ PROJECT = "flatfed"
 """MLflow's experiment and W&B's project, unless their own environment variables say another."""
 
 
-def missing(names: Iterable[str]) -> list[str]:
-    """A line for every tracker that is not installed here."""
+def missing(config: CoreConfig) -> list[str]:
+    """A line for everything that only the server needs and that is not installed here."""
+    wanted = {name: f'tracking.to = "{name}"' for name in config.tracking.names}
+    if config.flatness.engine == "pyhessian":
+        wanted["pyhessian"] = 'flatness.engine = "pyhessian"'
     return [
-        f'tracking.to = "{name}": it is not installed where the server runs; {REMEDIES[name]}, or '
-        "leave it out"
-        for name in names
+        f"{key}: it is not installed where the server runs; {REMEDIES[name]}, or leave it out"
+        for name, key in wanted.items()
         if importlib.util.find_spec(name) is None
     ]
 

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from strategies.base import Reply
 
 
+SETTLED = 1_000_000
+"""Steps after which the velocity, or with a pull the way, no longer changes; a client may say that
+it took 10^15."""
+
+
 def effective_steps(steps: int, momentum: float, pull: float = 0.0) -> float:
     """a_i, the paper's ||a_i||_1: the sum of the local gradients' coefficients in -Delta_i / eta.
 
     K_i for plain SGD; `pull` is eta mu of a proximal term, which undoes a part of each step.
     """
     velocity = way = 0.0
-    for _ in range(steps):
+    for _ in range(min(steps, SETTLED)):
         velocity = momentum * velocity + 1 - pull * way
         way += velocity
-    return way
+    return way if pull else way + max(steps - SETTLED, 0) * velocity
 
 
 def mu_of(config: CoreConfig) -> float:

@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from fl_common import wire
 from fl_common.config import NoParams, items_of
 from fl_common.deferred import torch
-from fl_common.layout import PARAMS
+from fl_common.layout import PARAMS, STATS
 from strategies.base import METHODS, BufferMean, ClientRule, FederatedStrategy, Reply
 from strategies.fedprox import FedProxParams, FedProxRule
 
@@ -100,6 +100,9 @@ def _ours(cls: Any) -> dict[str, Any]:
     return {key: value for key, value in OURS.items() if key in known}
 
 
+ROBUST = {"Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"}
+"""Those that judge the clients' models; they get BatchNorm's statistics too, which could else undo
+what they keep out."""
 STATEFUL = ("current_arrays", "m_t", "v_t", "momentum_vector")
 """Where Flower's strategies keep what the next round depends on."""
 HOLDERS: dict[type, tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]] = {
@@ -121,6 +124,7 @@ class FlowerStrategy:
     refuses: ClassVar[dict[str, str]]
     redundant = FederatedStrategy.redundant
     partial, tracked, on_card = False, False, False
+    robust: ClassVar[bool]
 
     regularizers = FederatedStrategy.regularizers
     warnings = FederatedStrategy.warnings
@@ -211,15 +215,17 @@ class FlowerStrategy:
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's strategies take all replies at once; buffers are averaged as they come."""
+        """Flower's strategies take all replies at once; buffers are averaged as they come, except
+        statistics where the strategy is robust."""
         buffers, stripped = BufferMean(), []
+        judged = [PARAMS, *([STATS] if self.robust and STATS in self.w else [])]
         for message in replies:
             reply = Reply.of(message)
             buffers.add(reply)
             metrics = message.content[wire.METRICS].items()
             content = {
                 # A copy: some strategies write to it, and a client may remember the same vector.
-                wire.ARRAYS: wire.pack({PARAMS: reply.model[PARAMS].clone()}),
+                wire.ARRAYS: wire.pack({kind: reply.model[kind].clone() for kind in judged}),
                 # Without lists: Flower averages them too, but they are as long as a client's steps.
                 wire.METRICS: MetricRecord({k: v for k, v in metrics if not isinstance(v, list)}),
             }
@@ -228,8 +234,8 @@ class FlowerStrategy:
         arrays, metrics = self.inner.aggregate_train(server_round, stripped)
         if arrays is None:
             return None, None
-        params = wire.unpack(arrays)[PARAMS].to(self.w[PARAMS].dtype)
-        self.w = {PARAMS: params, **buffers.value(self.w)}
+        found = {k: v.to(self.w[k].dtype) for k, v in wire.unpack(arrays).items()}
+        self.w = buffers.value(self.w) | found
         return wire.pack(self.w), metrics
 
     def aggregate_evaluate(
@@ -252,5 +258,5 @@ REFUSES = {
 """`FederatedStrategy.refuses` of those that refuse any."""
 
 for _name in NAMES:
-    _own = {"name": PREFIX + _name, "refuses": REFUSES.get(_name, {})}
+    _own = {"name": PREFIX + _name, "refuses": REFUSES.get(_name, {}), "robust": _name in ROBUST}
     METHODS[PREFIX + _name] = type(_name, (FlowerStrategy,), _own)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Metadata, MetricRecord, RecordDict
+from flwr.app.message import make_message
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.superlink.grid import http_grid
 
 from fl_common import wire
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 def registry() -> Iterator[None]:
     """Flower's own again afterwards."""
     before = dict(inflatable_utils.inflatable_class_registry)
+    inflate = http_grid.inflate_object_from_contents
     wire.receive_in_pieces()
     yield
+    http_grid.inflate_object_from_contents = inflate
     inflatable_utils.inflatable_class_registry.update(before)
 
 
@@ -74,3 +78,35 @@ def test_what_is_no_array_is_refused() -> None:
     others = dict.fromkeys(record.children, MetricRecord())
     with pytest.raises(ValueError, match="Array"):
         wire.ArrivedRecord.inflate(record.deflate(), others)
+
+
+class Wrong(Array):
+    """Names a piece that it does not have."""
+
+    def deflate(self) -> bytes:
+        return super().deflate().replace(b'"arraychunk_ids": [0]', b'"arraychunk_ids": [7]')
+
+
+Wrong.__qualname__ = "Array"
+
+
+def test_a_reply_that_cannot_be_decoded_is_its_senders_failure() -> None:
+    """Raised, it would end the run, and what was pulled with it would be lost."""
+    answer = Metadata(1, "", 7, 1, "m", "1", 1e9, 60.0, "train")  # to message m
+    record = ArrayRecord()
+    record["params"] = Wrong(np.zeros(3, dtype=np.float32))
+    reply = make_message(answer, RecordDict({"arrays": record}))
+    objects = {i: o.deflate() for i, o in get_all_nested_objects(reply).items()}
+    arrived = http_grid.inflate_object_from_contents(reply.object_id, dict(objects))
+    assert arrived.has_error() and arrived.metadata.reply_to_message_id == "m"
+    assert arrived.error.reason == (
+        "its reply cannot be decoded: IndexError: list index out of range"
+    )
+    whole = make_message(answer, RecordDict({"metrics": MetricRecord({"n": 3})}))
+    objects = {i: o.deflate() for i, o in get_all_nested_objects(whole).items()}
+    arrived = http_grid.inflate_object_from_contents(whole.object_id, dict(objects))
+    assert arrived.content["metrics"]["n"] == 3
+
+    for content in (b"", b"nothing", objects[whole.content.object_id]):  # no message at all
+        arrived = http_grid.inflate_object_from_contents("x", {"x": content, **objects})
+        assert arrived.has_error() and arrived.metadata.reply_to_message_id == ""

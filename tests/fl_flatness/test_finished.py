@@ -266,6 +266,7 @@ def configured(folder: Path, **values) -> None:
     [
         {"engine.name": "grpc", "engine.connection": "lab", "clients.keys": "/server/keys.json"},
         {"engine.name": "ray", "engine.client-gpus": 0.25},
+        {"engine.workers": "2", "engine.cohort": "5"},
         {"flatness.engine": "pyhessian"},
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 
 from fl_client.client import Clients
 from fl_client.cohort import cohort_round
+from fl_server.cli import main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +82,9 @@ def test_auto_writes_what_it_chose_and_keeps_it(
     at_once = [3, 3, 3, 1] * 2 if chosen == 3 else [1] * (workers == 1)
     assert sizes == at_once
     assert stored(run.folder)["engine.cohort"] == str(chosen)
+    if chosen == 3:
+        assert main(["resume", str(run.folder), "run.rounds=3"]) == 0
+        assert sizes[: len(at_once)] == at_once and 3 in sizes[len(at_once) :]
     if chosen == 1:
         alone = runner(*settings)
         assert run.summary["model_sha256"] == alone.summary["model_sha256"]
@@ -100,8 +104,6 @@ def test_auto_on_this_machine_says_why(runner: Runner, capsys: pytest.CaptureFix
 
 
 def test_a_resumed_run_keeps_its_cohort(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    from fl_server.cli import main
-
     whole = runner("run.rounds=4", "engine.cohort=5")
     half = runner("run.rounds=2", "engine.cohort=5")
     assert main(["resume", str(half.folder), "run.rounds=4", "engine.cohort=2"]) == 2
@@ -116,8 +118,6 @@ def test_clients_that_lost_something_are_trained_beside_the_same_others(
 ) -> None:
     """A resumed run's clients have lost their memory, or a part of the model, and ask for it; those
     who have nothing to ask for wait for them."""
-    from fl_server.cli import main
-
     beside: list[tuple[int, list[int]]] = []
 
     def noted(net: object, members: list[Any], *args: Any, **kwargs: Any) -> None:

@@ -340,3 +340,5 @@ def test_pyhessian_must_be_there(monkeypatch, capsys):
     )
     assert main(["run", *BASE, ALWAYS, "flatness.engine=pyhessian"]) == 2
     assert 'pip install "flatfed[pyhessian]"' in capsys.readouterr().err
+    # On nodes, and where a run for a server elsewhere is submitted, nobody uses it.
+    assert resolve({"flatness.engine": "pyhessian", "flatness.every": 1, "engine.name": "grpc"})

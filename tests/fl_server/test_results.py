@@ -199,6 +199,17 @@ def test_the_device_has_its_name(monkeypatch, tmp_path):
         assert recorder.summary["device"] == device
 
 
+def test_a_client_that_says_that_it_worked_for_ages_ends_nothing(tmp_path):
+    """Two whose seconds are finite and whose sum is not."""
+    config = resolve({})
+    recorder = Recorder(tmp_path / "run")
+    recorder.begin(config, config.flat(), "inprocess")
+    row = {"accuracy": 0.5, "loss": 1.0, "bytes_up": 5, "bytes_down": 6, "cohort": [0, 1]}
+    recorder.row(row | {"round": 1, "client_cpu_s": 1e308 + 1e308})
+    recorder.row(row | {"round": 2, "client_cpu_s": 0.5})
+    assert len((recorder.folder / "history.jsonl").read_text().splitlines()) == 2
+
+
 def test_what_rounds_say_of_every_client_is_on_the_disk_alone(tmp_path):
     """Not in the memory of a run of thousands of rounds."""
     config = resolve({})

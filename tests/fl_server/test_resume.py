@@ -879,6 +879,20 @@ def test_clients_with_other_data(
     assert (folder / "summary.json").read_bytes() == before
 
 
+def test_a_completed_run_is_not_extended_with_other_data(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = runs("whole")
+    before = {path: (folder / path).read_bytes() for path in ("summary.json", "clients.json")}
+    other = replace(assembly.load_data(None), fingerprint="new")
+    monkeypatch.setattr(assembly, "load_data", lambda config: other)
+    toy.install(monkeypatch, n=(3, 1))
+    assert runs.resume(folder, "run.rounds=50") == 3
+    told = capsys.readouterr().out
+    assert "when the run began; give them" in told and "pictures" not in told
+    assert {path: (folder / path).read_bytes() for path in before} == before
+
+
 def test_clients_with_other_numbers_of_samples(
     runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

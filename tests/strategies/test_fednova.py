@@ -160,3 +160,9 @@ def test_a_pull_that_brings_clients_back_is_refused(momentum):
 
 def test_plain_sgd_counts_its_steps():
     assert effective_steps(8, 0.0) == 8
+
+
+def test_a_client_that_says_that_it_took_ages_takes_none():
+    assert effective_steps(10**15, 0.0) == 10**15
+    assert effective_steps(10**15, 0.9) == pytest.approx(10**16, rel=1e-9)
+    assert effective_steps(10**15, 0.0, pull=0.2) == pytest.approx(5, rel=1e-9)
