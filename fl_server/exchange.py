@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 """Pause between two looks for replies that have not come yet [s]."""
 
+LOOK_S = 1.0
+"""How often the nodes of those who have yet to answer are looked at, if they are not asked [s]."""
 GONE = ErrorCode.NODE_UNAVAILABLE
-"""The error by which Flower says that a node went away before it answered."""
+"""The error by which Flower says that a node is away when its reply is asked for."""
 HELD_BYTES = 64_000_000
 """The most that replies which come before their turn may take up here; others wait at the
 SuperLink [bytes]."""
@@ -85,6 +87,10 @@ class _Phase:
     """Who was asked, by the ids of all messages."""
     expires: dict[str, float] = field(default_factory=dict)
     """When each message expires, by the monotonic clock [s]."""
+    since: dict[str, str] = field(default_factory=dict)
+    """Since when the node of each message has been there, by its id and the SuperLink's clock."""
+    looked: float = 0.0
+    """When it was last looked whether these nodes are there, by the monotonic clock [s]."""
     gone: set[int] = field(default_factory=set)
     """Clients whose node went away with the message, or before it, and that may come back."""
     needed: set[int] = field(default_factory=set)
@@ -161,6 +167,7 @@ class Exchange:
         would have too few replies without it.
         """
         self._push(phase, phase.asked)
+        phase.looked = time.monotonic()
         meanwhile()
         end = time.monotonic() + self.deadline_s
         outcome, sizes = phase.outcome, list(map(payload_bytes, phase.asked.values()))
@@ -212,7 +219,9 @@ class Exchange:
         expires = time.monotonic() + life
         for message in messages.values():
             message.metadata.ttl = life
+        there = {}
         if self.held_bytes is not None:
+            there = self._there()
             wire.share(messages.values())
         ids = list(self.grid.push_messages(list(messages.values()))) if messages else []
         if self.held_bytes is not None:
@@ -223,6 +232,9 @@ class Exchange:
             if message_id:
                 phase.pending[message_id] = phase.sent[message_id] = name
                 phase.expires[message_id] = expires
+                node = messages[name].metadata.dst_node_id
+                if node in there:
+                    phase.since[message_id] = there[node]
             # Flower gives no id to a message for a node that it does not know.
             elif not self._may_come_back(name, phase):
                 phase.outcome.failed[name] = "its node is gone"
@@ -235,18 +247,48 @@ class Exchange:
 
     def _pulled(self, phase: _Phase, at_once: int | None, last: bool) -> Iterator[Message]:
         """Replies that have come.  With `at_once`, one by one and only of the clients whose turn is
-        next, so that the others wait where they are; with `last`, of all."""
+        next, so that the others wait where they are; with `last`, of all.
+
+        Flower hands a message to a node once, and says that the node is away only to who asks for
+        the reply while it is.  So those whose node was away unseen are asked for out of turn too:
+        what is not answered then was lost.
+        """
         now = time.monotonic()
         self._late = {i: late for i, late in self._late.items() if now < late[1]}
+        away, restarted = self._been_away(phase, now)
         if at_once is None:
+            phase.looked = now
             yield from self.grid.pull_messages([*phase.pending, *self._late])
-            return
-        order = sorted(phase.asked)
-        first = order.index(min([*phase.pending.values(), *phase.gone]))
-        turn = order if last else order[first : first + at_once]
-        due = sorted((name, i) for i, name in phase.pending.items() if name in turn)
-        for i in [*(i for _, i in due), *self._late]:
-            yield from self.grid.pull_messages([i])
+        else:
+            order = sorted(phase.asked)
+            first = order.index(min([*phase.pending.values(), *phase.gone]))
+            turn = order if last else order[first : first + at_once]
+            turn = {*turn, *(phase.pending[i] for i in away | restarted)}
+            due = sorted((name, i) for i, name in phase.pending.items() if name in turn)
+            for i in [*(i for _, i in due), *self._late]:
+                yield from self.grid.pull_messages([i])
+        for i in restarted & phase.pending.keys():
+            name = phase.pending.pop(i)
+            self._late[i] = f"{phase.name}, client {name}", phase.expires[i]
+            if not self._may_come_back(name, phase):
+                phase.outcome.failed[name] = "its node is gone"
+
+    def _been_away(self, phase: _Phase, now: float) -> tuple[set[str], set[str]]:
+        """The pending messages whose node is away, and those whose node has been away since they
+        were sent; none where nodes stay, or if all were looked at a moment ago."""
+        if self.held_bytes is None or not phase.pending or now < phase.looked + LOOK_S:
+            return set(), set()
+        there, phase.looked = self._there(), now
+        node_of = {i: phase.asked[p].metadata.dst_node_id for i, p in phase.pending.items()}
+        back = {i: there[node] for i, node in node_of.items() if node in there}
+        # A node that was away when it was asked has the message since it is there.
+        phase.since = back | phase.since
+        return node_of.keys() - back.keys(), {i for i in back if back[i] != phase.since[i]}
+
+    def _there(self) -> dict[int, str]:
+        """The nodes that are connected, by id, and since when: a node with a key has the same id
+        after a restart."""
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
     def _sender(self, reply: Message, phase: _Phase) -> int | None:
         """Whose pending reply this is, no longer pending then; None, and a note, for any other."""

@@ -18,6 +18,8 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_common import wire
@@ -41,6 +43,9 @@ class Grid:
         self.answer, self.unknown, self.sent, self.ids = answer, set(), {}, count()
         self.pulled: list[int] = []
         """How many replies came at each look."""
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=10 + name) for name in range(6)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -246,6 +251,144 @@ def test_a_node_that_left_before_it_was_asked(returns: bool, held: float | None)
     else:
         assert list(outcome.accepted) == [2]
         assert outcome.failed == {0: "its node is gone", 1: "its node is gone"}
+
+
+class Link(Grid):
+    """As a SuperLink has it: a message goes once to who has the node's id, which a restarted node
+    has again, and that a node is away is told to who asks for a reply while it is."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
+        self.clock, self.there = clock, {10: "a", 11: "b", 12: "c"}
+        """Since when each node is there."""
+        self.has: dict[str, str] = {}
+        """The process that has each message."""
+        self.asked: list[tuple[int, float]] = []
+        """Each node that was sent a message, and when."""
+        self.ready = {10: 5.0}
+        """When each node has trained; 0: at once."""
+
+    def get_nodes(self):
+        return [NodeInfo(node_id=n, last_activated_at=when) for n, when in self.there.items()]
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        for i, message in zip(ids, messages, strict=True):
+            node = message.metadata.dst_node_id
+            self.asked.append((node, self.clock.now))
+            if node in self.there:
+                self.has[i] = self.there[node]
+        return ids
+
+    def pull_messages(self, ids):
+        replies, ready = [], []
+        for i in [i for i in ids if i in self.sent]:
+            node = self.sent[i].metadata.dst_node_id
+            if node not in self.there:
+                error = Error(ErrorCode.NODE_UNAVAILABLE, "gone")
+                replies.append(Message(error, reply_to=self.sent.pop(i)))
+            elif self.answered(i) or self.has.setdefault(i, self.there[node]) == self.there[node]:
+                ready += [i] * (self.clock.now >= self.ready.get(node, 0.0))
+        return replies + super().pull_messages(ready)
+
+    def answered(self, message_id: str) -> bool:
+        """Whether its reply waits here, whatever becomes of the node."""
+        return False
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> Link:
+    monkeypatch.setattr("fl_server.exchange.time", clock := Clock())
+    return Link(clock)
+
+
+def places(link: Link, names: Iterable[int]) -> dict[int, int]:
+    """Where clients are; 21 is client 1 too."""
+    of = {node % 10: node for node in link.there}
+    return {name: of.get(name, AWAITED) for name in names}
+
+
+@pytest.mark.parametrize("held_bytes", [12.0, 24.0, 1e9])
+@pytest.mark.parametrize("back", [11, 21, None])
+def test_a_node_that_was_away_unseen_is_asked_again(link: Link, held_bytes: float, back):
+    """While the server evaluates, and client 0 trains: at once, not when it is its turn."""
+    notes: list[str] = []
+    link.ready[10] = 50.0
+
+    def meanwhile() -> None:
+        del link.there[11]
+        if back:
+            link.there[back] = "d"
+        link.clock.sleep(2.0)
+
+    exchange = Exchange(link, 100.0, notes.append)
+    exchange.locate = partial(places, link) if back else lambda names: dict.fromkeys(names)
+    _, outcome = ask(link, exchange=exchange, held_bytes=held_bytes, meanwhile=meanwhile)
+    if back:
+        assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+        assert notes == ["round 1, client 1: its node is back and is asked again"]
+        (again,) = link.asked[3:]
+        assert again[0] == back and again[1] < 5.0
+    else:
+        assert list(outcome.accepted) == [0, 2]
+        assert outcome.failed == {1: "its node is gone (clients.return-s)"}
+        assert len(link.asked) == 3
+
+
+@pytest.mark.parametrize("held_bytes", [12.0, 24.0])
+def test_a_node_that_restarts_out_of_turn_is_asked_again(link: Link, held_bytes: float):
+    """While the server asks for the reply of client 0, and the last of three may be lost too."""
+    link.ready[10] = 50.0
+    pull = link.pull_messages
+
+    def pull_messages(ids):
+        if link.clock.now > 20.0:
+            link.there |= {11: "d", 12: "e"}
+        return pull(ids)
+
+    link.pull_messages, link.ready[11], link.ready[12] = pull_messages, 30.0, 30.0
+    _, outcome = ask(link, held_bytes=held_bytes, deadline_s=60.0, locate=partial(places, link))
+    assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+    assert sorted(node for node, _ in link.asked[3:]) == [11, 12]
+    assert all(20.0 < when < 22.0 for _, when in link.asked[3:])
+
+
+def test_a_restarted_node_that_cannot_come_back_has_failed(link: Link):
+    _, outcome = ask(link, held_bytes=12.0, meanwhile=lambda: restart(link))
+    assert list(outcome.accepted) == [0, 2]
+    assert outcome.failed == {1: "its node is gone"}
+
+
+def restart(link: Link) -> None:
+    link.there[11] = "d"
+    link.clock.sleep(2.0)
+
+
+def test_what_a_node_answered_before_it_restarted_is_taken(link: Link, monkeypatch):
+    monkeypatch.setattr(Link, "answered", lambda self, i: True)
+    _, outcome = ask(
+        link, held_bytes=12.0, meanwhile=lambda: restart(link), locate=partial(places, link)
+    )
+    assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+    assert len(link.asked) == 3
+
+
+def test_a_node_that_comes_after_it_was_asked_is_asked_once(link: Link):
+    del link.there[11]
+    _, outcome = ask(
+        link, held_bytes=12.0, meanwhile=lambda: restart(link), locate=partial(places, link)
+    )
+    assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+    assert len(link.asked) == 3
+
+
+@pytest.mark.parametrize("held_bytes", [12.0, 1e9])
+def test_nodes_are_looked_at_no_more_than_once_a_second(link: Link, held_bytes: float):
+    """And not at all while all are asked all the time."""
+    looks, get_nodes = [], link.get_nodes
+    link.get_nodes = lambda: looks.append(link.clock.now) or get_nodes()
+    ask(link, held_bytes=held_bytes)
+    assert len(looks) == (1 if held_bytes == 1e9 else 5)
 
 
 @pytest.mark.parametrize(("at_least", "given_up"), [(1, [0, 1]), (2, [0]), (3, [])])
