@@ -196,8 +196,8 @@ class Roster:
         """When to ask a node again that answered with an error, by the monotonic clock [s]."""
         self._left: dict[int, float] = {}
         """When it was seen that a client's node is gone, by partition."""
-        self._listed: set[int] = set()
-        """The nodes that were connected at the last look."""
+        self._listed: dict[int, str] = {}
+        """The nodes that were connected at the last look, and since when."""
         self._asked: dict[str, int] = {}
         """Nodes that were asked and have not answered yet, by message id."""
         self._answers: dict[int, Member] = {}
@@ -258,18 +258,18 @@ class Roster:
         key is refused without being asked.
         """
         grid = self.exchange.grid
-        nodes = self._list_nodes()
-        for partition in [p for p, m in self.members.items() if m.node_id not in nodes]:
+        left = self._look()
+        for partition in [p for p, m in self.members.items() if m.node_id in left]:
             del self.members[partition]
             self._left[partition] = time.monotonic()
-        self._answers = {n: m for n, m in self._answers.items() if n in nodes}
-        self._asked = {i: n for i, n in self._asked.items() if n in nodes}
+        self._answers = {n: m for n, m in self._answers.items() if n not in left}
+        self._asked = {i: n for i, n in self._asked.items() if n not in left}
         for node in [n for n, when in self._again.items() if when < time.monotonic()]:
             del self._again[node]
             self.refused.pop(node, None)
         known = {member.node_id for member in self.members.values()}
         known |= {*self.refused, *self._answers, *self._asked.values()}
-        new = sorted(nodes - known)
+        new = sorted(self._listed.keys() - known)
         if new:
             # The id of a message to a node that has just left is "".
             ids = grid.push_messages([_query(node, "roll-call", True) for node in new])
@@ -278,19 +278,20 @@ class Roster:
             for reply in replies:
                 self._take(reply)
 
-    def _list_nodes(self) -> set[int]:
-        """The ids of the nodes that are connected.  Once any node has left, all refusals are
-        forgotten: see `ask`."""
-        if self._partition_of is None:
-            nodes = set(self.exchange.grid.get_node_ids())
-        else:
-            keys = {n.node_id: of_flower(n.public_key) for n in self.exchange.grid.get_nodes()}
-            nodes = set(keys)
+    def _look(self) -> set[int]:
+        """List the nodes that are connected; those that have left since the last look, among them
+        who is there again.  Once any node has left, all refusals are forgotten: see `ask`."""
+        nodes = list(self.exchange.grid.get_nodes())
+        if self._partition_of is not None:
+            keys = {node.node_id: of_flower(node.public_key) for node in nodes}
             self._owners = {n: self._partition_of.get(key, NOBODY) for n, key in keys.items()}
-        if self._listed - nodes:
+        # A node with a key has the same id after a restart.
+        there = {node.node_id: node.last_activated_at for node in nodes}
+        left = {node for node, since in self._listed.items() if there.get(node) != since}
+        if left:
             self.refused.clear()
             self._told.clear()
-        self._listed = nodes
+        self._listed = there
         strangers = {n for n, owner in (self._owners or {}).items() if owner == NOBODY}
         self._refuse(
             dict.fromkeys(
@@ -299,7 +300,7 @@ class Roster:
                 "made for it, or add the key there and start the run again",
             )
         )
-        return nodes
+        return left
 
     def _take(self, reply: Message) -> None:
         node = self._asked.pop(reply.metadata.reply_to_message_id, None)

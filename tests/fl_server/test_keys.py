@@ -38,6 +38,7 @@ def keys() -> list[str]:
 class Told:
     node_id: int
     public_key: bytes
+    last_activated_at: str = ""
 
 
 class Keyed(InProcessGrid):

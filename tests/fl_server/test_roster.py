@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from flwr.proto.node_pb2 import NodeInfo
 
 import fl_server.inprocess
 import fl_server.roster
@@ -121,7 +122,22 @@ class Changing(InProcessGrid):
     """A grid whose nodes are listed by the test."""
 
     listed: list[int]
-    looks = 0
+    looks = starts = 0
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.since: dict[int, str] = {}
+        """Since when nodes are there that were restarted; with keys, these have their ids again."""
+
+    def get_nodes(self):
+        return [
+            NodeInfo(node_id=node, last_activated_at=self.since.get(node, ""))
+            for node in self.get_node_ids()
+        ]
+
+    def restart(self, node: int) -> None:
+        self.starts += 1
+        self.since[node] = f"start {self.starts}"
 
     def get_node_ids(self):
         self.looks += 1
@@ -372,6 +388,72 @@ def test_who_comes_back_with_other_data_is_refused_and_the_others_stay(grid, mon
     roster.refresh()
     assert sorted(roster.members) == [1, 2]
     assert any("client 0 came back with other data" in line for line in said)
+
+
+def test_a_refused_node_that_is_corrected_between_two_looks_is_taken(grid, monkeypatch):
+    of, second = Member.of, grid.all[1]
+    wrong = {"samples": 1, "data": "other"}
+    monkeypatch.setattr(
+        Member, "of", lambda reply: replace(m := of(reply), **wrong if m.node_id == second else {})
+    )
+    roster = Roster(Exchange(grid, 10.0, lambda text: None), 3)
+    roster.assemble(nodes_may_come=False)
+    facts, right = roster.known[1], dict(wrong)
+    wrong["data"] = "yet another"
+    grid.restart(second)
+    roster.refresh()
+    assert sorted(roster.members) == [0, 2]
+    assert "client 1 came back with other data" in roster.refused[second]
+    roster.refresh()
+    assert sorted(roster.members) == [0, 2]
+
+    wrong |= right
+    grid.restart(second)
+    roster.refresh()
+    assert roster.members[1] == facts and not roster.refused
+
+
+def test_a_member_that_restarts_between_two_looks_is_asked_again(grid, monkeypatch):
+    """It may be another client then; and it may come back, as one that was seen to be away."""
+    first, second, third = grid.all
+    said: list[str] = []
+    roster = Roster(Exchange(grid, 10.0, said.append), 3, return_s=60.0)
+    roster.assemble(nodes_may_come=False)
+    grid._contexts[first].node_config["partition-id"] = 1
+    grid._contexts[second].node_config["partition-id"] = 0
+    grid.restart(first)
+    grid.restart(second)
+    assert roster.locate([0, 1, 2]) == {0: second, 1: first, 2: third}
+
+    monkeypatch.setattr(Changing, "pull_messages", lambda self, ids: [])
+    grid.restart(third)
+    assert roster.locate([2]) == {2: AWAITED}
+
+
+def test_a_question_to_a_node_that_restarts_is_repeated(grid, monkeypatch):
+    """The process that had it has ended."""
+    roster = Roster(Exchange(grid, 10.0, lambda text: None), 3)
+    pull, lost = Changing.pull_messages, set()
+
+    def pull_messages(self, ids):
+        return pull(self, [i for i in ids if i not in lost])
+
+    monkeypatch.setattr(Changing, "pull_messages", pull_messages)
+    push = grid.push_messages
+
+    def push_messages(messages):
+        ids = push(messages)
+        if not lost:
+            lost.add(ids[1])
+        return ids
+
+    monkeypatch.setattr(grid, "push_messages", push_messages)
+    roster.refresh()
+    roster.refresh()
+    assert sorted(roster.members) == [0, 2]
+    grid.restart(grid.all[1])
+    roster.refresh()
+    assert sorted(roster.members) == [0, 1, 2]
 
 
 def test_a_node_that_is_corrected_before_the_run_begins_takes_part(grid, monkeypatch):
