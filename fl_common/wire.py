@@ -66,10 +66,11 @@ class TensorArray(Array):
     def data(self) -> bytes:
         """The serialised bytes (NumPy's format), made anew at each access."""
         array, head = self.numpy(), BytesIO()
+        # In C order, as the header says; ascontiguousarray alone makes a scalar (1,).
+        array = np.ascontiguousarray(array).reshape(array.shape)
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
         # One copy; NumPy's own `save` into memory makes two.
-        elements = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return b"".join((head.getvalue(), elements))
+        return b"".join((head.getvalue(), array.reshape(-1).view(np.uint8)))
 
     def numpy(self) -> np.ndarray:
         """The tensor's own memory as an array; a copy of what lies on a GPU."""

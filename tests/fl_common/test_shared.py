@@ -43,6 +43,8 @@ TENSORS = {
     "scalar": torch.tensor(3.5),
     "empty": torch.empty(0, 4),
     "strided": torch.randn(6, 6)[:, ::2],
+    "transposed": torch.randn(2, 3).t(),
+    "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
 }
 
 

@@ -22,7 +22,26 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.int64]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 2), (5,), (0,), ()])
 def test_a_tensor_survives_every_way_it_may_travel(dtype, shape):
-    tensor = (torch.rand(shape) * 100).to(dtype)
+    travels((torch.rand(shape) * 100).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6.0).view(2, 3).t(),
+        torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1),
+        torch.arange(120.0).view(1, 5, 4, 6).to(memory_format=torch.channels_last),
+        torch.arange(36.0).view(6, 6)[:, ::2],
+        torch.arange(3.0).expand(2, 3),
+    ],
+    ids=["transposed", "permuted", "channels last", "every other column", "expanded"],
+)
+def test_its_elements_keep_their_places_whatever_its_strides(tensor: torch.Tensor):
+    """One in Fortran's order too, of which a transposed parameter's momentum is."""
+    travels(tensor)
+
+
+def travels(tensor: torch.Tensor) -> None:
     record = wire.pack({"x": tensor})
 
     same = wire.unpack(record)["x"]
@@ -39,7 +58,7 @@ def test_a_tensor_survives_every_way_it_may_travel(dtype, shape):
     through_grpc = wire.unpack(inflate_object_from_contents(root, contents)["r"])["x"]
     for other in (through_flower, through_pickle, through_grpc):
         assert torch.equal(other, tensor)
-        assert other.dtype == dtype
+        assert other.dtype == tensor.dtype
         assert other.shape == tensor.shape
 
 
