@@ -33,8 +33,8 @@ PARTITION_KEYS = ("partition-id", "num-partitions")
 """Settings of a node that do not change what its process holds."""
 
 _resident: list[tuple[tuple[object, ...], Clients | Exception]] = []
-"""This process's clients, or the error that making them raised, with their settings; at most one
-entry."""
+"""This process's clients, or the error that making them raised, with their run and settings; at
+most one entry."""
 
 
 def explained(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -48,11 +48,13 @@ def explained(message: Message, context: Context, call_next: ClientAppCallable) 
 
 def resident(context: Context) -> Clients:
     """The clients for these settings, of which the node's override the run's: those of the last
-    message if it had the same settings, else new ones.  An error in making them is raised again for
-    later messages, without another try."""
+    message if it was the same run's and had the same settings, else new ones, whose data are as
+    they are now.  An error in making them is raised again for later messages, without another try.
+    """
     node = {k: v for k, v in context.node_config.items() if k not in PARTITION_KEYS}
     settings = (dict(context.run_config), node)
-    if not _resident or _resident[0][0] != settings:
+    key = (context.run_id, *settings)
+    if not _resident or _resident[0][0] != key:
         from fl_client.client import Clients
         from fl_common.config import resolve, with_node
 
@@ -62,7 +64,7 @@ def resident(context: Context) -> Clients:
             made = Clients(resolve(with_node(*settings)))
         except Exception as error:
             made = error
-        _resident.append((settings, made))
+        _resident.append((key, made))
     found = _resident[0][1]
     if isinstance(found, Exception):
         raise found.with_traceback(None)

@@ -6,7 +6,7 @@ the module is the standard library's and Flower's alone; the worker's own half i
 
 On the socket, each way: lengths, a JSON header, the content, the node's state (Flower's own
 serialisation).  One message is worked on at a time; others wait in the socket's queue.  Model and
-data are kept for the last message's settings: runs that take turns get right results, slowly.
+data are kept for the last message's run: runs that take turns get right results, slowly.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def ask(path: str, kind: str, content: RecordDict, context: Context) -> RecordDi
     header = {
         "kind": kind,
         "code": code_sha256(),
+        "run-id": context.run_id,
         "run": dict(context.run_config),
         "node": dict(context.node_config),
     }
@@ -166,9 +167,6 @@ def _bind(server: socket.socket, path: str) -> None:
 
 def _serve(caller: socket.socket, answer: Callable[..., RecordDict]) -> None:
     header, content, state = _receive(caller)
-    context = Context(
-        run_id=0, node_id=0, node_config=header["node"], state=state, run_config=header["run"]
-    )
     if header["code"] != code_sha256():
         error = (
             "the trainer runs other code than the app that was sent; restart it with that version"
@@ -177,6 +175,7 @@ def _serve(caller: socket.socket, answer: Callable[..., RecordDict]) -> None:
         error = f"{header['kind']}: the trainer answers {', '.join(ANSWERS)}"
     else:
         try:
+            context = Context(header["run-id"], 0, header["node"], state, header["run"])
             reply = answer(header["kind"], content, context)
         except DeviceLost as failure:
             with suppress(OSError):

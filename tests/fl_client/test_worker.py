@@ -30,9 +30,9 @@ COMMAND = [sys.executable, "-P", "-m", "fl_client.worker"]
 """Then its socket, and the process with which it ends."""
 
 
-def context(path: Path, partition: int = 0, **settings) -> Context:
+def context(path: Path, partition: int = 0, run_id: int = 1, **settings) -> Context:
     node = {"partition-id": partition, "num-partitions": 3, "worker-socket": str(path)}
-    return Context(1, 1, node, RecordDict(), {**SETTINGS, **settings})
+    return Context(run_id, 1, node, RecordDict(), {**SETTINGS, **settings})
 
 
 def to_train(**settings) -> RecordDict:
@@ -182,14 +182,53 @@ def test_what_failed_is_tried_again(trainer, tmp_path: Path):
     settings = {"data.source": "folder", "data.path": str(late), "data.partition": "local"}
     with pytest.raises(worker.WorkerError, match="late"):
         worker.ask(str(path), "query", RecordDict(), context(path, **settings))
+    pictures(late, 2)
+    reply = worker.ask(str(path), "query", RecordDict(), context(path, **settings))
+    assert reply[wire.METRICS]["num-examples"] == 4
+
+
+def pictures(folder: Path, number: int) -> None:
+    """So many of each of two classes, to train and to test."""
     pixels = np.zeros((8, 8), np.uint8)
     for split in ("train", "test"):
         for name in ("a", "b"):
-            (late / split / name).mkdir(parents=True)
-            for k in range(2):
-                Image.fromarray(pixels + k).save(late / split / name / f"{k}.png")
-    reply = worker.ask(str(path), "query", RecordDict(), context(path, **settings))
-    assert reply[wire.METRICS]["num-examples"] == 4
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for k in range(number):
+                Image.fromarray(pixels + k).save(folder / split / name / f"{k}.png")
+
+
+def test_a_later_run_with_the_same_settings_sees_the_data_of_its_time(trainer, tmp_path: Path):
+    """What is kept is kept for one run; Flower's numbers of runs have up to 64 bits."""
+    _, path = trainer
+    folder = tmp_path / "pictures"
+    settings = {"data.source": "folder", "data.path": str(folder), "data.partition": "local"}
+    said = []
+    for run_id, number in ((2**64 - 1, 2), (2**64 - 2, 3)):
+        pictures(folder, number)
+        asked = context(path, run_id=run_id, **settings)
+        reply = worker.ask(str(path), "query", RecordDict(), asked)
+        said.append((reply[wire.METRICS]["num-examples"], reply[wire.CONFIG]["data"]))
+    (first, before), (second, after) = said
+    assert (first, second) == (4, 6) and before != after
+
+
+def test_what_is_resident_stays_for_its_run(tmp_path: Path):
+    one = app.resident(context(tmp_path))
+    assert app.resident(context(tmp_path, partition=1)) is one
+    assert app.resident(context(tmp_path, run_id=2)) is not one
+    app.release()
+
+
+@pytest.mark.parametrize("missing", ["run-id", "run", "node"])
+def test_the_header_of_other_code_is_refused_and_not_read(missing: str):
+    ours, theirs = socket.socketpair()
+    header = {"kind": "query", "code": "0" * 64, "run-id": 1, "run": {}, "node": {}}
+    del header[missing]
+    with ours, theirs:
+        worker._send(ours, header, RecordDict(), RecordDict())
+        worker._serve(theirs, app.answer)
+        answer, _, _ = worker._receive(ours)
+    assert "other code" in answer["error"]
 
 
 def test_a_lost_device_ends_it(tmp_path: Path):
