@@ -1,7 +1,7 @@
 """Records between processes of one machine (Linux): tensors in shared memory, all else serialised.
 
-A parcel is a JSON header, Flower's serialisation of all records without arrays, and at most three
-memory files: two that hold the tensors, and one for text that is too long for the socket.  Files
+A parcel is a JSON header, Flower's serialisation of all records without arrays, and at most four
+memory files: three that hold tensors, and one for text that is too long for the socket.  Files
 have no name: a process that is killed leaves nothing behind.  The receiver maps them privately, so
 that the sender does not see what it writes; the sender uses a file again only when it is told that
 the receiver has let go of all tensors in it.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LENGTHS = struct.Struct("!QQ")
 ALIGNMENT = 64
 """Of every tensor in its file [bytes]."""
-FILES = 3
+FILES = 4
 """At most this many with a parcel."""
 INLINE = 1 << 16
 """What may go through the socket itself [bytes]: its buffer takes two such parcels, so that two
@@ -136,7 +136,8 @@ def send(
     """Send a parcel; returns its tensors, in the order in which the receiver gets them.
 
     shared: tensors that several parcels have in common, written once.  known: those of the last
-    parcel from the other side, of which only the number is sent.  slots: files for new tensors.
+    parcel from the other side, of which only the number is sent.  slots: files for new tensors; but
+    those of all records after the first, which the receiver keeps, get a file that holds no others.
     """
     shapes: list[dict[str, dict[str, list[Any] | None] | None]] = []
     rest = []
@@ -156,9 +157,14 @@ def send(
     numbers = {id(tensor): i for i, tensor in enumerate(known)}
     placed = shared.offsets if shared else {}
     new = {id(t): t for t in tensors if id(t) not in numbers and id(t) not in placed}
-    slot = slots.take() if slots and any(t.nbytes for t in new.values()) else None
-    own = Segment(new.values(), None if slot is None else slots.files[slot]) if new else None
-    segments = [segment for segment in (shared, own) if segment]
+    kept = {id(t) for t in tensors_in(records[1:])} if slots else set()
+    brief, lasting = (
+        [t for i, t in new.items() if (i in kept) is stays] for stays in (False, True)
+    )
+    slot = slots.take() if slots and any(t.nbytes for t in brief) else None
+    own = [Segment(brief, None if slot is None else slots.files[slot])] if brief else []
+    own += [Segment(lasting)] if lasting else []
+    segments = [shared, *own] if shared else own
     try:
         table = []
         for tensor in tensors:
@@ -189,8 +195,8 @@ def send(
                 file.flush()
                 socket.send_fds(connection, [lengths], [*files, file.fileno()])
     finally:
-        if own and slot is None:
-            own.close()
+        for segment in own if slot is None else own[1:]:
+            segment.close()
     return tensors
 
 
@@ -214,10 +220,11 @@ def receive(
         head, tail = LENGTHS.unpack(data)
         words = _read(connection, files, head + tail)
         parts, body = json.loads(words[:head]), words[head:]
-        own = files[1:] if parts["shared"] else files
         maps = [_shared(files[0], kept)] if parts["shared"] else []
-        end = None if parts["slot"] is None else partial(released, parts["slot"])
-        maps += [_told(file, end) if end else _map(file) for file in own]
+        own = files[len(maps) :]
+        if parts["slot"] is not None:
+            maps.append(_told(own.pop(0), partial(released, parts["slot"])))
+        maps += map(_map, own)
     finally:
         for file in files:
             os.close(file)

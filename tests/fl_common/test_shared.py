@@ -169,6 +169,32 @@ def test_a_slot_is_used_again_when_nobody_has_what_lay_in_it(
     assert sorted(released) == [0, 1]
 
 
+@pytest.mark.parametrize("most", [1, 0], ids=["a slot", "none free"])
+def test_what_a_reply_leaves_behind_keeps_no_more_than_itself(
+    ends: tuple[socket.socket, socket.socket], most: int
+) -> None:
+    """The new state outlives the reply by rounds: it holds neither the reply's memory nor a slot,
+    though a vector may be in both."""
+    slots, released, states = shared.Slots(most), [], []
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (1.0, 2.0):
+        model, c, both = (torch.full((1000 * k,), number + k) for k in (1, 2, 3))
+        own = [records(model=model, both=both), records(c=c, both=both)]
+        shared.send(ends[0], {}, own, slots=slots)
+        _, (reply, state), tensors = shared.receive(ends[1], released=released.append)
+        assert torch.equal(wire.unpack(reply["arrays"])["model"], model)
+        assert torch.equal(wire.unpack(reply["arrays"])["both"], both)
+        del reply, tensors
+        assert released == [0] * most
+        slots.free, released = [*slots.free, *released], []
+        states.append((wire.unpack(state["arrays"]), {"c": c, "both": both}))
+    assert len(os.listdir("/proc/self/fd")) == before + most
+    for arrived, sent in states:
+        assert all(torch.equal(arrived[name], tensor) for name, tensor in sent.items())
+        (size,) = {t.untyped_storage().nbytes() for t in arrived.values()}
+        assert 0 <= size - 5000 * 4 < 2 * shared.ALIGNMENT
+
+
 def test_the_shared_file_is_mapped_once_for_parcels_that_follow_each_other(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
