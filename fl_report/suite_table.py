@@ -208,9 +208,10 @@ def _by_device(cells: Sequence[Any], metric: Metric) -> str:
     devices = sorted({cell["device"] for cell in cells})
     if len(devices) < 2:
         return _ours(cells, metric)
-    alike = ([cell for cell in cells if cell["device"] == device] for device in devices)
-    means = zip(devices, (_ours(some, metric) for some in alike), strict=True)
-    return "; ".join(f"{device}: {mean}" for device, mean in means)
+    alike = {device: [cell for cell in cells if cell["device"] == device] for device in devices}
+    told = [f"{device}: {_ours(some, metric)}" for device, some in alike.items()
+            if _values(some, metric)]  # fmt: skip
+    return "; ".join(told) or NONE
 
 
 def _ours(cells: Sequence[Any], metric: Metric) -> str:

@@ -234,6 +234,8 @@ def _add_suite_command(commands: argparse._SubParsersAction) -> None:
     )
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:K")
     add("--jobs", type=int, default=1, metavar="N", help="cells to run at once (default: 1)")
+    add("--cells", default="", metavar="PATTERN", help="run only missing cells with such names, "
+        "e.g. '*_seed2' (default: all)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="where the suites' folders are made (default: "
         "results/suites)")  # fmt: skip
     add(

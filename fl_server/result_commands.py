@@ -51,13 +51,17 @@ def suite(args: argparse.Namespace) -> int:
         if "train.device" in given:
             errors.append("train.device: given twice, by --device too")
         given["train.device"] = args.device
+    if args.cells and (args.table or args.publish):
+        errors.append("--cells: chooses what runs; leave it out with --table and --publish")
     if args.jobs < 1:
         errors.append(f"--jobs {args.jobs}: must be at least 1")
     if errors:
         return complain(errors)
     try:
         settings = absolute_paths(given)
-        suite = suites.open_suite(args.file, settings, args.reduced, args.out, args.jobs)
+        suite = suites.open_suite(
+            args.file, settings, args.reduced, args.out, args.jobs, args.cells
+        )
     except SuiteError as error:
         return complain(error.errors)
     failed: list[str] = []

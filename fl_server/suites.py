@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -376,6 +377,8 @@ class OpenSuite:
     """Settings that an earlier call gave and this one did not."""
     jobs: int
     """How many cells run at once."""
+    only: str = ""
+    """Which of the missing cells to run, as a pattern of their names; all if it is empty."""
 
     def run(self) -> list[str]:
         """Run the cells that are missing; gives the names of those that failed.
@@ -391,6 +394,8 @@ class OpenSuite:
         with held:
             state = look(self.plan, self.base)
             state.check()
+            if self.only:
+                state.left = [c for c in state.left if fnmatchcase(c.name, self.only)]
             self._remember(ran=bool(state.left))
             print(f"{self.plan.suite.title}: {len(self.plan.cells)} cells, {len(state.done)} done, "
                   f"{len(state.left)} to run; results: {self.base}")  # fmt: skip
@@ -420,6 +425,7 @@ class OpenSuite:
         words = ["flatfed", "suite", str(self.file)]
         words += ["--reduced"] if self.plan.reduced else []
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 else []
+        words += ["--cells", self.only] if self.only else []
         words += ["--out", str(self.out)] if self.out and places else []
         source = next((str(c.values.get("data.source")) for c in self.plan.cells), "data")
         for key, value in self.plan.overrides.items():
@@ -490,7 +496,12 @@ class OpenSuite:
 
 
 def open_suite(
-    file: Path, overrides: dict[str, Scalar], reduced: bool, out: Path | None, jobs: int
+    file: Path,
+    overrides: dict[str, Scalar],
+    reduced: bool,
+    out: Path | None,
+    jobs: int,
+    only: str = "",
 ) -> OpenSuite:
     """The suite of a file, with every cell's configuration checked.  Settings of earlier calls in
     this folder hold until they are given anew.  Raises SuiteError with every mistake."""
@@ -499,4 +510,8 @@ def open_suite(
     remembered = read_or_empty(base / REMEMBERED).get("settings", {})
     taken = {key: value for key, value in remembered.items() if key not in overrides}
     plan = load(file, reduced=reduced, overrides=remembered | overrides)
-    return OpenSuite(file, plan, base, out, taken, jobs)
+    if only and not any(fnmatchcase(cell.name, only) for cell in plan.cells):
+        more = ", ..." if len(plan.cells) > TOLD else ""
+        names = ", ".join(cell.name for cell in plan.cells[:TOLD]) + more
+        raise SuiteError([f"--cells {only}: no cell has such a name; they are {names}"])
+    return OpenSuite(file, plan, base, out, taken, jobs, only)

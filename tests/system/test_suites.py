@@ -332,6 +332,23 @@ def test_settings_of_the_call_hold_for_the_folder_and_are_named(tmp_path, capfd)
     assert table["overrides"] == ["run.rounds"]
 
 
+def test_some_of_the_cells(tmp_path, capfd):
+    suite = Suite(tmp_path, BRIEF.replace("[0]", "[0, 1, 2]"))
+    assert suite.call("run.rounds=1", "--cells", "*_seed[02]") == 0
+    assert "3 cells, 0 done, 2 to run" in capfd.readouterr().out
+    done = [(suite.folder / f"fedavg_seed{i}").exists() for i in range(3)]
+    assert done == [True, False, True]
+    table = json.loads((suite.folder / "table.json").read_text())
+    assert "--cells '*_seed[02]'" in table["command"]
+    assert [cell["status"] for cell in table["cells"]] == ["completed", "missing", "completed"]
+    assert suite.call("--cells", "feddyn*") == 2
+    assert suite.call("--cells", "*", "--table") == 2
+    assert capfd.readouterr().err == (
+        "error: --cells feddyn*: no cell has such a name; they are fedavg_seed0, fedavg_seed1, "
+        "fedavg_seed2\nerror: --cells: chooses what runs; leave it out with --table and --publish\n"
+    )
+
+
 def test_published_runs_outlive_the_folders_that_they_were_made_in(tmp_path, capfd):
     text = BRIEF + '[methods.fedprox]\nstrategy.name = "fedprox"\nfedprox.mu = 0.1\n'
     suite = Suite(tmp_path, text)
