@@ -182,10 +182,10 @@ def test_a_fork_keeps_memory_that_it_has_used() -> None:
 
     In a process of its own, which is prepared at its start, as `flatfed run` is: in a long-lived
     one blocks may lie where glibc gives them back all the same.  Where blocks fit changes over the
-    first steps; in the six after them there are 46,000 faults without the settings."""
+    first steps, and at times in one later on; without the settings every step has thousands."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True)
     found = json.loads(done.stdout)
-    assert sum(found[3:]) < 30_000, found
+    assert sorted(found[3:])[3] < 100, found  # at least four of six have none to speak of
 
 
 def test_what_ends_a_fork_is_told(capfd: pytest.CaptureFixture[str]) -> None:
