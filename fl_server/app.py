@@ -125,11 +125,10 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         progress.note(_opening(config, roster, run.model))
         if config.run.resume:
             run.resume()
-        recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
-        if config.run.resume:
             progress.resumed(run.done)
         else:
-            run.recorder.checkpoints.write(run.checkpoint())
+            recorder.checkpoints.write(run.checkpoint())
+        recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
         warnings = unused(config) + run.strategy.warnings(config, run.model)
         for name in config.regularizer_names:
             warnings += methods("regularizers")[name].warnings(config)

@@ -342,20 +342,17 @@ class Recorder:
         run = Run(strategy, self.summary, self.rows, config, self.labels)
         return terminal.text(terminal.one_run(run))
 
-    def fail(self, reason: str) -> dict[str, Any]:
+    def fail(self, reason: str) -> None:
         """Write the summary, and the pictures so far, of a run that ended early; one that was to be
         resumed and was not touched stays as it was, and so does one that is completed but for its
-        pictures.  Gives the summary."""
-        if self._before is not None:
-            return self._before
-        if (there := read_summary(self.folder)).get("status") == "completed":
-            return there
+        pictures."""
+        if self._before is not None or read_summary(self.folder).get("status") == "completed":
+            return
         self.summary |= {"status": "failed", "error": reason}
         try:
-            return self._close()
+            self._close()
         except OSError as error:  # the disk may be what failed; the caller tells the reason
             print(f"{SUMMARY} could not be written: {error.strerror}", flush=True)
-            return self.summary
 
     def stopped(self) -> None:
         """Write down at once that a run under way is being stopped; the pictures are for `fail`."""

@@ -142,6 +142,7 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
     from flwr.app import Context, RecordDict
 
     from fl_client.app import app as client_app
+    from fl_common.config import AUTO
     from fl_common.data.errors import DataError
     from fl_server.app import app as server_app
     from fl_server.exchange import RunFailed
@@ -159,7 +160,7 @@ def _run_inprocess(config: CoreConfig, folder: Path) -> int:
         """Store the number, so that the run trains as many clients at once when it is resumed; one
         process does so."""
         record_setting(folder, "engine.cohort", str(number))
-        if number > 1 and config.engine.workers != "auto":
+        if number > 1 and config.engine.workers != AUTO:
             record_setting(folder, "engine.workers", "1")
         print(why, flush=True)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fl_common.layout import PARAMS
 from strategies.base import FederatedStrategy, WeightedMean
 
@@ -19,9 +21,8 @@ if TYPE_CHECKING:
     from strategies.base import Reply
 
 
-SETTLED = 1_000_000
-"""Steps after which the velocity, or with a pull the way, no longer changes; a client may say that
-it took 10^15."""
+MANY = 1_000_000
+"""The most steps that are added up one by one; a client may say that it took 10^15."""
 
 
 def effective_steps(steps: int, momentum: float, pull: float = 0.0) -> float:
@@ -29,11 +30,14 @@ def effective_steps(steps: int, momentum: float, pull: float = 0.0) -> float:
 
     K_i for plain SGD; `pull` is eta mu of a proximal term, which undoes a part of each step.
     """
+    if steps > MANY:  # the same recurrence, of (velocity, way, 1)
+        step = np.array([[momentum, -pull, 1.0], [momentum, 1.0 - pull, 1.0], [0.0, 0.0, 1.0]])
+        return float(np.linalg.matrix_power(step, steps)[1, 2])
     velocity = way = 0.0
-    for _ in range(min(steps, SETTLED)):
+    for _ in range(steps):
         velocity = momentum * velocity + 1 - pull * way
         way += velocity
-    return way if pull else way + max(steps - SETTLED, 0) * velocity
+    return way
 
 
 def mu_of(config: CoreConfig) -> float:

@@ -53,6 +53,7 @@ def test_a_launcher_waits_for_who_has_taken_its_request(tmp_path: Path, monkeypa
     with socket.socket(socket.AF_UNIX) as server, ThreadPoolExecutor() as threads:
         server.bind(str(tmp_path / "socket"))
         server.listen()
+        server.settimeout(300)
         launched = threads.submit(launch, tmp_path)
         caller, _ = server.accept()
         with caller:

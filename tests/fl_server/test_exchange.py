@@ -25,6 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fl_common import wire
 from fl_common.guards import Expected, Spec
 from fl_server.exchange import AWAITED, Exchange, Outcome, reason_of
+from tests.clock import Clock
 
 GOOD = MetricRecord({"server-round": 1, "num-examples": 3})
 
@@ -133,18 +134,6 @@ def test_what_came_to_a_superlink_while_the_server_was_busy_came_in_time(held_by
     grid = Slow(lambda message: RecordDict({wire.ARRAYS: model(), wire.METRICS: GOOD}))
     _, outcome = ask(grid, deadline_s=0.2, held_bytes=held_bytes)
     assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
-
-
-class Clock:
-    """Time that passes only while one waits."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class Silent(Grid):

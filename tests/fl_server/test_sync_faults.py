@@ -26,6 +26,7 @@ from fl_common.sync import VERSIONS
 from fl_server.app import app as server_app
 from fl_server.inprocess import InProcessGrid
 from fl_server.rounds import Rounds
+from tests.clock import Clock
 from tests.memories import summary
 
 CLIENTS, ROUNDS = 4, 14
@@ -79,18 +80,6 @@ WAYS = [
 
 class Fallen(Exception):
     """The server's process."""
-
-
-class Clock:
-    """Time that passes only while one waits."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class World(InProcessGrid):

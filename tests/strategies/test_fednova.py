@@ -162,6 +162,14 @@ def test_plain_sgd_counts_its_steps():
     assert effective_steps(8, 0.0) == 8
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("pull", [0.0, 1e-6, 0.2])
+def test_many_steps_are_the_same_sum(monkeypatch, momentum: float, pull: float):
+    one_by_one = effective_steps(3000, momentum, pull)
+    monkeypatch.setattr("strategies.fednova.MANY", 2999)
+    assert effective_steps(3000, momentum, pull) == pytest.approx(one_by_one, rel=1e-9)
+
+
 def test_a_client_that_says_that_it_took_ages_takes_none():
     assert effective_steps(10**15, 0.0) == 10**15
     assert effective_steps(10**15, 0.9) == pytest.approx(10**16, rel=1e-9)

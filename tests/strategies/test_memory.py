@@ -22,6 +22,7 @@ from fl_server.cli import main
 from fl_server.inprocess import InProcessGrid
 from fl_server.rounds import Rounds
 from tests import toy
+from tests.clock import Clock
 from tests.strategies.test_scaffold import by_hand
 
 OURS = [name for name in methods("strategies") if ":" not in name]
@@ -217,19 +218,6 @@ def test_a_round_that_does_not_count_has_no_models_of_its_own(traced, monkeypatc
     rows = traced(2, *TABULAR, *settings).result.history
     for of, there in (("sel", False), ("first", False), ("all", True)):
         assert [f"loss_{of}" in row for row in rows] == [True, True, there, True]
-
-
-class Clock:
-    """Time that passes only while one waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def on(grid):
