@@ -278,27 +278,30 @@ def unused(config: CoreConfig) -> list[str]:
     ]
 
 
+def in_process_only(config: CoreConfig, engine: str) -> list[str]:
+    """Settings of the in-process engine that another one was given, a line each."""
+    if engine == "inprocess":
+        return []
+    given = {"engine.workers": config.engine.workers, "engine.cohort": config.engine.cohort}
+    return [
+        f"{key} = {value}: belongs to engine.name=inprocess; leave it out with {engine}"
+        for key, value in given.items()
+        if value != "1" and (key, value) != ("engine.workers", AUTO)
+    ]
+
+
 def _check_engine(config: CoreConfig) -> list[str]:
-    errors = []
     workers, cohort = config.engine.workers, config.engine.cohort
-    if cohort != AUTO and not (cohort.isdecimal() and int(cohort)):
-        errors.append(f"engine.cohort = {shown(cohort)}: must be auto, or a number, at least 1")
-    elif cohort != "1" and config.engine.name != "inprocess":
-        errors.append(
-            f"engine.cohort = {cohort}: belongs to engine.name=inprocess; leave it out with "
-            f"{config.engine.name}"
-        )
-    elif cohort not in ("1", AUTO) and workers not in (AUTO, "1"):
+    errors = [
+        f"{key} = {shown(value)}: must be auto, or a number, at least 1"
+        for key, value in (("engine.workers", workers), ("engine.cohort", cohort))
+        if value != AUTO and not (value.isdecimal() and int(value))
+    ]
+    errors = errors or in_process_only(config, config.engine.name)
+    if not errors and cohort not in ("1", AUTO) and workers not in (AUTO, "1"):
         errors.append(
             f"engine.cohort = {cohort} with engine.workers = {workers}: clients are trained at "
             "once by one process, or beside each other by several; leave one of them out"
-        )
-    if workers != AUTO and not (workers.isdecimal() and int(workers)):
-        errors.append(f"engine.workers = {shown(workers)}: must be auto, or a number, at least 1")
-    elif workers not in (AUTO, "1") and config.engine.name != "inprocess":
-        errors.append(
-            f"engine.workers = {workers}: belongs to engine.name=inprocess; leave it out with "
-            f"{config.engine.name}"
         )
     if config.engine.connection and config.engine.name != "grpc":
         errors.append(

@@ -12,7 +12,7 @@ from flwr.serverapp import ServerApp
 from flwr.supercore.exit.exit_handler import add_exit_handler
 
 from fl_common import wire
-from fl_common.checks import unused
+from fl_common.checks import in_process_only, unused
 from fl_common.config import ConfigError, methods, resolve
 from fl_common.layout import on
 from fl_common.local import local_methods
@@ -61,8 +61,9 @@ def main(grid: Grid, context: Context) -> None:
         add_exit_handler(recorder.stopped, run_before_force_exit=True)
     try:
         config = resolve(values)
-        if missing := tracking.missing(config):
-            raise ConfigError(missing)
+        # Plain `flwr run` may say engine.name=inprocess.
+        if wrong := tracking.missing(config) + in_process_only(config, engine):
+            raise ConfigError(wrong)
         recorder.begin(config, {**config.flat(), "engine.name": engine}, engine)
         recorder.clients_apart = lambda: getattr(grid, "clients_apart", True)
         progress = Progress(config.run.rounds, bar=engine == "inprocess")

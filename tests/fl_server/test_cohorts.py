@@ -159,6 +159,21 @@ def test_what_has_no_meaning_is_refused(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["engine.cohort=4", "engine.workers=2"])
+def test_plain_flwr_run_refuses_what_is_for_one_process(
+    runner: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+) -> None:
+    """There engine.name says nothing: which engine runs the ServerApp is seen from its grid."""
+    monkeypatch.setattr("fl_server.app.engine_of", lambda grid: "ray")
+    runner.always = []
+    assert runner(setting).code == 3
+    told = f"{setting.replace('=', ' = ')}: belongs to engine.name=inprocess; leave it out with ray"
+    assert told in capsys.readouterr().out
+
+
 def test_flowers_own_draws_do_not_say_who_is_trained_beside_whom(runner):
     """Its strategies write to the clients in the order of Python's global random numbers."""
     models = set()
