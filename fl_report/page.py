@@ -18,15 +18,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fl_report.compare import Run
+    from fl_report.markup import Markup
 
 
 def write(
-    folders: Sequence[Path], out: Path, target: float | None = None, *, anyway: bool = False
+    folders: Sequence[Path],
+    out: Path,
+    target: float | None = None,
+    *,
+    anyway: bool = False,
+    title: str = "",
+    opening: Markup | None = None,
 ) -> Path:
     """Writes the page `out` (*.html), and its pictures into a folder of the same stem; gives `out`.
 
     target: the accuracy (0 to 1) to tell rounds, bytes and seconds for; None: 0.9 times the best
-    accuracy of all runs.  anyway: put runs of different data on one page too.
+    accuracy of all runs.  anyway: put runs of different data on one page too.  title: the page's;
+    empty: from the runs.  opening: what stands below it.
 
     Raises ValueError with one line for a folder without a run, runs of different data, or a wrong
     argument; OSError where it cannot write.
@@ -44,9 +52,10 @@ def write(
     if not anyway and (problem := different_data(runs)):
         raise ValueError(problem)
     pictures = markup.Pictures(beside)
-    title = _title(runs)
+    title = title or _title(runs)
     parts = [
         headlines.heading(title, runs),
+        opening,
         headlines.numbers(runs[0]) if len(runs) == 1 else headlines.side_by_side(runs),
         figures.curves(runs, pictures),
         headlines.target(runs, _target(runs, target), given=target is not None),

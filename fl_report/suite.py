@@ -69,7 +69,7 @@ class Published(_Part):
     values: dict[Name, list[float | int | str]]
     """By method, one per column: 52.9, "57.7 ± .5", or "" where there is none."""
     differs: str = ""
-    """Why ours cannot be compared with them, if so; then no difference is told."""
+    """Why ours cannot be compared with them, if so; then no difference is given."""
     note: str = ""
 
     @field_validator("values")

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fl_common.files import write_atomically
+from fl_report import markup
+from fl_report.markup import element, joined
 from fl_report.suite_metrics import Metric
 from fl_report.suite_table import NONE, rows
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.table import Table
+
+    from fl_report.markup import Markup
+
+MEAN = "Mean ± standard deviation over the seeds (n runs)."
 
 
 def _ours(table: Mapping[str, Any]) -> str:
@@ -71,14 +77,23 @@ def _caption(table: Mapping[str, Any]) -> str:
     return " ".join(["mean ± standard deviation (n runs).", *_conditions(table)])
 
 
+def opening(table: Mapping[str, Any]) -> Markup:
+    """What stands on top of the report of its runs: how they were made, and the table."""
+    told = [element("p", element("strong", line)) for line in _conditions(table)]
+    told += [element("p", MEAN), markup.table(list(_columns(table)), _lines(table))]
+    return joined([*told, *(element("p", line, class_="soft") for line in _remarks(table))])
+
+
 def _conditions(table: Mapping[str, Any]) -> list[str]:
-    told = []
+    told, compared = [], ""
+    if table["published"]:
+        compared = "; so it is not compared with the published numbers"
     if table["reduced"]:
         about = f": {table['reduced_about']}" if table["reduced_about"] else ""
-        told.append(f"Reduced{about}; so no difference is told.")
+        told.append(f"Reduced{about}{compared}.")
     if table["overrides"]:
         keys = ", ".join(table["overrides"])
-        told.append(f"Other settings than the suite's ({keys}); so no difference is told.")
+        told.append(f"Other settings than the suite's ({keys}){compared}.")
     missing = [c["status"] for c in table["cells"] if c["status"] != "completed"]
     if missing:
         begun = Counter(status for status in missing if status != "missing")
@@ -96,9 +111,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     if table["source"]:
         parts.append(f"Published: {table['source']}.\n")
     parts += [f"**{text}**\n" for text in _conditions(table)]
-    parts.append("Mean ± standard deviation over the seeds (n runs).\n")
+    parts.append(f"{MEAN}\n")
     parts.append(_grid(list(_columns(table)), _lines(table)))
-    parts += [_remark(i, table["published"][place]) for place, i in _cited(table).items()]
+    parts += [f"{line}\n" for line in _remarks(table)]
     done = [cell for cell in table["cells"] if cell["status"] == "completed"]
     commands = dict.fromkeys(cell.get("command", table["command"]) for cell in done)
     told = "\n".join(commands or [table["command"]])
@@ -164,11 +179,16 @@ def _beside(done: Sequence[Mapping[str, Any]], elapsed: float | None) -> list[st
     return [f"{told}; the suite's own time: {elapsed:,.0f} s" if elapsed else told]
 
 
-def _remark(number: int, block: Mapping[str, Any]) -> str:
-    told = [f"[{number}] {block['table']}"]
-    told += [block["note"]] if block["note"] else []
-    told += [f"no difference is told: {block['differs']}"] if block["differs"] else []
-    return "; ".join(told) + ".\n"
+def _remarks(table: Mapping[str, Any]) -> list[str]:
+    """What there is to say of the published blocks, each under its number."""
+    lines = []
+    for place, number in _cited(table).items():
+        block = table["published"][place]
+        told = [f"[{number}] {block['table']}"]
+        told += [block["note"]] if block["note"] else []
+        told += [f"not compared: {block['differs']}"] if block["differs"] else []
+        lines.append("; ".join(told) + ".")
+    return lines
 
 
 def _grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -487,7 +487,10 @@ class OpenSuite:
             from fl_report import page
 
             folders = [self.base / name for name in done]
-            written.append(page.write(folders, self.base / REPORT, anyway=True))
+            title = table["title"] + " (reduced)" * table["reduced"]
+            top = suite_page.opening(table)
+            out = self.base / REPORT
+            written.append(page.write(folders, out, anyway=True, title=title, opening=top))
         return written
 
     def log(self, name: str) -> Path:

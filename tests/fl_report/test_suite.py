@@ -425,12 +425,20 @@ def test_other_conditions_than_the_published_ones_have_no_difference():
     for other, word in (
         ({"reduced": True, "reduced_about": "smaller"}, "ours, reduced"),
         ({"overrides": ["run.rounds"]}, "ours, other settings"),
-        ({"published": [differs]}, "no difference is told: other data"),
+        ({"published": [differs]}, "not compared: other data"),
         ({"published": [seconds], "metrics": ["seconds"]}, "wall time"),
     ):
         table = a_table(**other)
         assert {row.difference for row in suite_table.rows(table)} == {"-"}
         assert word in suite_page.markdown(table)
+
+
+def test_the_report_of_a_suite_says_what_its_table_says():
+    lines = suite_page.opening(a_table(reduced=True, reduced_about="smaller"))
+    told = "Reduced: smaller; so it is not compared with the published numbers."
+    assert f"<strong>{told}</strong>" in lines and "1 of 4 runs are missing." in lines
+    assert "<td>53.0 ± 1.4 (n = 2)</td>" in lines and "<td>50.0 ± 1.5 [1]</td>" in lines
+    assert "[1] Table 1." in lines
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -185,7 +185,7 @@ def check_the_table(suite: Suite) -> None:
     assert line in page
     assert f"flatfed suite {suite.file}" in page and table["cells"][0]["code"][:12] in page
     report = (suite.folder / "report.html").read_text()
-    assert all(cell in report for cell in CELLS)
+    assert all(cell in report for cell in CELLS) and ours in report
 
 
 # As a script's `&` starts its processes.
