@@ -91,6 +91,8 @@ class _Phase:
     """Since when the node of each message has been there, by its id and the SuperLink's clock."""
     looked: float = 0.0
     """When it was last looked whether these nodes are there, by the monotonic clock [s]."""
+    away: set[int] = field(default_factory=set)
+    """Clients whose node was not there then."""
     gone: set[int] = field(default_factory=set)
     """Clients whose node went away with the message, or before it, and that may come back."""
     needed: set[int] = field(default_factory=set)
@@ -180,7 +182,9 @@ class Exchange:
             again: dict[int, Message] = {}
             any_came = False
             expired = elsewhere and time.monotonic() > end
-            arrived = self._pulled(phase, at_once, expired)
+            turn = self._turn(phase, None if expired else at_once)
+            back = self._back(phase, turn, end) if phase.gone and not expired else {}
+            arrived = self._pulled(phase, turn | back.keys(), at_once)
             if not elsewhere:
                 arrived, expired = list(arrived), time.monotonic() > end
             for reply in arrived:
@@ -203,8 +207,7 @@ class Exchange:
             if expired:
                 self._give_up(phase, again)
                 return
-            if phase.gone:
-                again |= self._found_again(phase, end)
+            again |= self._repeated(phase, back)
             if again:
                 phase.asked |= again
                 self._push(phase, again)
@@ -245,45 +248,53 @@ class Exchange:
             return None
         return max(1, int(self.held_bytes // size))
 
-    def _pulled(self, phase: _Phase, at_once: int | None, last: bool) -> Iterator[Message]:
-        """Replies that have come.  With `at_once`, one by one and only of the clients whose turn is
-        next, so that the others wait where they are; with `last`, of all.
+    def _turn(self, phase: _Phase, at_once: int | None) -> set[int]:
+        """Clients whose replies are asked for: with `at_once` as many as may be here, of those
+        whose turn is next, so that the others wait where they are."""
+        order = sorted(phase.asked)
+        first = order.index(min([*phase.pending.values(), *phase.gone]))
+        return set(order[first:][:at_once])
 
-        Flower hands a message to a node once, and says that the node is away only to who asks for
-        the reply while it is.  So those whose node was away unseen are asked for out of turn too:
-        what is not answered then was lost.
+    def _pulled(self, phase: _Phase, names: set[int], at_once: int | None) -> Iterator[Message]:
+        """Replies of these clients that have come; with `at_once`, one by one.
+
+        Flower hands a message to a node once.  Who asks for the reply while the node is away is
+        told so, and the reply, if there is one, is deleted; it is not asked for then.
         """
         now = time.monotonic()
         self._late = {i: late for i, late in self._late.items() if now < late[1]}
-        away, restarted = self._been_away(phase, now)
+        self._look(phase, now)
+        names = names - phase.away
+        due = [i for _, i in sorted((n, i) for i, n in phase.pending.items() if n in names)]
         if at_once is None:
             phase.looked = now
-            yield from self.grid.pull_messages([*phase.pending, *self._late])
+            yield from self.grid.pull_messages([*due, *self._late])
         else:
-            order = sorted(phase.asked)
-            first = order.index(min([*phase.pending.values(), *phase.gone]))
-            turn = order if last else order[first : first + at_once]
-            turn = {*turn, *(phase.pending[i] for i in away | restarted)}
-            due = sorted((name, i) for i, name in phase.pending.items() if name in turn)
-            for i in [*(i for _, i in due), *self._late]:
+            for i in [*due, *self._late]:
                 yield from self.grid.pull_messages([i])
-        for i in restarted & phase.pending.keys():
-            name = phase.pending.pop(i)
-            self._late[i] = f"{phase.name}, client {name}", phase.expires[i]
-            if not self._may_come_back(name, phase):
+
+    def _look(self, phase: _Phase, now: float) -> None:
+        """Whether the nodes of those who have yet to answer are there, and have been since they
+        were asked; not where nodes stay, or where all were looked at a moment ago."""
+        if self.held_bytes is None or not phase.pending or now < phase.looked + LOOK_S:
+            return
+        there, phase.looked, phase.away = self._there(), now, set()
+        for i, name in list(phase.pending.items()):
+            node = phase.asked[name].metadata.dst_node_id
+            if node not in there:
+                phase.away.add(name)
+            # A node that was away when it was asked has the message since it is there.
+            elif there[node] == phase.since.setdefault(i, there[node]):
+                continue
+            if name not in phase.gone and not self._may_come_back(name, phase):
+                self._lost(name, phase)
                 phase.outcome.failed[name] = "its node is gone"
 
-    def _been_away(self, phase: _Phase, now: float) -> tuple[set[str], set[str]]:
-        """The pending messages whose node is away, and those whose node has been away since they
-        were sent; none where nodes stay, or if all were looked at a moment ago."""
-        if self.held_bytes is None or not phase.pending or now < phase.looked + LOOK_S:
-            return set(), set()
-        there, phase.looked = self._there(), now
-        node_of = {i: phase.asked[p].metadata.dst_node_id for i, p in phase.pending.items()}
-        back = {i: there[node] for i, node in node_of.items() if node in there}
-        # A node that was away when it was asked has the message since it is there.
-        phase.since = back | phase.since
-        return node_of.keys() - back.keys(), {i for i in back if back[i] != phase.since[i]}
+    def _lost(self, name: int, phase: _Phase) -> None:
+        """No reply is expected of this client any more; one that comes is late."""
+        for i in [i for i, who in phase.pending.items() if who == name]:
+            del phase.pending[i]
+            self._late[i] = f"{phase.name}, client {name}", phase.expires[i]
 
     def _there(self) -> dict[int, str]:
         """The nodes that are connected, by id, and since when: a node with a key has the same id
@@ -294,9 +305,13 @@ class Exchange:
         """Whose pending reply this is, no longer pending then; None, and a note, for any other."""
         to = reply.metadata.reply_to_message_id
         if to in phase.pending:
-            return phase.pending.pop(to)
+            name = phase.pending.pop(to)
+            phase.gone.discard(name)
+            return name
         if to in self._late:
-            self.note(f"{phase.name}: dropped a late reply: {self._late.pop(to)[0]}")
+            whose, _ = self._late.pop(to)
+            if not _node_left(reply):
+                self.note(f"{phase.name}: dropped a late reply: {whose}")
         else:
             who = f"client {phase.sent[to]}" if to in phase.sent else "nobody who was asked"
             self.note(f"{phase.name}: dropped a repeated or unknown reply of {who}")
@@ -311,8 +326,8 @@ class Exchange:
         phase.outcome.failed.update(dict.fromkeys(silent, self._silence()))
         for name in again:
             del phase.outcome.restored[name]
-        for i, name in phase.pending.items():
-            self._late[i] = f"{phase.name}, client {name}", phase.expires[i]
+        for name in silent:
+            self._lost(name, phase)
 
     def _completed(self, name: int, reply: Message, phase: _Phase) -> Message | None:
         """The client's message completed by what it lacks, if it asks for that; once a phase."""
@@ -341,20 +356,23 @@ class Exchange:
         phase.gone.add(name)
         return True
 
-    def _found_again(self, phase: _Phase, end: float) -> dict[int, Message]:
-        """Messages for the gone clients that are back.  Of those whose time to come back is up, as
-        many are given up as can be spared; the others are waited for all the same."""
-        again, needed, spare = {}, set(), phase.spare()
+    def _back(self, phase: _Phase, turn: set[int], end: float) -> dict[int, int]:
+        """The gone clients that are back, and their nodes.  Of those whose time to come back is up,
+        once it is their turn, as many are given up as can be spared; the others are waited for all
+        the same."""
+        back, needed, spare = {}, set(), phase.spare()
         for name, where in self.locate(sorted(phase.gone)).items():
-            if where is None and spare > 0:
+            if where is None and name in turn and spare > 0:
                 spare -= 1
+                phase.gone.remove(name)
+                self._lost(name, phase)
                 phase.outcome.failed[name] = "its node is gone (clients.return-s)"
             elif where is None:
-                needed.add(name)
+                needed |= {name} & turn
             elif where != AWAITED:
-                self.note(f"{phase.name}, client {name}: its node is back and is asked again")
-                again[name] = addressed(where, phase.asked[name], phase.asked[name].content)
-        phase.gone -= phase.outcome.failed.keys() | again.keys()
+                back[name] = where
+                if where == phase.asked[name].metadata.dst_node_id:
+                    phase.away.discard(name)
         if needed - phase.needed:
             self.note(
                 f"{phase.name}: without client {', '.join(map(str, sorted(needed)))} there are "
@@ -362,6 +380,19 @@ class Exchange:
                 f"{end - time.monotonic():.0f} s at most (clients.deadline-s)"
             )
         phase.needed = needed
+        return back
+
+    def _repeated(self, phase: _Phase, back: Mapping[int, int]) -> dict[int, Message]:
+        """Messages for the clients that are back and whose reply was asked for since: a node that
+        has answered the roll call works on nothing else, and what is not there by then was lost."""
+        again = {}
+        for name in sorted(back.keys() & phase.gone):
+            phase.gone.remove(name)
+            phase.away.discard(name)
+            self._lost(name, phase)
+            self.note(f"{phase.name}, client {name}: its node is back and is asked again")
+            asked = phase.asked[name]
+            again[name] = addressed(back[name], asked, asked.content)
         return again
 
 

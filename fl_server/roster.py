@@ -196,6 +196,8 @@ class Roster:
         """When to ask a node again that answered with an error, by the monotonic clock [s]."""
         self._left: dict[int, float] = {}
         """When it was seen that a client's node is gone, by partition."""
+        self._nodes: dict[int, int] = {}
+        """Which node that was."""
         self._listed: dict[int, str] = {}
         """The nodes that were connected at the last look, and since when."""
         self._asked: dict[str, int] = {}
@@ -260,7 +262,7 @@ class Roster:
         grid = self.exchange.grid
         left = self._look()
         for partition in [p for p, m in self.members.items() if m.node_id in left]:
-            del self.members[partition]
+            self._nodes[partition] = self.members.pop(partition).node_id
             self._left[partition] = time.monotonic()
         self._answers = {n: m for n, m in self._answers.items() if n not in left}
         self._asked = {i: n for i, n in self._asked.items() if n not in left}
@@ -379,10 +381,14 @@ class Roster:
 
     def locate(self, partitions: Collection[int]) -> dict[int, int | None]:
         """The node ids of clients that went away in a round, by one look at all nodes; AWAITED for
-        one that may still come back, None for one whose time is up."""
+        one that may still come back, None for one whose time is up.
+
+        A node that is there again and silent is at work on what it was asked before, and has until
+        the round's deadline like everyone."""
         self.refresh()
         found: dict[int, int | None] = dict.fromkeys(partitions)
-        found |= dict.fromkeys(self.awaited(partitions), AWAITED)
+        at_work = {p for p, node in self._nodes.items() if node in self._asked.values()}
+        found |= dict.fromkeys([*self.awaited(partitions), *at_work & found.keys()], AWAITED)
         return found | {p: self.members[p].node_id for p in partitions if p in self.members}
 
     def drawn(self, partitions: Sequence[int]) -> tuple[list[Member], dict[int, str]]:

@@ -362,6 +362,56 @@ def test_what_a_node_answered_before_it_restarted_is_taken(link: Link, monkeypat
     assert len(link.asked) == 3
 
 
+@pytest.mark.parametrize("held_bytes", [12.0, 24.0, 1e9])
+@pytest.mark.parametrize("first", [5.0, 50.0])
+@pytest.mark.parametrize("up", [False, True])
+def test_a_reply_that_waits_is_taken_once_its_node_is_there_again(
+    link: Link, monkeypatch, held_bytes: float, first: float, up: bool
+):
+    """Whether its turn, when client 0 has answered, comes before or after that.  Only in its turn,
+    if it is asked for by turns, is it given up once its time to come back is `up`."""
+    monkeypatch.setattr(Link, "answered", lambda self, i: True)
+    link.ready[10] = first
+
+    def meanwhile() -> None:
+        del link.there[11]
+        link.clock.sleep(2.0)
+
+    def get_nodes():
+        if link.clock.now > 20.0:
+            link.there[11] = "d"
+        return Link.get_nodes(link)
+
+    def locate(names):
+        get_nodes()
+        absent = None if up and link.clock.now > 10.0 else AWAITED
+        return {name: absent if at == AWAITED else at for name, at in places(link, names).items()}
+
+    link.get_nodes = get_nodes
+    _, outcome = ask(link, held_bytes=held_bytes, meanwhile=meanwhile, locate=locate,
+                     deadline_s=100.0)  # fmt: skip
+    by_turns = held_bytes == 12.0 and first == 50.0
+    lost = up and not by_turns
+    assert list(outcome.accepted) == ([0, 2] if lost else [0, 1, 2])
+    assert outcome.failed == ({1: "its node is gone (clients.return-s)"} if lost else {})
+    assert len(link.asked) == 3
+
+
+@pytest.mark.parametrize("held_bytes", [12.0, 24.0, 1e9])
+def test_a_node_that_was_only_cut_off_is_not_asked_again(link: Link, monkeypatch, held_bytes):
+    """It answers the roll call once it has trained, and its reply is there then."""
+    monkeypatch.setattr(Link, "answered", lambda self, i: True)
+    link.ready |= {10: 20.0, 11: 40.0}
+
+    def locate(names):
+        return places(link, names) if link.clock.now >= 40.0 else dict.fromkeys(names, AWAITED)
+
+    _, outcome = ask(link, held_bytes=held_bytes, meanwhile=lambda: restart(link), locate=locate,
+                     deadline_s=100.0)  # fmt: skip
+    assert list(outcome.accepted) == [0, 1, 2] and not outcome.failed
+    assert len(link.asked) == 3
+
+
 def test_a_node_that_comes_after_it_was_asked_is_asked_once(link: Link):
     del link.there[11]
     _, outcome = ask(

@@ -428,6 +428,10 @@ def test_a_member_that_restarts_between_two_looks_is_asked_again(grid, monkeypat
     monkeypatch.setattr(Changing, "pull_messages", lambda self, ids: [])
     grid.restart(third)
     assert roster.locate([2]) == {2: AWAITED}
+    roster.return_s = 0.0  # it is at work on what it was asked before
+    assert roster.locate([2]) == {2: AWAITED} and roster.awaited([2]) == []
+    grid.listed = grid.all[:2]
+    assert roster.locate([2]) == {2: None}
 
 
 def test_a_question_to_a_node_that_restarts_is_repeated(grid, monkeypatch):
