@@ -285,7 +285,7 @@ def _on_flower(
         ended(folder, "interrupted" if isinstance(left, KeyboardInterrupt) else "stopped")
         print(end=_continued(folder), flush=True)
         raise
-    return _outcome(status, folder, told, elsewhere=elsewhere)
+    return _outcome(status, config.run.rounds, folder, told, elsewhere=elsewhere)
 
 
 def _continued(folder: Path) -> str:
@@ -307,9 +307,11 @@ def _broken_off(why: str, folder: Path, told: _Told) -> int:
     return told.failed("", f"{why}\n{_continued(folder)}".rstrip())
 
 
-def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool = False) -> int:
-    """The exit code of a run, by what the server, its results folder (unless that is on another
-    machine) and Flower say of it."""
+def _outcome(
+    status: FlowerStatus, rounds: int, folder: Path, told: _Told, *, elsewhere: bool = False
+) -> int:
+    """The exit code of a run of so many rounds, by what the server, its results folder (unless that
+    is on another machine) and Flower say of it."""
     from fl_server.recorder import read_summary
 
     summary = read_summary(folder)
@@ -318,7 +320,7 @@ def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool
     if status.completed and reached == "completed":
         return OK
     says = f"Flower says {status.status} {status.details}".rstrip()
-    if reached == "completed":
+    if reached == "completed" and summary.get("rounds") == rounds:
         return told.failed(
             "its results are complete, but its process ended before all pictures were drawn; "
             f"{says}; draw them with: flatfed report {quote(str(folder))}",
@@ -327,5 +329,7 @@ def _outcome(status: FlowerStatus, folder: Path, told: _Told, *, elsewhere: bool
     if reached == "running":
         why = f"its process ended; {says}"
         return _broken_off(why, folder, told)
+    if reached == "completed":  # and was to be extended
+        reached = f"it did not go on after round {summary.get('rounds')}"
     error = summary.get("error", "") if reached == "failed" else ""
     return told.failed(error, f"{reached}; {says}")

@@ -421,11 +421,11 @@ class OpenSuite:
 
     def command(self, *, places: bool = False) -> str:
         """The call that makes these cells; without `places`, those of this machine are left out
-        or have a name that says what belongs there."""
+        or have a name that says what belongs there, and all cells are made."""
         words = ["flatfed", "suite", str(self.file)]
         words += ["--reduced"] if self.plan.reduced else []
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 else []
-        words += ["--cells", self.only] if self.only else []
+        words += ["--cells", self.only] if self.only and places else []
         words += ["--out", str(self.out)] if self.out and places else []
         source = next((str(c.values.get("data.source")) for c in self.plan.cells), "data")
         for key, value in self.plan.overrides.items():
@@ -437,7 +437,7 @@ class OpenSuite:
 
     def table(self, publish: Path | None = None) -> dict[str, Any]:
         """The table, as JSON has it, of the cells that are there, and of those in the table that
-        `publish` has.  Raises SuiteError for folders that hold something else."""
+        `publish` has.  Raises SuiteError for folders that hold something else, and as `_keep`."""
         look(self.plan, self.base).check()
         remembered = read_or_empty(self.base / REMEMBERED)
         told = remembered.get("command") or self.command()
@@ -452,9 +452,17 @@ class OpenSuite:
 
     def _keep(self, table: dict[str, Any], published: Path) -> None:
         """Put runs that were published before, and whose folders are not here, into the table, as
-        far as they are of the suite's settings; prints what became of them."""
-        kept = []
-        there = suite_table.completed(read_or_empty(published))
+        far as they are of the suite's settings; prints what became of them.  Raises SuiteError for
+        a file that cannot be read."""
+        kept, there = [], {}
+        if published.exists():
+            try:
+                there = suite_table.completed(read_object(published))
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or error
+                raise SuiteError(
+                    [f"{published}: cannot be read ({why}); repair it, or move it away"]
+                ) from error
         for cell, told in zip(self.plan.cells, table["cells"], strict=True):
             if told["status"] == "completed" or cell.name not in there:
                 continue

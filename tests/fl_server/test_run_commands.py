@@ -73,7 +73,7 @@ def test_the_versions_are_those_that_a_run_records(capsys):
 def test_a_failure_is_one_line_and_its_traceback_a_file(tmp_path: Path, capsys):
     write_summary(tmp_path, status="failed", error=REASON)
     lines = ("results: /r", f"run failed: {REASON}", "continue it with: flatfed resume /r")
-    assert _outcome(FAILED, tmp_path, told(*lines, *TRACEBACK)) == 3
+    assert _outcome(FAILED, 1, tmp_path, told(*lines, *TRACEBACK)) == 3
     out, err = capsys.readouterr()
     assert err == f"error: the run failed: {REASON}\n"
     log = tmp_path / FLOWER_LOG
@@ -85,7 +85,7 @@ def test_a_run_goes_on_after_an_error_of_a_client(tmp_path: Path, capsys):
     write_summary(tmp_path, status="completed")
     shown = ("round 1, client 0: no memory", "round 1/1  1/2 clients", "a table")
     completed = FlowerStatus(1, "finished:completed", "")
-    assert _outcome(completed, tmp_path, told(*TRACEBACK, *shown)) == 0
+    assert _outcome(completed, 1, tmp_path, told(*TRACEBACK, *shown)) == 0
     assert capsys.readouterr().out.splitlines()[:3] == list(shown)
 
 
@@ -96,13 +96,13 @@ def test_the_server_is_asked_for_the_reason_first(tmp_path: Path, capsys, said: 
         write_summary(tmp_path, status="failed", error=REASON)
     lines = [f"run failed: {REASON}"] * said
     folder = tmp_path / "elsewhere" if said else tmp_path
-    assert _outcome(FAILED, folder, told(*lines, *TRACEBACK), elsewhere=said) == 3
+    assert _outcome(FAILED, 1, folder, told(*lines, *TRACEBACK), elsewhere=said) == 3
     assert capsys.readouterr().err == f"error: the run failed: {REASON}\n"
 
 
 def test_a_server_that_said_nothing(tmp_path: Path, capsys):
     """What Flower knows is all that there is."""
-    assert _outcome(FAILED, tmp_path / "none", told(*TRACEBACK)) == 3
+    assert _outcome(FAILED, 1, tmp_path / "none", told(*TRACEBACK)) == 3
     *lines, last = capsys.readouterr().err.splitlines()
     assert lines == list(TRACEBACK)
     assert last == f"error: the run failed: no summary; Flower says {FAILED.status} " + (
@@ -110,9 +110,16 @@ def test_a_server_that_said_nothing(tmp_path: Path, capsys):
     )
 
 
+def test_a_completed_run_that_was_not_extended(tmp_path: Path, capsys):
+    write_summary(tmp_path, status="completed", accuracy=0.5, rounds=20)
+    assert _outcome(FAILED, 50, tmp_path, told()) == 3
+    told_of = "error: the run failed: it did not go on after round 20; Flower says finished:failed"
+    assert capsys.readouterr().err.startswith(told_of)
+
+
 def test_a_server_that_was_ended_after_its_last_round(tmp_path: Path, capsys):
-    write_summary(tmp_path, status="completed", accuracy=0.5)
-    assert _outcome(FAILED, tmp_path, told()) == 3
+    write_summary(tmp_path, status="completed", accuracy=0.5, rounds=20)
+    assert _outcome(FAILED, 20, tmp_path, told()) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the run failed: its results are complete, but its process ended")
     assert line.endswith(f"draw them with: flatfed report {tmp_path}")

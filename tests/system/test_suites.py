@@ -339,7 +339,7 @@ def test_some_of_the_cells(tmp_path, capfd):
     done = [(suite.folder / f"fedavg_seed{i}").exists() for i in range(3)]
     assert done == [True, False, True]
     table = json.loads((suite.folder / "table.json").read_text())
-    assert "--cells '*_seed[02]'" in table["command"]
+    assert table["command"] == f"flatfed suite {suite.file} run.rounds=1"
     assert [cell["status"] for cell in table["cells"]] == ["completed", "missing", "completed"]
     assert suite.call("--cells", "feddyn*") == 2
     assert suite.call("--cells", "*", "--table") == 2
@@ -400,6 +400,11 @@ def test_published_runs_outlive_the_folders_that_they_were_made_in(tmp_path, cap
     fifth, table, told = publish()
     assert f"fedavg_seed0: not kept from {data}, which lacks its settings\n" in told
     assert fifth["fedavg_seed0"]["status"] == "missing"
+
+    data.write_text("<<<<<<< as git leaves it\n")
+    assert suite.call("--publish", str(pages), "run.rounds=1") == 2
+    told = f"error: {data}: cannot be read (Expecting value: line 1 column 1 (char 0)); repair it"
+    assert capfd.readouterr().err.startswith(told) and data.read_text().startswith("<<<")
 
 
 def test_a_completed_cell_with_a_broken_file_is_named(tmp_path, capfd):
