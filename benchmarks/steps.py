@@ -109,7 +109,7 @@ def compare(title: str, cases: Sequence[Case], turns: int, steps: int) -> int:
     """Measure all cases, print the table; gives the number of bars that were missed."""
     determinism.prepare_process()
     table = Table(title=f"{title}: step time over plain SGD, batch {BATCH}, {turns} turns")
-    for column in ("model", "method", "plain ms", "ratio", "bar", "extra memory [models]"):
+    for column in ("model", "method", "plain ms", "ratio", "bar", "extra memory, models"):
         table.add_column(column, justify="right")
     missed = 0
     for model in dict.fromkeys(case.model for case in cases):

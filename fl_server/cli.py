@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   flatfed run
-      ten clients train on real handwritten digits, in this process
+      ten clients train on real handwritten digits, on this machine
   flatfed run strategy.name=fedprox fedprox.mu=0.01 clients.per-round=5 run.rounds=20
   flatfed run data.source=cifar10 data.path=CIFAR10_DIR model.name=lenet64 clients.number=100
   flatfed run engine.name=ray
