@@ -106,7 +106,10 @@ class Graphs:
         def replayed(*inputs: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
             if self.refused:
                 return gradient(*inputs)
-            what_norms_do = tuple((norm.training, norm.track_running_stats) for norm in norms)
+            what_norms_do = tuple(
+                (norm.training, norm.track_running_stats, norm.running_mean is None)
+                for norm in norms
+            )
             shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
             variants = tuple(method.variant() for method in methods)
             key = (clients, trained, what_norms_do, variants, shapes)

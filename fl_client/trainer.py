@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fl_client.halves import copies, halved
 from fl_common.determinism import (
@@ -330,19 +331,33 @@ def _repeated(net: torch.nn.Module, device: str, draws: torch.Tensor) -> Iterato
 
 @contextmanager
 def frozen_statistics(net: torch.nn.Module) -> Iterator[None]:
-    """BatchNorm in training mode leaves its running statistics as they are."""
+    """Norms in training mode leave their running statistics as they are.
+
+    InstanceNorm does not see its own meanwhile: it updates them whatever `track_running_stats` is,
+    rounds them even with momentum 0, and in evaluation mode takes the batch's without that flag.
+    """
     norms = [
         module
         for module in net.modules()
         if isinstance(module, _NormBase) and module.track_running_stats
     ]
-    for norm in norms:
+    flagged = [norm for norm in norms if not isinstance(norm, _InstanceNorm)]
+    hidden = [
+        (norm, norm.running_mean, norm.running_var)
+        for norm in norms
+        if isinstance(norm, _InstanceNorm) and norm.training
+    ]
+    for norm in flagged:
         norm.track_running_stats = False
+    for norm, _, _ in hidden:
+        norm.running_mean = norm.running_var = None
     try:
         yield
     finally:
-        for norm in norms:
+        for norm in flagged:
             norm.track_running_stats = True
+        for norm, mean, var in hidden:
+            norm.running_mean, norm.running_var = mean, var
 
 
 def overriding(hook: str, methods: Sequence[Any]) -> list[Callable[..., Any]]:

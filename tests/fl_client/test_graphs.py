@@ -7,6 +7,7 @@ does: what is held in place, what is copied, and when a pass is recorded is ours
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,6 +78,12 @@ class Taped(Graphs):
         return Recorded(held, tape.play, loss, grads)
 
 
+class Instances(torch.nn.Sequential):
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        norm = torch.nn.InstanceNorm2d(shape[0], track_running_stats=True)
+        super().__init__(norm, torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), classes))
+
+
 METHODS = {
     "plain": {},
     "sam": {"regularizers": "sam"},
@@ -101,6 +108,11 @@ ONE_BY_ONE = {
         "stochastic_depth__p_l": 0.5,
         "model__name": "resnet8",
         "shape": (3, 16, 16),
+    },
+    "InstanceNorm": {
+        "model__name": f"{__name__}:Instances",
+        "model__norm": "batch",  # the default
+        "regularizers": "sam",
     },
 }
 DROPOUT = {"dropout": {"model__name": "cnn", "model__norm": "batch", "shape": (3, 10, 10)}}

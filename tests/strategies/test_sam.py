@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fl_client.optimizers import SGD
-from fl_client.trainer import LocalData, batches, local_round
+from fl_client.trainer import LocalData, batches, frozen_statistics, local_round
 from fl_common.config import Train
 from fl_common.local import Affine, Work
 from regularizers.sam import ASAM, SAM, ASAMParams, SAMParams
@@ -176,6 +176,36 @@ def test_parameters_come_back_exactly_and_statistics_follow_the_first_pass(metho
     assert int(ours.norm.num_batches_tracked) == 6
     assert ours.norm.track_running_stats
     assert not torch.equal(ours.norm.running_mean, start.norm.running_mean)
+
+
+def test_instance_norms_statistics_follow_the_first_pass():
+    """Bit for bit; 7 samples, since torch averages statistics over copies, one for each."""
+
+    def made() -> torch.nn.Sequential:
+        torch.manual_seed(1)
+        norm = torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+        torch.nn.init.normal_(norm.running_mean)
+        return torch.nn.Sequential(norm, torch.nn.Flatten(), torch.nn.Linear(48, 3))
+
+    net, plain = made(), made()
+    x = torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    data = LocalData(x, torch.arange(7) % 3, lambda x: x)
+    settings = Train(lr=0.1, batch_size=7)
+    play(net, data, settings, sam(0.5))
+    plain(next(batches(data, settings, (0, 1, 0)))[0])
+    assert dict(net.named_buffers()).keys() == dict(plain.named_buffers()).keys()
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, dict(plain.named_buffers())[name]), name
+    assert net[0].track_running_stats
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_statistics_change_no_output_of_instance_norm(training):
+    norm = torch.nn.InstanceNorm2d(3, track_running_stats=True).train(training)
+    x = torch.randn(4, 3, 5, 5)
+    with frozen_statistics(norm):
+        inside = norm(x)
+    assert torch.equal(norm(x), inside)
 
 
 def test_dropout_and_augmentation_are_the_same_in_both_passes():
