@@ -323,7 +323,7 @@ def add_scaled(grads: Tensors, params: Tensors, factor: float | torch.Tensor) ->
 
 
 @contextmanager
-def _repeated(net: torch.nn.Module, device: str, draws: torch.Tensor) -> Iterator[None]:
+def _repeated(net: torch.nn.Module, device: str, draws: Tensors) -> Iterator[None]:
     set_generator_state(device, draws)
     with frozen_statistics(net):
         yield

@@ -103,28 +103,29 @@ def _set_thresholds(mmap: int, trim: int) -> None:
 
 
 def seed_device(device_type: str, seed: int) -> None:
-    """Seed the default generator that operations on this device draw from."""
+    """Seed the default generators of this device and of the CPU, where a network on a GPU may draw
+    too: whether to skip a block, say."""
     import torch
 
+    torch.default_generator.manual_seed(seed)
     if device_type == "cuda":
         torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
 
 
-def generator_state(device_type: str) -> torch.Tensor:
-    """The state of this device's default generator."""
+def generator_state(device_type: str) -> list[torch.Tensor]:
+    """The states of the generators that `seed_device` seeds."""
     import torch
 
-    on_gpu = device_type == "cuda"
-    return torch.cuda.get_rng_state() if on_gpu else torch.default_generator.get_state()
-
-
-def set_generator_state(device_type: str, state: torch.Tensor) -> None:
-    """Restore this device's default generator, so that draws repeat."""
-    import torch
-
+    states = [torch.default_generator.get_state()]
     if device_type == "cuda":
-        torch.cuda.set_rng_state(state)
-    else:
-        torch.default_generator.set_state(state)
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def set_generator_state(device_type: str, states: list[torch.Tensor]) -> None:
+    """Restore the generators' states, so that draws repeat."""
+    import torch
+
+    torch.default_generator.set_state(states[0])
+    if device_type == "cuda":
+        torch.cuda.set_rng_state(states[1])

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_common.determinism import seed_of, uniform, words
+from fl_common.determinism import (
+    generator_state,
+    seed_device,
+    seed_of,
+    set_generator_state,
+    uniform,
+    words,
+)
 
 KEYS = st.lists(st.integers(0, 2**40), max_size=4)
 
@@ -65,6 +72,29 @@ def test_uniform_numbers():
     assert 1 - 1e-4 < u.max() < 1
     assert abs(u.double().mean() - 0.5) < 0.003  # three standard deviations
     assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_draws_on_the_host_are_of_the_devices_stream(monkeypatch, device):
+    """The card's generator is one of the CPU's, so that a GPU is not needed."""
+    card = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "manual_seed", card.manual_seed)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", card.get_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", card.set_state)
+
+    def draws() -> list[float]:
+        both = torch.rand(2), torch.rand(2, generator=card if device == "cuda" else None)
+        return torch.cat(both).tolist()
+
+    with torch.random.fork_rng(devices=[]):
+        seed_device(device, 5)
+        first, state, second = draws(), generator_state(device), draws()
+        set_generator_state(device, state)
+        assert draws() == second
+        seed_device(device, 5)
+        assert draws() == first
+        torch.manual_seed(5)
+        assert torch.rand(2).tolist() == first[:2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
