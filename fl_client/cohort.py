@@ -9,7 +9,6 @@ that count for nothing.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,11 +33,11 @@ from fl_client.trainer import (
 from fl_common.determinism import generator_state, seed_device, seed_of, set_generator_state
 from fl_common.layout import PARAMS, Layout
 from fl_common.local import PADDING, mean_losses, norm_of
-from fl_common.passes import called_with
+from fl_common.passes import called_with, unrounded
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from fl_client.graphs import Graphs
     from fl_client.optimizers import Optimizer
@@ -158,17 +157,6 @@ def cohort_round(
         for regularizer in regularizers:
             regularizer.finish()
             regularizer.stacked = False
-
-
-@contextmanager
-def _unrounded() -> Iterator[None]:
-    """A GPU's convolutions without TF32, which alone can make gradients differ by a few percent."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 class _Cohort:
@@ -326,7 +314,7 @@ class _Cohort:
             return list(found), [after[n] - b[of] for n, b in buffers if b.is_floating_point()]
 
         params, buffers = self.params.items(), self.buffers.items()
-        with _unrounded():
+        with unrounded():
             own, after = copies(two)
             several = [[each[two] for each in tensors] for tensors in (masks, samples)]
             output, _ = vmap(self._forward)(own, after, x[two], *several)

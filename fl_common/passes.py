@@ -1,5 +1,5 @@
-"""Forward passes with other tensors than the network's own, or in evaluation mode, and which passes
-are a step's own.
+"""Forward passes with other tensors than the network's own, in evaluation mode, or without TF32,
+and which passes are a step's own.
 
 A method on forward hooks works on the pass whose output the loss is taken of.  Methods that look
 at the network once more (a teacher, a slimmed copy, a reference) wrap that in `extra_pass`.
@@ -57,6 +57,17 @@ def evaluating(net: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """A GPU's convolutions without TF32, which alone can make gradients differ by a few percent."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 _EXTRA = ContextVar("extra pass", default=False)

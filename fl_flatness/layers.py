@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
-from fl_common.passes import evaluating
+from fl_common.passes import evaluating, unrounded
 from fl_flatness.products import Curvature
 from fl_flatness.spectrum import Lanczos, eigenpairs
 from fl_flatness.trace import hutchinson
@@ -157,7 +157,7 @@ def activation_norms(net: torch.nn.Module, batches: Batches) -> dict[str, tuple[
                 handles.append(module.register_forward_pre_hook(enters(*pair)))
             if isinstance(module, kinds):
                 handles.append(module.register_forward_hook(activates))
-        with evaluating(net), torch.no_grad():
+        with evaluating(net), unrounded(), torch.no_grad():
             for x, y in batches:
                 net(x)
                 samples += len(y)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
-from fl_common.passes import evaluating
+from fl_common.passes import evaluating, unrounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,8 +30,8 @@ class Curvature:
     only: names of the parameters to differentiate by; all trainable ones unless given.
 
     Vectors are (d,), in the order of `net.named_parameters()`.  Products are as exact as the
-    network's dtype; sums over batches and everything returned are float64.  A parameter that the
-    loss does not use has zeros.
+    network's dtype, on a GPU too (no TF32); sums over batches and everything returned are float64.
+    A parameter that the loss does not use has zeros.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Curvature:
 
     def loss(self) -> float:
         """Mean loss over the samples."""
-        with evaluating(self.net), torch.no_grad():
+        with evaluating(self.net), unrounded(), torch.no_grad():
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             count = 0
             for x, y in self.batches:
@@ -65,7 +65,7 @@ class Curvature:
 
     def gradient(self) -> torch.Tensor:
         """(d,)."""
-        with evaluating(self.net), torch.enable_grad():
+        with evaluating(self.net), unrounded(), torch.enable_grad():
             total, count = torch.zeros(self.d, dtype=torch.float64, device=self.device), 0
             for x, y in self.batches:
                 grads = torch.autograd.grad(
@@ -86,7 +86,7 @@ class Curvature:
         itself.  Raises ValueError if a product is not finite.
         """
         parts = [self._parts(v) for v in vectors]
-        with evaluating(self.net), torch.enable_grad():
+        with evaluating(self.net), unrounded(), torch.enable_grad():
             total = torch.zeros(len(parts), self.d, dtype=torch.float64, device=self.device)
             count = 0
             for x, y in self.batches:

@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fl_common.determinism import seed_of
+from fl_common.passes import unrounded
 from fl_flatness.products import refuse_once_differentiable
 from fl_flatness.spectrum import Density, merged
 from fl_flatness.trace import Estimate
@@ -160,6 +161,7 @@ class PyHessian:
             torch.random.fork_rng(devices=[curvature.device] if cuda else []),
             torch.cuda.device(curvature.device if cuda else -1),
             torch.enable_grad(),
+            unrounded(),
             # The faster kernels of attention have no second derivative.
             sdpa_kernel(SDPBackend.MATH),
             warnings.catch_warnings(),

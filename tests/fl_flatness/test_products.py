@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fl_common.models.catalogue import build
+from fl_flatness.layers import activation_norms
 from fl_flatness.products import Curvature, cut
 
 
@@ -177,6 +178,36 @@ def test_float32_networks_are_summed_in_float64():
     single = Curvature(net, cut(x.float(), Y, 5)).product(v)
     double = Curvature(net.double(), cut(x, Y, 5)).product(v)
     assert float((single - double).norm() / double.norm()) < 1e-5
+
+
+class Watching(nn.Linear):
+    """Notes whether convolutions might use TF32, forwards and backwards."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = [*getattr(self, "seen", []), torch.backends.cudnn.allow_tf32]
+        output = super().forward(x)
+        if output.requires_grad:
+            output.register_hook(lambda _: self.seen.append(torch.backends.cudnn.allow_tf32))
+        return output
+
+
+def test_a_gpu_computes_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    net = Watching(2, 3)
+    curvature = Curvature(net, cut(torch.ones(13, 2), Y, 13))
+    for call, passes in (
+        (curvature.loss, 1),
+        (curvature.gradient, 2),
+        (lambda: curvature.product(torch.ones(9)), 3),
+        (lambda: activation_norms(net, curvature.batches), 1),
+    ):
+        net.seen = []
+        call()
+        assert net.seen == [False] * passes
+        assert torch.backends.cudnn.allow_tf32
+    with pytest.raises(RuntimeError, match="shapes"):
+        Curvature(net, cut(torch.ones(13, 5), Y, 13)).product(torch.ones(9))
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

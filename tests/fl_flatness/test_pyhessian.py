@@ -175,3 +175,15 @@ def test_unused_and_frozen_parameters():
     assert values[0].item() == pytest.approx(exact[-1].item(), rel=2e-5)
     assert vectors.shape == (1, 6 + 5 + 18)
     assert vectors[0, :6].abs().max() < 1e-6
+
+
+def test_a_gpu_computes_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen, curvature = [], curvature_of(relu_mlp)[0]
+    curvature.net.loss = lambda output, y: (
+        seen.append(torch.backends.cudnn.allow_tf32) or nn.functional.cross_entropy(output, y)
+    )
+    PyHessian(curvature, 0).trace(probes=2)
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32
