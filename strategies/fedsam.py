@@ -47,7 +47,8 @@ class MoFedSAMParams(Group):
 
 
 class MoFedSAMRule(ClientRule):
-    """grad <- beta grad + (1 - beta) m."""
+    """grad <- beta grad + (1 - beta) m.  The optimizer adds weight decay to that, and m has it too:
+    where m is at rest, train.weight-decay counts 1 / beta times."""
 
     params: MoFedSAMParams
 
