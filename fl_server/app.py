@@ -15,7 +15,7 @@ from fl_common import wire
 from fl_common.checks import in_process_only, unused
 from fl_common.config import ConfigError, methods, resolve
 from fl_common.layout import on
-from fl_common.local import local_methods
+from fl_common.local import Work, local_methods
 from fl_server import tracking
 from fl_server.exchange import HELD_BYTES, Exchange, RunFailed, Unresumable, by_reason
 from fl_server.keys import KeysError, read_keys
@@ -130,7 +130,8 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
         else:
             recorder.checkpoints.write(run.checkpoint())
         recorder.members([roster.members[i] for i in sorted(roster.members)], first.classes)
-        warnings = unused(config) + run.strategy.warnings(config, run.model)
+        works = [Work.of(config, 1, n, sum(run.samples)) for n in run.samples]
+        warnings = unused(config) + run.strategy.warnings(config, run.model, works)
         for name in config.regularizer_names:
             warnings += methods("regularizers")[name].warnings(config)
         for warning in [*warnings, *_alike(config, roster), *_unresumable(config, engine)]:

@@ -23,7 +23,7 @@ from fl_common.layout import COUNTERS, PARAMS, STATS
 from fl_common.local import LocalMethod, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from flwr.serverapp import Grid
 
@@ -219,8 +219,9 @@ class FederatedStrategy(Strategy):
         """Why clients must take plain SGD steps (no momentum, no Adam); "" if they need not."""
         return ""
 
-    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
-        """Settings that work, but less well than a user may expect; told once, after `bind`."""
+    def warnings(self, config: CoreConfig, model: Flat, works: Sequence[Work] = ()) -> list[str]:
+        """Settings that work, but less well than a user may expect; told once, after `bind`.
+        `works`: what each client would do in round 1."""
         return [
             f"{name} with strategy {self.name}: {self.redundant[name]}"
             for name in config.regularizer_names

@@ -4,7 +4,8 @@ Gao et al., FedDC: Federated Learning with Non-IID Data via Local Drift Decoupli
 CVPR 2022 (https://arxiv.org/abs/2203.11751).  As in the authors' code, the drift of all clients,
 not only of the cohort, enters the server's mean (with the cohort's alone FedDC does not converge
 under partial participation), alpha and c are divided by omega_i, and the gradient correction G is
-SCAFFOLD's.  Without G FedDC is FedDyn; without the drift and with alpha = 0 it is SCAFFOLD.
+SCAFFOLD's.  Without G FedDC is FedDyn; without the drift and with alpha = 0 it is SCAFFOLD.  A run
+warns, as theirs do, of a client so small that it may diverge.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from pydantic import Field
 from fl_common.layout import PARAMS
 from fl_common.local import Affine
 from strategies.base import ClientRule, FederatedStrategy, WeightedMean
-from strategies.feddyn import DUAL
+from strategies.feddyn import DUAL, pull_warnings
 from strategies.scaffold import PLAIN_SGD, ControlParams, control_delta, control_warnings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from fl_common.config import CoreConfig
     from fl_common.layout import Flat
+    from fl_common.local import Work
     from strategies.base import Reply
 
 
@@ -77,12 +81,15 @@ class FedDC(FederatedStrategy):
     def plain_sgd(cls, config: CoreConfig) -> str:
         return PLAIN_SGD if config.params_of(cls.name).gradient_correction else ""
 
-    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
+    def warnings(self, config: CoreConfig, model: Flat, works: Sequence[Work] = ()) -> list[str]:
         corrects = self.params.gradient_correction
         told = super().warnings(config, model) if self.params.alpha else []  # else nothing pulls
+        told += pull_warnings(self.name, "alpha", self.params, config, works)
         if self.params.legacy_beta and not corrects:
             told.append("feddc.legacy-beta = true has no effect without feddc.gradient-correction")
-        return told + (control_warnings(model) if corrects else [])
+        if corrects:
+            told += control_warnings(self.name, self.params, config, model, works)
+        return told
 
     def begin(self, w: torch.Tensor) -> None:
         self.deltas, self.controls = WeightedMean(), WeightedMean()

@@ -3,7 +3,8 @@
 Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2021
 (https://arxiv.org/abs/2111.04263).  Written as in the authors' code, with h_i = -g_i / alpha_i
 and H = -h / alpha, and alpha_i = alpha / omega_i: with H added to an unweighted mean, the fixed
-point has sum omega_i grad f_i = 0, the optimum of the data-weighted loss.
+point has sum omega_i grad f_i = 0, the optimum of the data-weighted loss.  From eta alpha_i = 2 on,
+so with a client of very few samples, local steps diverge: a run then begins with a warning.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from fl_common.local import Affine
 from strategies.base import ClientRule, FederatedStrategy, WeightedMean, Weighting
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
+    from fl_common.config import CoreConfig
     from fl_common.layout import Flat
+    from fl_common.local import Work
     from strategies.base import Reply
 
 DUAL = "the drift term pulls already; the fixed point is the same, but reached more slowly"
@@ -40,6 +45,26 @@ class DriftParams(Weighting):
         if pull and self.clip_scope == "official":
             return replace(pull, slope=0.0, decay=pull.slope)
         return pull
+
+
+def pull_warnings(
+    name: str, pull: str, params: Weighting, config: CoreConfig, works: Sequence[Work]
+) -> list[str]:
+    """Of a pull that throws the smallest client about: a step multiplies theta - w + h_i by
+    1 - eta (alpha / omega_i + curvature).  The steps of Adam are bounded, and those that are
+    clipped.  `pull`: the key of alpha."""
+    alpha = params.model_dump(by_alias=True)[pull]
+    factor = max((alpha * work.lr / params.omega(work) for work in works), default=0.0)
+    clipped = getattr(params, "clip_scope", "all") == "all"
+    if factor < 2 or config.train.optimizer == "adam" or (clipped and config.train.clip_norm):
+        return []
+    remedies = [f"a smaller {name}.{pull}", *(["train.clip-norm"] if clipped else [])]
+    if alpha * config.train.lr < 2:
+        remedies.insert(0, f"{name}.weighting=uniform")
+    return [
+        f"{name}.{pull} = {alpha:g}: train.lr * {pull} / omega_i is {factor:.3g} for the smallest "
+        f"client, and from 2 on local steps diverge; set {' or '.join(remedies)}"
+    ]
 
 
 class FedDynParams(DriftParams):
@@ -75,6 +100,11 @@ class FedDyn(FederatedStrategy):
     Rule = FedDynRule
     redundant: ClassVar = {"proximal": DUAL}
     keeps: ClassVar = ("H",)
+    pull: ClassVar = "alpha"
+
+    def warnings(self, config: CoreConfig, model: Flat, works: Sequence[Work] = ()) -> list[str]:
+        told = super().warnings(config, model, works)
+        return told + pull_warnings(self.name, self.pull, self.params, config, works)
 
     def begin(self, w: torch.Tensor) -> None:
         self.deltas = WeightedMean()

@@ -25,6 +25,8 @@ from fl_common.models.catalogue import skeleton, usual_shape
 from strategies.base import BufferMean, ClientRule, FederatedStrategy, WeightedMean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from flwr.app import ArrayRecord, Message
     from flwr.serverapp import Grid
@@ -193,8 +195,8 @@ class FedPart(FederatedStrategy):
         if problem := self.schedule.problem(self.config.run.rounds):
             raise ValueError(problem)
 
-    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
-        told = super().warnings(config, model)
+    def warnings(self, config: CoreConfig, model: Flat, works: Sequence[Work] = ()) -> list[str]:
+        told = super().warnings(config, model, works)
         for key, value in (("stats", self.params.bn_stats), ("frozen", self.params.bn_frozen)):
             default = FedPartParams.model_fields[f"bn_{key}"].default
             if STATS not in model and value != default:

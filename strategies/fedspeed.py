@@ -5,7 +5,7 @@ Accuracy, ICLR 2023 (https://arxiv.org/abs/2302.10429).  The prox-correction of 
 g_i = -lambda h_i, where our lambda is the paper's 1 / lambda.  As in the authors' code, the server
 adds the mean of all h_i to the unweighted mean of the cohort.  There lambda is the same for all
 clients (`fedspeed.weighting=uniform`); divided by omega_i, as FedDyn's alpha is, it counts them by
-their samples.
+their samples.  From eta lambda_i = 2 on local steps diverge: a run then begins with a warning.
 """
 
 from __future__ import annotations
@@ -51,4 +51,5 @@ class FedSpeed(FedDyn):
     name = "fedspeed"
     Params = FedSpeedParams
     Rule = FedSpeedRule
+    pull: ClassVar = "lambda"
     refuses: ClassVar = {"sam": ASCENT, "asam": ASCENT}

@@ -4,7 +4,9 @@ Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Lear
 (https://arxiv.org/abs/1910.06378), Algorithm 1 with eq. 4 and 5.  For clients of unequal sizes
 the server's control variate is divided by omega_i, client i's samples over the clients' mean, both
 in the step and in the update.  Then c_i is the mean local gradient and the fixed point is the
-optimum of the data-weighted loss.  `scaffold.weighting=uniform` is the paper as printed.
+optimum of the data-weighted loss.  `scaffold.weighting=uniform` is the paper as printed.  Since no
+client takes less than a step per epoch, c moves one of n_i < B samples about B / n_i times as far
+as the others, which can diverge: a run warns from ten times on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from fl_common.local import Affine
 from strategies.base import ClientRule, FederatedStrategy, WeightedMean, Weighting
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from fl_common.config import CoreConfig
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from strategies.base import Reply
 
 PLAIN_SGD = "control variates are measured as Delta_i / (K_i eta), the mean gradient of plain SGD"
+FAR = 10
+"""How many times as far as the mean client c may move one without a warning."""
 
 
 class ControlParams(Weighting):
@@ -52,13 +58,27 @@ def control_delta(
     return -c / params.omega(work) - delta / (steps * lr)
 
 
-def control_warnings(model: Flat) -> list[str]:
-    if STATS not in model:
-        return []
-    return [
-        "buffers, such as BatchNorm's statistics, are averaged, not corrected: control variates "
-        "work better with GroupNorm (model.norm=group, or in a model of your own)"
-    ]
+def control_warnings(
+    name: str, params: ControlParams, config: CoreConfig, model: Flat, works: Sequence[Work]
+) -> list[str]:
+    """Of buffers, and of a client that c moves far: by K_i eta c / omega_i in a round, the mean
+    client by K eta c.  At FAR times as much, a cohort of FAR with one such client moves w twice as
+    far as one without.  Clipped, a client moves by at most K_i eta clip-norm."""
+    told = []
+    if STATS in model:
+        told.append(
+            "buffers, such as BatchNorm's statistics, are averaged, not corrected: control "
+            "variates work better with GroupNorm (model.norm=group, or in a model of your own)"
+        )
+    if params.weighting == "omega" and not config.train.clip_norm:
+        far = max((work.steps / work.omega / work.nominal_steps for work in works), default=0.0)
+        if far >= FAR:
+            told.append(
+                f"{name}.weighting = omega: the control variate c / omega_i moves the smallest "
+                f"client {far:.3g} times as far as the mean one, which can diverge; set "
+                f"{name}.weighting=uniform or train.clip-norm"
+            )
+    return told
 
 
 class ScaffoldRule(ClientRule):
@@ -89,8 +109,9 @@ class Scaffold(FederatedStrategy):
     def plain_sgd(cls, config: CoreConfig) -> str:
         return PLAIN_SGD
 
-    def warnings(self, config: CoreConfig, model: Flat) -> list[str]:
-        return super().warnings(config, model) + control_warnings(model)
+    def warnings(self, config: CoreConfig, model: Flat, works: Sequence[Work] = ()) -> list[str]:
+        told = super().warnings(config, model, works)
+        return told + control_warnings(self.name, self.params, config, model, works)
 
     def begin(self, w: torch.Tensor) -> None:
         self.deltas, self.controls = WeightedMean(), WeightedMean()

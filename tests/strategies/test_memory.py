@@ -17,7 +17,8 @@ import fl_client.app
 import fl_server.exchange
 import fl_server.inprocess
 from fl_common import assembly, wire
-from fl_common.config import methods
+from fl_common.config import methods, resolve
+from fl_common.local import Work
 from fl_server.cli import main
 from fl_server.inprocess import InProcessGrid
 from fl_server.rounds import Rounds
@@ -121,6 +122,66 @@ def test_a_setting_of_control_variates_that_are_off_is_told_to_have_no_effect(ru
     assert runner(*DIGITS, "clients.number=2", "strategy.name=feddc", *settings).code == 0
     line = "feddc.legacy-beta = true has no effect without feddc.gradient-correction"
     assert f"warning: {line}" in capsys.readouterr().out.splitlines()
+
+
+def warned(sizes: tuple[int, ...], name: str, **settings) -> list[str]:
+    """The warnings of a run with so many samples per client, batches of 32 and the lr 0.1."""
+    given = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+    config = resolve({"strategy.name": name, "clients.number": len(sizes), **given})
+    works = [Work.of(config, 1, n, sum(sizes)) for n in sizes]
+    return methods("strategies")[name](config).warnings(config, {}, works)
+
+
+PULL = {"feddyn": "feddyn.alpha", "feddc": "feddc.alpha", "fedspeed": "fedspeed.lambda"}
+
+
+@pytest.mark.parametrize("name", PULL)
+def test_a_pull_under_which_the_smallest_client_diverges_is_warned_of(name):
+    """eta alpha / omega_i >= 2: 1 / omega_i >= 200 with eta = alpha = 0.1."""
+    key, settings = PULL[name], {PULL[name].replace(".", "__"): 0.1, "train__batch_size": 1}
+    assert warned((1, 397), name, **settings) == []  # their mean is 199 times the smaller
+    (line,) = warned((1, 401), name, **settings)
+    assert f"{key} = 0.1: " in line
+    assert " is 2.01 for " in line
+    assert line.endswith(f"set {name}.weighting=uniform or a smaller {key} or train.clip-norm")
+    (line,) = warned((1, 401), name, **settings | {key.replace(".", "__"): 30.0})
+    assert line.endswith(f"set a smaller {key} or train.clip-norm")  # 0.1 * 30 >= 2
+    assert warned((1, 401), name, **settings, **{f"{name}__weighting": "uniform"}) == []
+    assert warned((1, 401), name, **settings, train__clip_norm=10.0) == []
+    assert warned((1, 401), name, **settings, train__lr_decay=0.5)  # round 1 counts
+    if name != "feddc":
+        assert warned((1, 401), name, **settings, train__optimizer="adam") == []
+        outside = {f"{name}__clip_scope": "official", "train__clip_norm": 10.0}
+        (line,) = warned((1, 401), name, **settings, **outside)
+        assert line.endswith(f"set {name}.weighting=uniform or a smaller {key}")
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddc"])
+def test_a_client_much_smaller_than_a_batch_is_warned_of_beside_control_variates(name):
+    """One step an epoch of 1 / omega_i: with 7 of on average 700 samples 100 steps' worth, where
+    the mean client takes 22; with 3 of 333 it is 111 of 11."""
+    assert warned((7, 1393), name) == []
+    (line,) = warned((3, 663), name)
+    assert "the smallest client 10.1 times as far as the mean one" in line
+    assert line.endswith(f"set {name}.weighting=uniform or train.clip-norm")
+    assert warned((1, 39), name)  # everything in one batch, 20 steps' worth in one
+    assert warned((3, 663), name, **{f"{name}__weighting": "uniform"}) == []
+    assert warned((3, 663), name, train__clip_norm=10.0) == []
+    assert warned((3, 663), "feddc", feddc__gradient_correction=False) == []
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("sizes", [(144,) * 10, (30, 172, 179, 149), (10, 12, 600), (65, 31, 33)])
+def test_usual_sizes_are_not_warned_of(name, sizes):
+    """data.min-size is 10."""
+    assert warned(sizes, name) == []
+
+
+def test_a_run_knows_its_smallest_client(runner, monkeypatch, capsys):
+    toy.install(monkeypatch, (1, 25))
+    assert runner(*toy.SETTINGS, "run.rounds=1", "strategy.name=scaffold").code == 0
+    (line,) = [li for li in capsys.readouterr().out.splitlines() if li.startswith("warning")]
+    assert "the smallest client 13 times" in line
 
 
 class Started(toy.Quadratic):
