@@ -119,7 +119,8 @@ def _check_privacy(config: CoreConfig) -> list[str]:
     if not config.client.dp_clip:
         return []
     errors, name = [], config.strategy.name
-    if name not in ("fedavg", "fedprox") and not name.startswith("flwr:"):
+    cls = None if name.startswith("flwr:") else methods("strategies").get(name)
+    if cls and (cls.keeps or cls.partial or cls.Rule.memory or cls.Rule.also):
         errors.append(
             f"{given}: strategy {name} sends or remembers more than a model, which would get no "
             "noise; use fedavg, fedprox or one of Flower's"

@@ -16,8 +16,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from safetensors.torch import load_file
 
 from fl_client.app import private, release
-from fl_common.config import ConfigError, resolve
+from fl_common.config import ConfigError, methods, resolve
 from fl_server.cli import main
+from strategies.base import ClientRule
+from strategies.fedavg import FedAvg
 
 if TYPE_CHECKING:
     from tests.conftest import Runner
@@ -48,7 +50,9 @@ def test_the_update_is_clipped(runner):
     torch.testing.assert_close(loose, theta, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "flwr:FedAvg", "fedprox"])
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "flwr:FedAvg", "fedprox", "fednova", "fedsam", "fedasam"]
+)
 def test_the_noise_is_added_and_the_guards_accept_it(runner, strategy: str):
     settings = [*PLAIN, f"strategy.name={strategy}", "client.dp-clip=0.25"]
     silent = params(runner(*settings, "client.dp-epsilon=1e12"))
@@ -132,6 +136,26 @@ def test_what_would_stay_without_noise_is_refused(runner, capsys, monkeypatch):
     ]
     with pytest.raises(ConfigError, match=r"client.dp-epsilon = 0.5: has no effect"):
         resolve({"client.dp-epsilon": 0.5})
+
+
+def refuses(strategy: str) -> bool:
+    try:
+        resolve({"client.dp-clip": 1.0, "model.norm": "group", "strategy.name": strategy})
+    except ConfigError as error:
+        return f"{strategy} sends or remembers more than a model" in str(error)
+    return False
+
+
+def test_a_strategy_is_refused_by_what_it_says_of_itself(monkeypatch):
+    known = methods("strategies")
+    assert [name for name in known if refuses(name)] == [
+        "feddc", "feddyn", "fedpart", "fedspeed", "mofedsam", "scaffold",
+    ]  # fmt: skip
+    monkeypatch.setitem(known, "mine", type("Mine", (FedAvg,), {}))
+    assert not refuses("mine")
+    for part in ({"keeps": ("H",)}, {"Rule": type("Rule", (ClientRule,), {"memory": ("h",)})}):
+        monkeypatch.setitem(known, "mine", type("Mine", (FedAvg,), part))
+        assert refuses("mine")
 
 
 MEMORY = [*PLAIN, "regularizers=moon", "model.head=moon", "client.dp-clip=1"]
