@@ -32,9 +32,10 @@ from benchmarks import bare
 from benchmarks.overhead import MORE, SETTINGS, Silent
 from fl_client import app as client
 from fl_common.config import resolve
+from fl_common.results import HISTORY
 from fl_server import app as server
 from fl_server.inprocess import InProcessGrid
-from fl_server.recorder import HISTORY, Recorder, read_summary
+from fl_server.recorder import Recorder, read_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,6 +18,7 @@ from fl_common.deferred import torch
 from fl_common.determinism import seed_of
 from fl_common.evaluation import evaluate
 from fl_common.files import write_atomically
+from fl_common.results import FLATNESS
 from fl_common.wire import model_sha256
 from fl_flatness.diagonals import as_sent, estimate, subsample
 from fl_flatness.landscape import filter_normalised, line, plane
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from fl_common.config import CoreConfig
     from fl_flatness.stored import Stored
 
-FLATNESS = "flatness.json"
 MATCH_PROBES = 200
 DENSITY_PROBES = 4
 SIDE, LINE, REACH = 21, 41, 1.0

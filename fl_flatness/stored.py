@@ -17,13 +17,12 @@ from safetensors.torch import load_file
 from fl_common import assembly
 from fl_common.config import ConfigError, absolute_paths, resolve
 from fl_common.layout import tensors_of
+from fl_common.results import CLIENTS, CONFIG, MODEL, checkpoints
 
 if TYPE_CHECKING:
     from fl_common.assembly import Share
     from fl_common.config import CoreConfig
     from fl_common.data.sources import Dataset
-
-CONFIG, CLIENTS, MODEL = "config.json", "clients.json", "model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +44,10 @@ class Stored:
         Raises ValueError with one line where something is missing or does not fit.
         """
         if not (folder / MODEL).is_file():
+            remedy = f"; `flatfed resume {quote(str(folder))}` completes it"
             raise ValueError(
-                f"{folder}: holds no model ({MODEL}): the run has not ended; `flatfed resume "
-                f"{quote(str(folder))}` completes it"
+                f"{folder}: holds no model ({MODEL}): the run has not ended"
+                + (remedy if checkpoints(folder) else "")
             )
         for name in (CONFIG, CLIENTS):
             if not (folder / name).is_file():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from fl_common.results import CLIENTS, CONFIG, HISTORY, SUMMARY
 from fl_report.plots import comparison
 
 if TYPE_CHECKING:
@@ -64,12 +65,12 @@ def read(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder in folders:
         try:
-            summary = parsed((folder / "summary.json").read_bytes(), folder / "summary.json")
-            config = _optional(folder / "config.json")
-            clients = _optional(folder / "clients.json")
-            rows = _rows(folder / "history.jsonl")
+            summary = parsed((folder / SUMMARY).read_bytes(), folder / SUMMARY)
+            config = _optional(folder / CONFIG)
+            clients = _optional(folder / CLIENTS)
+            rows = _rows(folder / HISTORY)
         except OSError as error:
-            inside = sorted(path.parent for path in folder.glob("*/summary.json"))
+            inside = sorted(path.parent for path in folder.glob(f"*/{SUMMARY}"))
             remedy = f"those in it, as {inside[0]}" if inside else "a run's results folder"
             raise ValueError(
                 f"{folder}: holds no run ({error.filename}: {error.strerror}); give {remedy}"
@@ -77,7 +78,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
         told = summary.get("rounds", len(rows))
         if summary.get("status") == "completed" and len(rows) != told:
             raise ValueError(
-                f"{folder / 'history.jsonl'}: has {len(rows)} of {told} rounds; repair it, or "
+                f"{folder / HISTORY}: has {len(rows)} of {told} rounds; repair it, or "
                 "leave this run out"
             )
         label = method_of(config) or folder.resolve().name

@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from fl_common.results import checkpoints
 from fl_report import plots
 from fl_report.compare import SERIES, TITLES, method_of
 from fl_report.figures import MANY, flatness_seconds
@@ -314,7 +315,7 @@ def commands(runs: Sequence[Run]) -> Markup:
     for run in runs:
         if not run.config:
             continue
-        if run.summary.get("status") != "completed" and (run.folder / "checkpoints").exists():
+        if run.summary.get("status") != "completed" and checkpoints(run.folder):
             which = "it" if len(runs) == 1 else run.label
             parts.append(element("p", f"To continue {which} from its last checkpoint:"))
             parts.append(_shell(shlex.join(["flatfed", "resume", str(run.folder)])))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fl_common.results import FLATNESS
 from fl_report.compare import parsed
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def measurements(run: Run) -> list[tuple[int | str, dict[str, Any]]]:
     """How flat the loss is: round and row of the history, for every round that measured it; at last
     what `flatfed flatness` found of the final model."""
     found: list[Any] = [(row["round"], row) for row in run.rows if measured(row)]
-    path = run.folder / "flatness.json" if run.folder else None
+    path = run.folder / FLATNESS if run.folder else None
     if path and path.exists():
         afterwards = parsed(path.read_bytes(), path)
         match = afterwards.get("match", {}).get("paper", {})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from fl_common.results import SUMMARY
 from fl_report import compare
 from fl_report.suite import NUMBER
 from fl_report.suite_metrics import Metric
@@ -32,7 +33,7 @@ def gather(
 ) -> dict[str, Any]:
     """Everything that the table tells, as JSON has it.
 
-    measured, code_of: what a folder says of a cell besides its run (`fl_server.suites`).
+    measured, code_of: what a folder says of a cell besides its run.
     """
     suite, cells = plan.suite, []
     for cell in plan.cells:
@@ -47,7 +48,7 @@ def gather(
         try:
             [run] = compare.read([folder])
         except ValueError:
-            if (folder / "summary.json").exists():
+            if (folder / SUMMARY).exists():
                 told["status"] = "broken"
             cells.append(told)
             continue

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fl_common.files import read_checked, write_checked
+from fl_common.files import read_checked, read_or_empty, write_checked
+from fl_common.results import SUMMARY, checkpoints
 from fl_server.exchange import Unresumable
 
 if TYPE_CHECKING:
@@ -95,6 +96,16 @@ def _read(path: Path) -> Checkpoint:
             owner, _, name = key.partition("/")
             tensors.setdefault(owner, {})[name] = file.get_tensor(key).clone()
     return Checkpoint(_round_of(path), tensors, facts)
+
+
+def code_of(folder: Path) -> str:
+    """The fingerprint of the code behind a run, from its newest checkpoint, or else its summary."""
+    try:
+        with max(checkpoints(folder)).open("rb") as file:  # the header, without the tensors
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return json.loads(header["__metadata__"][FACTS])["code"]
+    except (OSError, ValueError, KeyError):
+        return str(read_or_empty(folder / SUMMARY).get("code", "unknown"))
 
 
 def _round_of(path: Path) -> int:

@@ -25,6 +25,16 @@ from fl_common.files import (
     write_object,
 )
 from fl_common.fingerprint import code_sha256, installed
+from fl_common.results import (
+    CHECKPOINTS,
+    CLIENTS,
+    CONFIG,
+    HISTORY,
+    MODEL,
+    REPORT,
+    SUMMARY,
+    checkpoints,
+)
 from fl_common.wire import model_sha256
 from fl_report.series import FAILURES
 from fl_server.checkpoint import Checkpoints
@@ -39,11 +49,8 @@ if TYPE_CHECKING:
     from fl_server.roster import Member
     from fl_server.tracking import Tracking
 
-CONFIG, CLIENTS, HISTORY = "config.json", "clients.json", "history.jsonl"
-REPORT = "report.html"
 STOPPED = "stopped"
 """The error in the summary of a run that was told to end."""
-SUMMARY, MODEL = "summary.json", "model.safetensors"
 GATHERED = ("memory_given_back", "flatness_bytes_down", "flatness_bytes_up")
 """What the summary gathers from round to round and no row of the history has."""
 
@@ -78,7 +85,7 @@ def folder_error(folder: Path) -> str | None:
         return (
             f"run.name: {folder} exists and is not overwritten; give another run.name or "
             "run.output-dir, or leave run.name empty for a timestamp"
-            + (resume if (folder / CONFIG).is_file() else "")
+            + (resume if checkpoints(folder) else "")
         )
     if problem := unwritable(folder.parent):
         return f"run.output-dir: {problem}; choose another folder"
@@ -173,7 +180,7 @@ class Recorder:
         self.folder = folder
         self._lock = _lock(folder)
         remove_unfinished(folder)
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
         self.rows: list[dict[str, Any]] = []
         """The history's rows, less what they have of every client: see `_brief`."""
         self.started, self.cpu_started = time.perf_counter(), time.process_time()

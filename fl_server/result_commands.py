@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_common.results import REPORT
 from fl_server.console import FAILED, INTERRUPTED, OK, TERMINATED, complain, settings_of, show
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def report(args: argparse.Namespace) -> int:
     from fl_report import compare, page, terminal
 
     folders = _folders(args)
-    out = args.out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    out = args.out or (folders[0] if len(folders) == 1 else Path()) / REPORT
     try:
         page.write(folders, out, args.target, anyway=args.anyway)
         table = terminal.text(page.summary_table(compare.read(folders), args.target))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_common import processes
 from fl_common.files import absolute_path, unwritable
+from fl_common.results import MODEL, checkpoints
 from fl_server.console import FAILED, OK, TERMINATED, complain, failed, settings_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def config(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     from fl_common.config import absolute_paths, resolve
     from fl_server.recorder import (
-        MODEL,
         folder_error,
         read_summary,
         results_folder,
@@ -293,8 +293,7 @@ def _continued(folder: Path) -> str:
     here."""
     from fl_server.recorder import read_summary
 
-    begun = any((folder / "checkpoints").glob("*"))
-    left = begun and read_summary(folder).get("status") != "completed"
+    left = checkpoints(folder) and read_summary(folder).get("status") != "completed"
     return f"continue it with: flatfed resume {quote(str(folder))}\n" if left else ""
 
 

@@ -6,7 +6,6 @@ folder that holds another run is refused before anything starts.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shlex
@@ -25,12 +24,14 @@ from fl_common import processes
 from fl_common.config import AUTO, resolve
 from fl_common.files import LOCK, absolute_path, lock, read_object, read_or_empty, write_object
 from fl_common.fingerprint import code_sha256
+from fl_common.results import CONFIG, REPORT, checkpoints
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, shown
 from fl_report.suite import SuiteError, load
+from fl_server.checkpoint import code_of
 from fl_server.console import TERMINATED
 from fl_server.progress import duration
-from fl_server.recorder import CONFIG, REPORT, RESUMABLE, read_summary
+from fl_server.recorder import RESUMABLE, read_summary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -219,7 +220,7 @@ class Runner:
             return
         (self.base / LOGS).mkdir(exist_ok=True)
         path = self.base / LOGS / f"{cell.name}.txt"
-        resumes = any((folder / "checkpoints").glob("*.safetensors"))
+        resumes = bool(checkpoints(folder))
         if folder.exists() and not resumes:
             shutil.rmtree(folder)  # not one round of it was kept
         with path.open("ab") as log:
@@ -345,17 +346,6 @@ def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
 def measured(folder: Path) -> dict[str, Any]:
     """What a cell's process measured; empty if it was killed."""
     return read_or_empty(folder / MEASURED)
-
-
-def code_of(folder: Path) -> str:
-    """The fingerprint of the code behind a run, from its newest checkpoint, or else its summary."""
-    try:
-        newest = max((folder / "checkpoints").glob("*.safetensors"))
-        with newest.open("rb") as file:  # the header of a safetensors file, without its tensors
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return json.loads(header["__metadata__"]["facts"])["code"]
-    except (OSError, ValueError, KeyError):
-        return str(read_summary(folder).get("code", "unknown"))
 
 
 def _outcome(folder: Path) -> str:

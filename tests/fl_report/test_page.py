@@ -619,6 +619,10 @@ def test_runs_that_ended_early(end: str, tmp_path: Path):
         folder_of(folder, [failed], status="failed", error="interrupted")
         told = "/F failed: interrupted accuracy—never evaluated"
     (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / ".000000-0.safetensors.1").touch()  # a crash left it
+    page = Page(write([folder], tmp_path / "page.html", 0.5).read_text())
+    assert "flatfed resume" not in page.text
+    (folder / "checkpoints" / "000000-0.safetensors").touch()
     page = Page(write([folder], tmp_path / "page.html", 0.5).read_text())
     assert told.replace("/F", str(folder)) in page.text
     assert page.exact["rounds"] == (end not in ("refused", "before round 1"))

@@ -36,9 +36,9 @@ from sklearn.datasets import load_digits
 from fl_common.config import resolve
 from fl_common.fingerprint import code_sha256
 from fl_server import recorder
+from fl_server.checkpoint import code_of
 from fl_server.cli import main
 from fl_server.recorder import Recorder
-from fl_server.suites import code_of
 
 FLATFED = Path(sys.executable).with_name("flatfed")
 

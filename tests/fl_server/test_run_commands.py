@@ -18,13 +18,22 @@ import torch
 
 from fl_common.config import resolve
 from fl_common.fingerprint import code_sha256, installed
+from fl_flatness.stored import Stored
 from fl_server import federation, flower_run
 from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates
 from fl_server.cli import main
 from fl_server.flower_run import FlowerStatus, _plain
 from fl_server.progress import Screen
 from fl_server.recorder import ended, folder_error, read_summary
-from fl_server.run_commands import FLOWER_LOG, _broken_off, _outcome, _run_grpc, _run_ray, _Told
+from fl_server.run_commands import (
+    FLOWER_LOG,
+    _broken_off,
+    _continued,
+    _outcome,
+    _run_grpc,
+    _run_ray,
+    _Told,
+)
 
 FAILED = FlowerStatus(1, "finished:failed", "ServerApp failed with exception: roll call: 2 of 3")
 REASON = "roll call: clients.number = 3, but 2 can take part after 8 s (clients.deadline-s)"
@@ -139,6 +148,22 @@ def test_a_run_whose_superlink_died_can_go_on(tmp_path: Path, capsys, checkpoint
     hint = f"continue it with: flatfed resume {quote(str(folder))}\n" * checkpoint
     why = "error: the run failed: the SuperLink does not answer\n"
     assert capsys.readouterr().err == why + hint
+
+
+def test_a_run_whose_first_checkpoint_is_half_written_is_not_to_be_resumed(tmp_path: Path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / ".000000-0.safetensors.1").touch()
+    (folder / "config.json").write_text("{}")
+
+    def told() -> list[str]:
+        with pytest.raises(ValueError, match="holds no model") as error:
+            Stored.load(folder)
+        return [_continued(folder), folder_error(folder), str(error.value)]
+
+    assert [line for line in told() if "flatfed resume" in line] == []
+    (folder / "checkpoints" / "000000-0.safetensors").touch()
+    assert len([line for line in told() if f"flatfed resume {folder}" in line]) == 3
 
 
 def test_what_was_said_before_the_superlink_died_is_told(tmp_path: Path, capsys):
