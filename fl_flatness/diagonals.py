@@ -35,7 +35,7 @@ def estimate(
     chosen = subsample(len(y), flatness.samples, seed).to(y.device)
     curvature = Curvature(net, cut(transform(x[chosen]), y[chosen], BATCH))
     probes = seed_of("match", seed, server_round)
-    return diagonal(curvature, probes=flatness.match_probes, seed=probes).halves
+    return diagonal(curvature, probes=flatness.match_probes, seed=probes)
 
 
 def as_sent(halves: torch.Tensor, mode: str, net: torch.nn.Module) -> torch.Tensor:

@@ -147,7 +147,7 @@ def _around(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Losses over the plane of two directions, and along the first of them."""
-    curvature = Curvature(net, cut(x, y, Settings.batch_size))
+    curvature = Curvature(net, cut(x, y, options.settings.batch_size))
     if options.directions == "random":  # whose filters are as long as the model's
         first, second = (filter_normalised(curvature, seed=options.seed, index=i) for i in (0, 1))
     else:

@@ -41,7 +41,7 @@ def match(
 ) -> Match:
     """H_N and H_D of K >= 2 clients.
 
-    diagonals: each D_k (d,), or two independent estimates of it, (2, d), as `trace.Diagonal` has
+    diagonals: each D_k (d,), or two independent estimates of it, (2, d), as `trace.diagonal` gives
         them: the paper's products then pair different halves, so that noise does not bias them.
         Estimate all clients' with the same seed, so that like clients are exactly alike.  For
         fedalign-code an entry stands for a tensor, as `diagonals.as_sent` gives it.

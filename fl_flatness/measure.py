@@ -30,12 +30,9 @@ class Settings:
     steps: int = 100
     """Most products for the eigenvalues."""
     probes: int = 16
-    """Products for the trace; its standard error falls as their root.  0: no trace, and
-    16 for those of layers."""
+    """Products for the trace, 2 or more; its standard error falls as their root."""
     top: int = 1
     """Largest eigenvalues; from 2 on they are listed."""
-    lowest: bool = False
-    """Whether the smallest eigenvalue too shall be as exact as `tolerance`."""
     density_probes: int = 0
     """Start vectors of the spectral density; 0: none."""
     density_steps: int = 30
@@ -52,8 +49,8 @@ def measure(
     Gives JSON-ready numbers:
 
     lambda_max, lambda_min: the largest and smallest eigenvalue by algebraic value;
-        `_residual`: ||H v - lambda v|| / |lambda| of each.  Without `lowest`, lambda_min is an
-        upper bound, as near as its residual says, and PyHessian gives none.
+        `_residual`: ||H v - lambda v|| / |lambda| of each.  lambda_min is an upper bound, as near
+        as its residual says; PyHessian gives none.
     converged: whether the eigenvalues asked for are as exact as asked for.
     trace, trace_error: its estimate and standard error.
     products: Hessian-vector products for these; of this package's engine alone.
@@ -87,7 +84,7 @@ def _measured(
     if settings.layers:
         rows = layers(
             net, batches, tolerance=settings.tolerance, steps=settings.steps,
-            probes=settings.probes or 16, seed=stream,
+            probes=settings.probes, seed=stream,
         )  # fmt: skip
         found["layers"] = [asdict(row) for row in rows]
     return found
@@ -96,9 +93,8 @@ def _measured(
 def _own(curvature: Curvature, settings: Settings, stream: int) -> dict[str, Any]:
     lanczos = Lanczos(curvature, stream)
     steps, top = min(settings.steps, curvature.d), min(settings.top, curvature.d)
-    pairs = eigenpairs(
-        lanczos, top, tolerance=settings.tolerance, steps=steps, lowest=settings.lowest
-    )
+    pairs = eigenpairs(lanczos, top, tolerance=settings.tolerance, steps=steps)
+    trace = hutchinson(curvature, probes=settings.probes, seed=stream, within=lanczos)
     found: dict[str, Any] = {
         "lambda_max": float(pairs.values[0]),
         "lambda_max_residual": float(pairs.residuals[0]),
@@ -106,10 +102,9 @@ def _own(curvature: Curvature, settings: Settings, stream: int) -> dict[str, Any
         "lambda_min_residual": pairs.lowest_residual,
         "converged": pairs.converged,
         "products": len(lanczos.basis) + settings.probes,
+        "trace": trace.value,
+        "trace_error": trace.error,
     }
-    if settings.probes:
-        trace = hutchinson(curvature, probes=settings.probes, seed=stream, within=lanczos)
-        found |= {"trace": trace.value, "trace_error": trace.error}
     if settings.top > 1:
         found["eigenvalues"] = pairs.values.tolist()
         found["eigenvalue_residuals"] = pairs.residuals.tolist()

@@ -75,13 +75,6 @@ class PyHessian:
         order = values.argsort(descending=True, stable=True)
         return values[order], vectors[order]
 
-    def lowest(self, *, tolerance: float = 1e-2, steps: int = 100) -> tuple[float, torch.Tensor]:
-        """The smallest eigenvalue, and its vector (d,)."""
-        values, vectors = self._power(1, 0.0, tolerance, steps)
-        if values[0] >= 0:
-            values, vectors = self._power(1, -float(values[0]), tolerance, steps)
-        return float(values[0]), vectors[0]
-
     def _power(
         self, k: int, shift: float, tolerance: float, steps: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,25 +104,21 @@ class PyHessian:
         )
 
     def measure(self, settings: Settings) -> dict[str, Any]:
-        """What `measure.measure` gives, of this engine; lambda_min with `lowest` alone."""
-        how = {"tolerance": settings.tolerance, "steps": settings.steps}
-        values, vectors = self.eigenvalues(min(settings.top, self.curvature.d), **how)
+        """What `measure.measure` gives, of this engine; without lambda_min."""
+        top, tolerance = min(settings.top, self.curvature.d), settings.tolerance
+        values, vectors = self.eigenvalues(top, tolerance=tolerance, steps=settings.steps)
         residuals = [self._residual(float(a), v) for a, v in zip(values, vectors, strict=True)]
+        trace = self.trace(probes=settings.probes)
         found: dict[str, Any] = {
             "lambda_max": float(values[0]),
             "lambda_max_residual": residuals[0],
+            "converged": max(residuals) <= tolerance,
+            "trace": trace.value,
+            "trace_error": trace.error,
         }
-        if settings.lowest:
-            low, vector = self.lowest(**how)
-            residuals.append(self._residual(low, vector))
-            found |= {"lambda_min": low, "lambda_min_residual": residuals[-1]}
-        found["converged"] = max(residuals) <= settings.tolerance
-        if settings.probes:
-            trace = self.trace(probes=settings.probes)
-            found |= {"trace": trace.value, "trace_error": trace.error}
         if settings.top > 1:
             found["eigenvalues"] = values.tolist()
-            found["eigenvalue_residuals"] = residuals[: len(values)]
+            found["eigenvalue_residuals"] = residuals
         if settings.density_probes:
             seen = self.density(probes=settings.density_probes, steps=settings.density_steps)
             found["density"] = {"nodes": seen.nodes.tolist(), "weights": seen.weights.tolist()}

@@ -103,24 +103,17 @@ class Eigenpairs:
     lowest: float
     """The smallest eigenvalue by algebraic value, approached from above."""
     lowest_residual: float
-    lowest_vector: torch.Tensor
-    """(d,) float64."""
     converged: bool
     """Whether the residuals are as small as was asked for."""
 
 
 def eigenpairs(
-    lanczos: Lanczos,
-    k: int = 1,
-    *,
-    tolerance: float = 1e-2,
-    steps: int = 100,
-    lowest: bool = False,
+    lanczos: Lanczos, k: int = 1, *, tolerance: float = 1e-2, steps: int = 100
 ) -> Eigenpairs:
     """The k largest eigenvalues, and the smallest one as far as it is known by then.
 
-    Grows `lanczos` until their relative residuals are at most `tolerance`, and with `lowest` that
-    of the smallest one too, or its basis has `steps` rows.
+    Grows `lanczos` until the relative residuals of the k are at most `tolerance`, or its basis has
+    `steps` rows.
     """
     d = lanczos.curvature.d
     if not 1 <= k <= min(steps, d):
@@ -129,20 +122,18 @@ def eigenpairs(
     while True:
         if len(lanczos.basis) >= k:
             theta, s, residuals = lanczos.ritz()
-            wanted = list(range(len(theta) - 1, len(theta) - 1 - k, -1)) + [0] * lowest
-            converged = bool((residuals <= tolerance * theta.abs())[wanted].all())
+            top = list(range(len(theta) - 1, len(theta) - 1 - k, -1))
+            converged = bool((residuals <= tolerance * theta.abs())[top].all())
             if converged or len(lanczos.basis) >= min(steps, d):
                 break
         lanczos.step()
     relative = torch.where(residuals > 0, residuals / theta.abs(), 0.0)
-    top = wanted[:k]
     return Eigenpairs(
         values=theta[top],
         residuals=relative[top],
         vectors=torch.stack([lanczos.vector(s[:, i]) for i in top]),
         lowest=float(theta[0]),
         lowest_residual=float(relative[0]),
-        lowest_vector=lanczos.vector(s[:, 0]),
         converged=converged,
     )
 
