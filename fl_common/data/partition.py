@@ -30,12 +30,10 @@ class Partition:
     """The clients' samples: `len(p)` clients, `p[i]` the ascending indices of client i, int64.
 
     indices: (n,) int64, client after client. offsets: (K + 1,) int64, where each begins and ends.
-    label_counts: (K, C) int64, samples of each class.
     """
 
     indices: np.ndarray
     offsets: np.ndarray
-    label_counts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -44,11 +42,6 @@ class Partition:
         if not 0 <= client < len(self):
             raise IndexError(f"client {client} of {len(self)}")
         return self.indices[self.offsets[client] : self.offsets[client + 1]]
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(K,) int64."""
-        return np.diff(self.offsets)
 
 
 def cached_partition(
@@ -73,16 +66,15 @@ def cached_partition(
         labels = dataset.train.y
         parts = partition(labels, scheme=scheme, clients=clients, seed=seed, **parameters)
         offsets = np.cumsum([0, *map(len, parts)])
-        counts = [np.bincount(labels[part], minlength=len(dataset.classes)) for part in parts]
         writer.add("indices", parts, len(labels))
         writer.add("offsets", [offsets], len(offsets))
-        writer.add("label_counts", [np.stack(counts)], clients)
         return {"scheme": scheme, "clients": clients, "seed": seed, **parameters}
 
     key = json.dumps([_PROCEDURE, dataset.fingerprint, scheme, clients, seed, parameters])
     name = f"{scheme}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     root = Path(cache_dir or cache.default_cache_dir())
-    return Partition(**cache.fetch(root / "partitions", name, make).arrays)
+    arrays = cache.fetch(root / "partitions", name, make).arrays  # earlier versions stored more
+    return Partition(arrays["indices"], arrays["offsets"])
 
 
 def partition(

@@ -245,11 +245,27 @@ def test_a_cached_partition_is_the_partition(digits, tmp_path):
     assert len(cached) == 8
     for i, part in enumerate(parts):
         np.testing.assert_array_equal(cached[i], part)
-    assert cached.sizes.tolist() == [*map(len, parts)]
-    np.testing.assert_array_equal(cached.label_counts, label_counts(parts, digits.train.y))
     with pytest.raises(IndexError, match="client 8 of 8"):
         cached[8]
     assert len(list(cached)) == 8
+
+
+def test_a_partition_that_an_earlier_version_cached_is_still_read(digits, tmp_path, monkeypatch):
+    fetch, scheme = module.cache.fetch, {"scheme": "iid", "clients": 8, "seed": 5}
+
+    def with_counts(root, name, make):
+        def make_more(writer):
+            writer.add("label_counts", [np.zeros((8, 10), np.int64)], 8)
+            return make(writer)
+
+        return fetch(root, name, make_more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.cache, "fetch", with_counts)
+        before = cached_partition(digits, **scheme, cache_dir=tmp_path)
+    again = cached_partition(digits, **scheme, cache_dir=tmp_path)
+    assert len(list(tmp_path.rglob("label_counts.npy"))) == 1
+    assert all(np.array_equal(one, other) for one, other in zip(before, again, strict=True))
 
 
 def test_a_cached_partition_is_computed_once_per_data_and_parameters(digits, tmp_path, monkeypatch):
