@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fl_client.graphs import BeginAnew, Graphs, first_line, records
+from fl_client.graphs import BeginAnew, Graphs, records
 from fl_client.optimizers import SGD, Adam
 from fl_client.state import Memory, MemoryLost
 from fl_client.together import Together
@@ -20,6 +20,7 @@ from fl_common import assembly, wire
 from fl_common.data.errors import DataError
 from fl_common.determinism import prepare_process, release_memory
 from fl_common.evaluation import evaluate
+from fl_common.failures import first_line
 from fl_common.fingerprint import code_sha256, versions
 from fl_common.layout import PARAMS, Layout, concatenate, tensors_of
 from fl_common.local import (

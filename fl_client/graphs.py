@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fl_client.trainer import overriding, perturbation_of
 from fl_common.config import AUTO
+from fl_common.failures import first_line
 from fl_common.models.catalogue import MODELS
 
 if TYPE_CHECKING:
@@ -177,12 +178,6 @@ class Graphs:
         with torch.no_grad():
             torch._foreach_copy_(kept, tensors)
         return kept
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text; its class if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def records(train: Train, model: str, device: torch.device) -> bool:

@@ -18,8 +18,8 @@ import torch
 from flwr.app import RecordDict
 
 from fl_client.cohort import Known, Member, bytes_of, cohort_round, why_alone
-from fl_client.graphs import BeginAnew, first_line
-from fl_common.failures import Failed, reason
+from fl_client.graphs import BeginAnew
+from fl_common.failures import Failed, first_line, reason
 from fl_common.local import correction_of
 
 if TYPE_CHECKING:

@@ -18,6 +18,12 @@ def reason(error: Exception) -> str:
     return "\n".join([f"{type(error).__name__}: {first}{place(error)}", *more])
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 LONGEST = 500
 """Characters of a client's own text that a message shows."""
 

@@ -17,6 +17,7 @@ from fl_common import assembly
 from fl_common.deferred import torch
 from fl_common.determinism import seed_of
 from fl_common.evaluation import evaluate
+from fl_common.failures import first_line
 from fl_common.files import write_atomically
 from fl_common.results import FLATNESS
 from fl_common.wire import model_sha256
@@ -135,7 +136,7 @@ def examine(run: Stored, options: Options, say: Callable[[str], None]) -> dict[s
         try:
             found["match"] = _match(run, options, say)
         except (RuntimeError, ValueError) as error:  # of torch: mostly for want of memory
-            found["match_error"] = str(error).partition("\n")[0]
+            found["match_error"] = first_line(error)
     return found
 
 

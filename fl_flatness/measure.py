@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fl_common.determinism import seed_of
+from fl_common.failures import first_line
 from fl_flatness.layers import layers
 from fl_flatness.products import Curvature, cut
 from fl_flatness.spectrum import Lanczos, density, eigenpairs
@@ -65,8 +66,7 @@ def measure(
     try:
         return _measured(net, x, y, settings, seed)
     except RuntimeError as error:  # mostly of operations without a second derivative
-        said = str(error).partition("\n")[0]
-        raise ValueError(f"torch cannot compute the curvature: {said}") from error
+        raise ValueError(f"torch cannot compute the curvature: {first_line(error)}") from error
 
 
 def _measured(

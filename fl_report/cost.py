@@ -18,6 +18,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 from fl_common.assembly import groups_of, new_model
 from fl_common.config import methods, resolve
 from fl_common.data.catalogue import SOURCES
+from fl_common.failures import first_line
 from fl_common.groups import NORMS
 from fl_common.layout import PARAMS, tensors_of
 from fl_common.models.catalogue import check
@@ -117,8 +118,7 @@ class Plan:
             net = new_model(config, classes, shape, torch.device("cpu"))
             return cls(config, net, groups_of(config, net, shape), shape, classes)
         except Exception as error:  # the model may be the user's own
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{model.name}: {why}") from error
+            raise ValueError(f"{model.name}: {first_line(error)}") from error
 
     @property
     def sizes(self) -> dict[str, int]:

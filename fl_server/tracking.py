@@ -143,11 +143,8 @@ class Tracking:
             action()
         except Exception as error:
             self._trackers.pop(name, None)
-            reason = next(iter(str(error).splitlines()), "")
-            self._note(
-                f"warning: tracking.to = {name}: {type(error).__name__}: {reason}; the run goes "
-                "on without it"
-            )
+            why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            self._note(f"warning: tracking.to = {name}: {why}; the run goes on without it")
 
 
 class TensorBoard:

@@ -12,6 +12,7 @@ from fl_common.data import images
 from fl_common.data.errors import DataError
 from fl_common.data.layouts import TEST_NAMES, Layout
 from fl_common.data.splits import Raw, RawSplit, held_out
+from fl_common.failures import first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -81,11 +82,10 @@ def _load(layout: Layout, scratch: Path) -> dict[str, datasets.Dataset]:
         else:
             loaded = datasets.load_dataset(layout.root, **options)
     except Exception as error:  # the library raises its own, pyarrow's, fsspec's and the hub's
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         where = "from the Hugging Face hub" if layout.kind == "hub" else "with `datasets`"
         raise DataError(
-            f"cannot load {layout.root} {where}: {reason}; check data.path (a folder or file on "
-            "this machine needs no network)"
+            f"cannot load {layout.root} {where}: {first_line(error)}; check data.path (a "
+            "folder or file on this machine needs no network)"
         ) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 

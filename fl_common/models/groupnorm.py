@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fl_common.failures import first_line
+
 try:
     import triton
     import triton.language as tl
@@ -47,8 +49,8 @@ def compiles(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        _log.warning("GroupNorm's own kernels cannot be compiled, torch's run: %s", reason)
+        why = first_line(error)
+        _log.warning("GroupNorm's own kernels cannot be compiled, torch's run: %s", why)
         return False
     return True
 

@@ -73,6 +73,15 @@ def test_batches_change_nothing_but_rounding():
         assert found["trace"] == pytest.approx(results[0]["trace"], rel=1e-10)
 
 
+def test_an_error_without_text_is_told_by_its_class():
+    class Silent(torch.nn.Linear):
+        def forward(self, x):
+            raise RuntimeError
+
+    with pytest.raises(ValueError, match=r"^torch cannot compute the curvature: RuntimeError$"):
+        measure(Silent(4, 3), torch.zeros(2, 4), Y[:2], Settings(), seed=0)
+
+
 def test_bad_input_is_one_clear_line(monkeypatch):
     net, x = made(), images()
     with pytest.raises(ValueError, match="not finite at these parameters"):

@@ -16,8 +16,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 import fl_client.app
+from fl_common.config import resolve
 from fl_server.cli import main
-from fl_server.tracking import numbers_of, settings_of
+from fl_server.tracking import OPEN, Tracking, numbers_of, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,6 +179,16 @@ def test_one_that_fails_is_told_of_once_and_left_out(runner, wandb, monkeypatch,
     ) in out
     assert [step for what, step, _ in wandb(result.folder) if what == "log"] == [1]
     assert events(result.folder)[1]["loss"] == column(result.history, "loss", float32)
+
+
+def test_an_error_without_text_is_told_by_its_class(tmp_path, monkeypatch):
+    def fails(*_):
+        raise TimeoutError
+
+    told: list[str] = []
+    monkeypatch.setitem(OPEN, "wandb", fails)
+    Tracking(resolve({"tracking.to": "wandb"}), tmp_path, "x", [], told.append)
+    assert told == ["warning: tracking.to = wandb: TimeoutError; the run goes on without it"]
 
 
 def test_a_failed_run_is_closed_as_failed(runner, wandb):
