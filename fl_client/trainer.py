@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -26,7 +25,7 @@ from fl_common.determinism import (
 )
 from fl_common.layout import PARAMS, Layout
 from fl_common.local import norm_of, norms_of, per_tensor
-from fl_common.passes import called_with
+from fl_common.passes import called_with, criterion_of
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -96,13 +95,12 @@ def local_round(
     Randomness: the order and the augmentation of an epoch come from (seed, round, partition,
     epoch), all other draws of a step, dropout's too, from (seed, round, partition, step).
     `methods`, of which at most one has a perturbation, are past their `begin`; `correction`: their
-    closed-form terms.  A network with a `loss` method, (output, y) -> scalar, is trained on that
-    instead of the cross-entropy.  `norms`: record the gradient's norms.  `graphs`: recorded passes
-    of this network.
+    closed-form terms.  `norms`: record the gradient's norms.  `graphs`: recorded passes of this
+    network.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     device = params[0].device.type
-    criterion = getattr(net, "loss", cross_entropy)
+    criterion = criterion_of(net)
     precision = precision_of(settings, device)
     transforms = overriding("transform", methods)
     data_terms = overriding("data_term", methods)

@@ -112,6 +112,13 @@ def seed_device(device_type: str, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
+def step_seed(device_type: str) -> int:
+    """What `seed_device` was given last: of a local round's step, its own seed."""
+    import torch
+
+    return torch.cuda.initial_seed() if device_type == "cuda" else torch.initial_seed()
+
+
 def generator_state(device_type: str) -> list[torch.Tensor]:
     """The states of the generators that `seed_device` seeds."""
     import torch

@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from fl_common.forks import in_processes
+from fl_common.passes import criterion_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def _over_batches(
     device: torch.device,
 ) -> list[tuple[float, float]]:
     """For each batch: the sum of its samples' losses, and how many predictions are right."""
-    criterion = getattr(net, "loss", cross_entropy)
+    criterion = criterion_of(net)
     rows = []
     for x, y in _batches(split, indices, device):
         output = net(transform(x))

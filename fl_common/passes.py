@@ -1,5 +1,5 @@
 """Forward passes with other tensors than the network's own, in evaluation mode, or without TF32,
-and which passes are a step's own.
+the loss of a pass, and which passes are a step's own.
 
 A method on forward hooks works on the pass whose output the loss is taken of.  Methods that look
 at the network once more (a teacher, a slimmed copy, a reference) wrap that in `extra_pass`.
@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from fl_common.deferred import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+
+def criterion_of(net: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """The loss that a network is trained on and judged by, (output, y) -> scalar: its own `loss`,
+    if it has one, or the cross-entropy; a mean over the samples of the batch."""
+    return getattr(net, "loss", torch.nn.functional.cross_entropy)
 
 
 def called_with(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fl_common.deferred import torch
-from fl_common.passes import evaluating, unrounded
+from fl_common.passes import criterion_of, evaluating, unrounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 class Curvature:
     """Loss, gradient and Hessian of `net` in evaluation mode at its present parameters.
 
-    net: its mean loss is the cross-entropy, or its own `loss` method, (output, y) -> scalar, as
-        in training; never a penalty or decay.  Its mode, its gradients and the draws of the
-        generators are left as they are.
+    net: its mean loss is as in training (`criterion_of`), without penalties and decay.  Its mode,
+        its gradients and the draws of the generators are left as they are.
     batches: pairs of inputs (B, ...), transformed already, and labels (B,), on the network's
         device; walked through at every product, so a list and not an iterator.  See `cut`.
     only: names of the parameters to differentiate by; all trainable ones unless given.
@@ -129,8 +128,7 @@ class Curvature:
             )
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        criterion = getattr(self.net, "loss", torch.nn.functional.cross_entropy)
-        return criterion(self.net(x), y)
+        return criterion_of(self.net)(self.net(x), y)
 
     def _parts(self, v: torch.Tensor) -> list[torch.Tensor]:
         """v (d,) cut into the shapes and dtypes of the parameters."""

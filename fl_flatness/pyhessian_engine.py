@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
 from fl_common.determinism import seed_of
-from fl_common.passes import unrounded
+from fl_common.passes import criterion_of, unrounded
 from fl_flatness.products import refuse_once_differentiable
 from fl_flatness.spectrum import Density, merged
 from fl_flatness.trace import Estimate
@@ -138,7 +137,7 @@ class PyHessian:
             p.requires_grad_(name in curvature.names)
         params = [p for p in net.parameters() if p.requires_grad]
         starts = [p.detach().clone() for p in params]
-        loss_of = getattr(net, "loss", cross_entropy)
+        loss_of = criterion_of(net)
 
         def criterion(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             refuse_once_differentiable(output)

@@ -21,7 +21,7 @@ from pydantic import Field
 from fl_common.config import Group
 from fl_common.deferred import torch
 from fl_common.models.catalogue import skeleton
-from fl_common.passes import extra_pass, is_main_pass
+from fl_common.passes import criterion_of, extra_pass, is_main_pass
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class FedAlign(Regularizer):
         from fl_common.stage import last_stage
 
         self.net, self.stage = net, last_stage(net)
-        self.criterion = getattr(net, "loss", torch.nn.functional.cross_entropy)
+        self.criterion = criterion_of(net)
         self.hooks = (
             self.stage.first.register_forward_pre_hook(self._enter),
             self.stage.last.register_forward_hook(self._leave),

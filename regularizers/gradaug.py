@@ -24,7 +24,7 @@ from pydantic import Field
 
 from fl_common.config import Group
 from fl_common.deferred import torch
-from fl_common.determinism import seed_of
+from fl_common.determinism import seed_of, step_seed
 from fl_common.models.catalogue import skeleton
 from fl_common.passes import extra_pass
 from regularizers.base import Regularizer
@@ -90,8 +90,7 @@ class GradAug(Regularizer):
         mu, n, omega_min = self.params.mu, self.params.n, self.params.omega_min
         if not (mu and n):
             return 0.0
-        seeded = torch.cuda if x.is_cuda else torch.default_generator
-        draws = random.Random(seed_of("gradaug", seeded.initial_seed()))
+        draws = random.Random(seed_of("gradaug", step_seed(x.device.type)))
         widths = sorted([omega_min, *(draws.uniform(omega_min, 1) for _ in range(n - 1))])
         if x.dim() == 4:  # faster on the CPU: pooling above all
             x = x.contiguous(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from fl_common.config import Group
 from fl_common.data.catalogue import SOURCES
 from fl_common.deferred import torch
 from fl_common.local import PADDING, mean_losses
+from fl_common.passes import criterion_of
 from regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Mixup(Regularizer):
             raise ValueError(f"mixup: {NO_MIXTURE}")
 
     def begin(self, net: torch.nn.Module, sent: Flat, memory: Flat) -> None:
-        self.criterion = getattr(net, "loss", torch.nn.functional.cross_entropy)
+        self.criterion = criterion_of(net)
 
     @property
     def drawn(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from fl_common.config import Group
 from fl_common.deferred import torch
-from fl_common.determinism import seed_of
+from fl_common.determinism import seed_of, step_seed
 from fl_common.models.catalogue import MODELS, skeleton
 from regularizers.base import Regularizer
 
@@ -101,8 +101,8 @@ class StochasticDepth(Regularizer):
         from a GPU would wait for it.
         """
         if self.blocks:
-            seed = torch.cuda.initial_seed() if x.is_cuda else torch.initial_seed()
-            stream = torch.Generator().manual_seed(seed_of(self.name, seed))
+            seed = seed_of(self.name, step_seed(x.device.type))
+            stream = torch.Generator().manual_seed(seed)
             draws = torch.rand(len(self.blocks), generator=stream).tolist()
             for block, draw in zip(self.blocks, draws, strict=True):
                 block.dropped = draw >= block.keep

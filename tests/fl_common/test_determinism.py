@@ -15,6 +15,7 @@ from fl_common.determinism import (
     seed_device,
     seed_of,
     set_generator_state,
+    step_seed,
     uniform,
     words,
 )
@@ -41,6 +42,13 @@ def test_seeds_are_pinned():
     """
     assert seed_of("init", 0) == 0x2081B935380E4465 >> 1
     assert 0 <= seed_of("step", 1, 2, 3, 4) < 2**63
+
+
+def test_the_seed_of_a_step_can_be_read_after_draws():
+    with torch.random.fork_rng():
+        seed_device("cpu", 7)
+        torch.rand(3)
+        assert step_seed("cpu") == 7
 
 
 def test_preparing_a_process_imports_no_compiler():
