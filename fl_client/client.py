@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fl_client.optimizers import Tensors
+    from fl_client.together import Request
     from fl_client.trainer import LocalResult
     from fl_common.assembly import Share
     from fl_common.config import CoreConfig, Train
@@ -129,21 +130,19 @@ class Clients:
         return job if isinstance(job, RecordDict) else self.train_alone(job)
 
     def train_together(
-        self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], at_once: int
+        self, requests: Sequence[Request], at_once: int
     ) -> list[RecordDict | Exception | None]:
-        """`train`'s reply to each of these messages, or the error in its place; None for clients
+        """`train`'s reply to each of these requests, or the error in its place; None for clients
         that must wait for others that lack something.  At most `at_once` clients are trained at a
         time, in one pass for all of them."""
-        return self.together.train(jobs, at_once)
+        return self.together.train(requests, at_once)
 
-    def choose_cohort(
-        self, jobs: Sequence[tuple[int, RecordDict, RecordDict]], workers: int
-    ) -> tuple[int, str]:
-        """`at_once` for engine.cohort=auto, and the reason in words: measured on these messages of
+    def choose_cohort(self, requests: Sequence[Request], workers: int) -> tuple[int, str]:
+        """`at_once` for engine.cohort=auto, and the reason in words: measured on these requests of
         the first round, against `workers` processes that train one client at a time each.  The
-        messages are still to be trained afterwards."""
+        requests are still to be trained afterwards."""
         try:
-            return self.together.choose(jobs, workers)
+            return self.together.choose(requests, workers)
         finally:
             release_memory()  # a trial of many clients takes many times one's
 

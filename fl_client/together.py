@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from fl_client.client import Clients, Job
     from fl_common.config import Train
 
-    Message = tuple[int, RecordDict, RecordDict]
+    Request = tuple[int, RecordDict, RecordDict]
+    """The partition, the message's content, and what Flower keeps for the client."""
 
 TRIAL_STEPS = 3
 """Steps whose time `auto` compares."""
@@ -54,14 +55,14 @@ class Together:
         """Lines that were logged."""
 
     def train(
-        self, messages: Sequence[Message], at_once: int
+        self, requests: Sequence[Request], at_once: int
     ) -> list[RecordDict | Exception | None]:
-        """The reply to each message, or why there is none.
+        """The reply to each request, or why there is none.
 
         If some ask for what they lack, nobody is trained, and the others get None, to wait for
         them: who is trained beside whom decides on the last bits.
         """
-        begun = [_attempt(self.clients.begin, *message) for message in messages]
+        begun = [_attempt(self.clients.begin, *request) for request in requests]
         if any(isinstance(each, RecordDict) for each in begun):
             return [None if _is_job(each) else each for each in begun]
         kinds = [self._kind(each) for each in begun]
@@ -76,13 +77,13 @@ class Together:
                 left = left[len(replies) :]
         return begun
 
-    def choose(self, messages: Sequence[Message], workers: int) -> tuple[int, str]:
+    def choose(self, requests: Sequence[Request], workers: int) -> tuple[int, str]:
         """How many clients to train at once for engine.cohort=auto, and why, in words: as many of
         these as memory holds, or 1 where that is no faster than one by one in `workers` processes.
 
-        A few steps of these very messages are timed both ways; no result is kept.
+        A few steps of these very requests are timed both ways; no result is kept.
         """
-        begun = [_attempt(self.clients.begin, *message) for message in messages]
+        begun = [_attempt(self.clients.begin, *request) for request in requests]
         jobs = [each for each in begun if _is_job(each) and self._kind(each) is not None]
         jobs = [job for job in jobs if self._kind(job) == self._kind(jobs[0])]
         jobs = jobs[: self._size(jobs, len(jobs))] if jobs else []
@@ -100,13 +101,13 @@ class Together:
         except torch.OutOfMemoryError:
             pass
         except BeginAnew:
-            return self.choose(messages, workers)
+            return self.choose(requests, workers)
         except Exception as error:
             why = f"training several at once fails ({first_line(error)})"
             return 1, f"engine.cohort = auto: 1; {why}"
         if together is None:  # after the `try`, where the tensors that were too many are freed
             self._halve(len(jobs))
-            return self.choose(messages, workers)
+            return self.choose(requests, workers)
         chosen = len(jobs) if together < WIN * alone / workers else 1
         beside = f" (in {workers} processes beside each other)" if workers > 1 else ""
         return chosen, (

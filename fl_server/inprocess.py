@@ -195,14 +195,14 @@ class InProcessGrid(Grid):
         messages = [m for m in messages if m.metadata.message_type == "train"]
         messages.sort(key=lambda message: message.metadata.dst_node_id)
         contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
-        jobs = [
+        requests = [
             (partition_of(context), message.content, context.state)
             for message, context in zip(messages, contexts, strict=True)
         ]
         try:
             clients = resident(contexts[0])
             if self._cohort == AUTO:
-                number, why = clients.choose_cohort(jobs, self.workers)
+                number, why = clients.choose_cohort(requests, self.workers)
                 self._cohort = str(number)
                 self._chosen(number, why)
                 if number == 1 and self.workers > 1:
@@ -210,7 +210,7 @@ class InProcessGrid(Grid):
                     self._to_workers()
                     return self._of_workers()
             number = int(self._cohort)
-            answers = clients.train_together(jobs[:number], number)
+            answers = clients.train_together(requests[:number], number)
         except Exception as error:  # why this process can train nobody
             answers = [error]
         replies = []
