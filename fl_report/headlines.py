@@ -40,7 +40,7 @@ from fl_report.series import (
     refusal_counts,
     sent,
 )
-from fl_report.settings import changed, command, differences, meanings, shown
+from fl_report.settings import as_argument, changed, command, differences, meanings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -294,7 +294,7 @@ def _key(key: str, meant: dict[str, str]) -> Markup:
 def _value(value: Any) -> str:
     if value is None:
         return NONE
-    return shown(value) if value != "" else "(empty)"
+    return as_argument(value) if value != "" else "(empty)"
 
 
 def commands(runs: Sequence[Run]) -> Markup:
@@ -308,7 +308,7 @@ def commands(runs: Sequence[Run]) -> Markup:
             parts.append(element("h3", group.label))
         parts.append(_shell(command(first.config)))
         if others:
-            values = ", ".join(shown(run.config.get(SEED, NONE)) for run in others)
+            values = ", ".join(as_argument(run.config.get(SEED, NONE)) for run in others)
             parts.append(
                 element("p", text("The others with ") + element("code", SEED) + f" = {values}.")
             )

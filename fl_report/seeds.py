@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_report.compare import method_of
 from fl_report.series import Axis, positions
-from fl_report.settings import PLACE, differences, shown
+from fl_report.settings import PLACE, as_argument, differences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,7 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     for i, name in enumerate(names):
         same = [j for j, other in enumerate(names) if other == name]
         own = [
-            f"{key}={shown(values[i])}"
+            f"{key}={as_argument(values[i])}"
             for key, values in differences(first).items()
             if key not in ASIDE and any(values[j] != values[i] for j in same)
         ]

@@ -21,9 +21,14 @@ READING = ("run.seed", "data.image-size")
 """Settings that change how a data set is read: a seed may draw what is held out."""
 
 
-def shown(value: Scalar) -> str:
-    """As on the command line."""
+def as_argument(value: Scalar) -> str:
+    """A value as the command line takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def arguments(values: Mapping[str, Scalar]) -> list[str]:
+    """Settings as words of a command line."""
+    return [f"{key}={as_argument(value)}" for key, value in values.items()]
 
 
 def meanings() -> dict[str, str]:
@@ -48,12 +53,12 @@ def changed(config: Mapping[str, Scalar]) -> dict[str, tuple[Scalar, Scalar | No
 
 def _differ(one: Scalar, other: Scalar) -> bool:
     """Whether values differ in more than type: versions may store a number or its text."""
-    return one != other and shown(one) != shown(other)
+    return one != other and as_argument(one) != as_argument(other)
 
 
 def command(config: Mapping[str, Scalar]) -> str:
     """One line for a shell, with results in a new folder."""
-    words = [f"{key}={shown(value)}" for key, (value, _) in changed(config).items()]
+    words = arguments({key: value for key, (value, _) in changed(config).items()})
     return shlex.join(["flatfed", "run", *words])
 
 

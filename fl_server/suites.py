@@ -26,7 +26,7 @@ from fl_common.files import LOCK, absolute_path, lock, read_object, read_or_empt
 from fl_common.fingerprint import code_sha256
 from fl_common.results import CONFIG, REPORT, checkpoints
 from fl_report import compare, suite_page, suite_table
-from fl_report.settings import PLACE, shown
+from fl_report.settings import PLACE, arguments, as_argument
 from fl_report.suite import SuiteError, load
 from fl_server.checkpoint import code_of
 from fl_server.console import TERMINATED
@@ -89,11 +89,11 @@ def unlike(config: Mapping[str, Scalar], stored: Mapping[str, Scalar]) -> str | 
     for key in deciding({**config, **stored}):
         ours, there = config.get(key), stored.get(key, defaults.get(key))
         # As on the command line: a key's type may have changed between versions.
-        same = ours == there or shown(ours) == shown(there)
+        same = ours == there or as_argument(ours) == as_argument(there)
         if key == "engine.cohort" and ours == AUTO:  # a run stores the number that it chose
             same = True
         if not same:
-            return f"{key} is {shown(there)} there and {shown(ours)} here"
+            return f"{key} is {as_argument(there)} there and {as_argument(ours)} here"
     return None
 
 
@@ -338,9 +338,9 @@ def _measure(folder: Path, jobs: int) -> None:
 def _command(cell: Cell, folder: Path, resumes: bool) -> list[str]:
     if resumes:
         free = {k: v for k, v in cell.values.items() if k in RESUMABLE and k != "run.rounds"}
-        return ["resume", str(folder), *(f"{key}={shown(value)}" for key, value in free.items())]
+        return ["resume", str(folder), *arguments(free)]
     place = [f"run.output-dir={folder.parent}", f"run.name={folder.name}"]
-    return ["run", *place, *(f"{key}={shown(value)}" for key, value in cell.values.items())]
+    return ["run", *place, *arguments(cell.values)]
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -390,7 +390,7 @@ class OpenSuite:
             print(f"{self.plan.suite.title}: {len(self.plan.cells)} cells, {len(state.done)} done, "
                   f"{len(state.left)} to run; results: {self.base}")  # fmt: skip
             if state.left and self.taken:
-                told = ", ".join(f"{key}={shown(value)}" for key, value in self.taken.items())
+                told = ", ".join(arguments(self.taken))
                 print(f"settings of the last call: {told}")
             runner = Runner(self.base, state, len(self.plan.cells), self.jobs)
             began = time.monotonic()
@@ -422,7 +422,7 @@ class OpenSuite:
             if not places and key == "data.path":
                 value = f"{source.upper()}_DIR"
             if places or key not in ("data.cache-dir", "client.state-dir"):
-                words.append(f"{key}={shown(value)}")
+                words += arguments({key: value})
         return shlex.join(words)
 
     def table(self, publish: Path | None = None) -> dict[str, Any]:
