@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fl_client.trainer import LocalResult
     from fl_common.assembly import Share
     from fl_common.config import CoreConfig, Train
+    from fl_common.groups import Groups
     from fl_common.layout import Flat
     from fl_common.local import LocalMethod
 
@@ -98,7 +99,14 @@ class Clients:
         self.shares: dict[int, Share] = {}
         self.on_device: dict[int, LocalData] = {}
         self.net: torch.nn.Module | None = None
+        """Resident; made, with all down to `optimizer`, when the first model comes."""
         self.graphs: Graphs | None = None
+        self.layout: Layout | None = None
+        self.groups: Groups | None = None
+        self.layers: Groups | None = None
+        """With eval.grad-norm: those whose norms are reported."""
+        self.tensors: dict[str, Tensors] = {}
+        self.optimizer: SGD | Adam | None = None
         self.uploaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.together = Together(self)
 
@@ -398,7 +406,6 @@ class Clients:
         self.groups = assembly.groups_of(config, self.net, shape)
         if config.eval.grad_norm:
             self.layers = assembly.layers_of(config, self.net, shape)
-        self.tensors: dict[str, Tensors] = {}
         self.optimizer = (
             Adam(weight_decay=train.weight_decay)
             if train.optimizer == "adam"

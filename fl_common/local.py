@@ -174,11 +174,11 @@ class LocalMethod:
     As it stands it changes nothing.
     """
 
-    memory: ClassVar[tuple[str, ...]] = ()
+    memory: tuple[str, ...] = ()
     """Names of what a client remembers from one round it took part in to the next."""
     also: ClassVar[str] = ""
     """What it remembers with some of its settings only, in words."""
-    personal: ClassVar[bool] = False
+    personal: bool = False
     """Whether a client starts from a model that is in part its own, and evaluates that."""
     alone: ClassVar[str] = ""
     """Why clients with this method are trained one by one, whatever `engine.cohort` says; "" if

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from flwr.app import MetricRecord
 
     from fl_common.config import CoreConfig
+    from fl_common.groups import Groups
     from fl_common.guards import Spec
     from fl_common.layout import Flat
     from fl_server.exchange import Exchange
@@ -73,6 +74,8 @@ class Rounds:
             config, first, self.device, getattr(exchange.grid, "workers", 1)
         )
         model = self.network.model()
+        self.layers: Groups | None = None
+        """With eval.grad-norm: the groups whose norms are reported."""
         self.strategy = methods("strategies")[config.strategy.name](config)
         try:
             groups = assembly.groups_of(config, self.network.net, first.shape)

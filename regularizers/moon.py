@@ -13,7 +13,7 @@ rounds, that code compares a new client with the random network that it began wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
@@ -55,7 +55,7 @@ class MOON(Regularizer):
     params: MOONParams
     neutral = "moon.mu=0"
     copies = 2
-    memory: ClassVar = (PARAMS, STATS, COUNTERS)
+    memory = (PARAMS, STATS, COUNTERS)
     references: tuple[dict[str, torch.Tensor], ...] = ()
     """The tensors of the global and of the last local model; none before the first round."""
 

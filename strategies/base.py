@@ -188,6 +188,8 @@ class FederatedStrategy(Strategy):
         self.w: Flat = {}
         self.kept: Flat = {}
         self.groups: Groups | None = None
+        self.server_round, self.samples = 0, 0
+        """Of the round under way: its number, and the samples of all clients of the run."""
 
     def bind(self, groups: Groups) -> None:
         """The groups of the model's layers, before the first round.  Raises ValueError."""
