@@ -76,7 +76,8 @@ class Reply:
 
 def over(vector: torch.Tensor, number: float) -> torch.Tensor:
     """vector / number, the same bits on every device: by a Python number, CUDA multiplies by its
-    inverse."""
+    inverse.  A strategy whose clients remember something can do with a plain `/`: `Rounds._place`
+    keeps its vectors on the CPU."""
     return vector / vector.new_full((), number)
 
 
