@@ -23,7 +23,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from fl_common.processes import free_port
+from fl_common.sockets import free_port
 from fl_server.federation import Federation
 from fl_server.flower_run import BIN
 

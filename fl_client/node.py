@@ -30,8 +30,9 @@ from fl_client import preload
 from fl_common import (
     determinism,  # noqa: F401  (sets MKL's environment for the ClientApps)
     processes,
+    sockets,
 )
-from fl_common.files import home, unwritable
+from fl_common.files import flower_home, home, unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -191,7 +192,7 @@ def check_state_dir(folder: Path) -> None:
 
 def _check_flower_home() -> None:
     """Raise NodeError if Flower's home, where the SuperNode unpacks apps, is not writable."""
-    folder = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "apps"
+    folder = flower_home() / "apps"
     if problem := unwritable(folder):
         raise NodeError(f"FLWR_HOME: {problem}; set it to a folder that this node may write to")
 
@@ -332,7 +333,7 @@ def _grpc_connects(node: Node) -> bool:
     """Whether the SuperNode will reach the server: only gRPC knows where it takes a proxy."""
     import grpc
 
-    os.environ |= processes.direct()
+    os.environ |= sockets.direct()
     if node.insecure:
         channel = grpc.insecure_channel(node.superlink)
     else:
@@ -434,7 +435,7 @@ def why_unavailable(address: str, root_certificates: str | None, insecure: bool)
 def serve(node: Node) -> int:
     """Run a SuperNode until a signal ends it; returns the exit code.  `node` has been checked."""
     # Flower looks its own commands up, and reaches the ClientApps by loopback.
-    os.environ |= {**processes.FLOWER, **processes.direct()}
+    os.environ |= {**processes.FLOWER, **sockets.direct()}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     poll_every(node.poll_interval)
     processes.adopt_orphans()
@@ -447,7 +448,7 @@ def serve(node: Node) -> int:
     from flwr.supercore.exit import add_exit_handler
     from flwr.supernode.cli import flower_supernode
 
-    root = processes.root_for_sockets(LONGEST_ROOT)
+    root = sockets.root(LONGEST_ROOT)
     with tempfile.TemporaryDirectory(prefix="flatfed-node-", dir=root) as folder:
         if node.worker:
             node = replace(node, config=_with_worker(node.config, Path(folder) / "trainer"))
@@ -588,7 +589,7 @@ def _preload(folder: Path, *, light: bool) -> None:
 
 
 def _arguments(node: Node) -> Iterator[str]:
-    yield from ("--superlink", node.superlink, "--port", str(node.port or processes.free_port()))
+    yield from ("--superlink", node.superlink, "--port", str(node.port or sockets.free_port()))
     yield from ("--node-config", " ".join(f"{k}={_literal(k, v)}" for k, v in node.config.items()))
     if node.insecure:
         yield "--insecure"

@@ -29,7 +29,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fl_common.failures import Failed, reason
 from fl_common.fingerprint import code_sha256
-from fl_common.processes import read
+from fl_common.sockets import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

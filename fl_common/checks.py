@@ -18,7 +18,7 @@ from fl_common.config import (
 from fl_common.data import catalogue as data_catalogue
 from fl_common.layout import PARAMS, tensors_of
 from fl_common.models import catalogue as model_catalogue
-from fl_common.own import is_there, told
+from fl_common.user_code import is_there, told
 
 if TYPE_CHECKING:
     from fl_common.config import CoreConfig, Group

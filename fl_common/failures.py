@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fl_common.own import place
+from fl_common.user_code import place
 
 
 class Failed(Exception):

@@ -30,6 +30,11 @@ def home() -> Path:
     return absolute_path(os.environ.get("FLATFED_HOME") or "~/.flatfed")
 
 
+def flower_home() -> Path:
+    """Flower's home of this user, with its configuration and the apps that it has unpacked."""
+    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
+
+
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace `path` by a file that holds all of `data`, synced to disk, or leave it as it was; no
     temporary file stays.  `mode`: its permissions from the start, less the umask.  Raises

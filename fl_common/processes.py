@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,38 +31,6 @@ GRACE = 3.0  # s, between SIGTERM and SIGKILL
 LIMIT = 15.0  # s, after which a process that even SIGKILL does not end is given up
 POLL = 0.025  # s
 AS_ONE = 1.0  # s, within which a repeated signal counts once
-
-
-def read(connection: socket.socket, length: int) -> bytearray:
-    """Exactly `length` bytes.  Raises EOFError if the other side is gone, OSError."""
-    data = bytearray(length)
-    view, start = memoryview(data), 0
-    while start < length:
-        count = connection.recv_into(view[start:])
-        if not count:
-            raise EOFError
-        start += count
-    return data
-
-
-def direct() -> dict[str, str]:
-    """Environment variables with which this machine is reached without a proxy."""
-    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
-    named = dict.fromkeys([*hosts.split(","), "localhost", "127.0.0.1", "::1"])
-    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(named))
-
-
-def root_for_sockets(longest: int) -> str:
-    """The folder of temporary files, or /tmp if its path is longer than `longest` bytes: a socket's
-    path may have about 100."""
-    root = tempfile.gettempdir()
-    return root if len(os.fsencode(root)) <= longest else "/tmp"
-
-
-def free_port() -> int:
-    """A loopback port that nobody used a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 class Process(NamedTuple):

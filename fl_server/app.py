@@ -138,7 +138,7 @@ def federate(grid: Grid, config: CoreConfig, recorder: Recorder, progress: Progr
             progress.note(f"warning: {warning}")
         recorder.track(config, progress.note)
         run.play()
-        layout = run.network.layout
+        layout = run.evaluator.layout
         model = layout.named(on(torch.device("cpu"), run.model))
         del run  # the test set is not in memory while pictures are drawn
         summary = recorder.finish(model)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl_common import files, processes
+from fl_common import files, processes, sockets
 from fl_server.flower_run import BIN, ENVIRONMENT, without_colours
 
 if TYPE_CHECKING:
@@ -48,11 +48,6 @@ def home() -> Path:
     return files.home() / "up"
 
 
-def flower_home() -> Path:
-    """The folder of the user's own Flower configuration."""
-    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
-
-
 @dataclass(frozen=True)
 class Connection:
     """A SuperLink to submit to."""
@@ -72,7 +67,7 @@ def connection(name: str) -> Connection:
     Raises UsageError if there is none, or if nobody listens there.
     """
     if name:
-        found = Connection(name, _address(name), flower_home())
+        found = Connection(name, _address(name), files.flower_home())
         path = found.flower_home / "config.toml"
         remedy = f"start the SuperLink, or correct the address of [superlink.{name}] in {path}"
     else:
@@ -93,7 +88,7 @@ def connection(name: str) -> Connection:
 
 
 def _address(name: str) -> str:
-    path = flower_home() / "config.toml"
+    path = files.flower_home() / "config.toml"
     try:
         table = files.read_toml(path).get("superlink")
     except FileNotFoundError:
@@ -218,7 +213,7 @@ class Federation:
         self.env = {
             **os.environ,
             **ENVIRONMENT,
-            **processes.direct(),
+            **sockets.direct(),
             "FLWR_HOME": str(folder / "flower"),
             "FLWR_LOG_LEVEL": "INFO",  # the level at which the SuperLink says that it listens
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -273,7 +268,7 @@ class Federation:
         options += ["--disable-runtime-dependency-installation", "--host", "127.0.0.1"]
         log, deadline = self.folder / "logs" / "superlink.log", time.monotonic() + START_TIMEOUT
         while True:
-            port, fleet = processes.free_port(), processes.free_port()
+            port, fleet = sockets.free_port(), sockets.free_port()
             self.address, self.fleet = f"127.0.0.1:{port}", f"127.0.0.1:{fleet}"
             ports = ["--port", str(port), "--fleet-api-address", self.fleet]
             process = self._start("superlink", "flower-superlink", *options, *ports)

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_common import processes
+from fl_common import processes, sockets
 
 BIN = Path(sys.executable).parent
 CONNECTION = "private"
@@ -207,7 +207,7 @@ def run_on_connection(
         ValueError: a value of `run_config` is not what Flower can take.
         RuntimeError: the SuperLink did not answer, or refused the run.
     """
-    env = {**os.environ, **ENVIRONMENT, **processes.direct(), **LINES}
+    env = {**os.environ, **ENVIRONMENT, **sockets.direct(), **LINES}
     if flower_home:
         env["FLWR_HOME"] = str(flower_home)
     link = _Link(connection, env)
@@ -356,7 +356,7 @@ def _keep() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which children would inherit
     processes.adopt_orphans()
     job = json.loads(sys.stdin.readline())
-    folder = tempfile.mkdtemp("", "flatfed-", processes.root_for_sockets(LONGEST_ROOT))
+    folder = tempfile.mkdtemp("", "flatfed-", sockets.root(LONGEST_ROOT))
     try:
         result = _run(Path(folder), **job)
     except _CallerGone:
@@ -380,7 +380,7 @@ def _run(folder: Path, app: str, federation: str, config: str) -> dict[str, Any]
         FLWR_LOG_LEVEL="INFO",  # the level at which the SuperLink says that it listens
         RAY_TMPDIR=str(folder),
         PATH=f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # Flower's own look-ups
-        **processes.direct(),
+        **sockets.direct(),
     )
     superlink, port = _start_superlink(folder)
     connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -408,7 +408,7 @@ def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     log = folder / "superlink.log"
     deadline = time.monotonic() + START_TIMEOUT
     while True:
-        port = processes.free_port()
+        port = sockets.free_port()
         address = ("--host", "127.0.0.1", "--port", str(port))
         with log.open("wb") as out:
             options = ("--insecure", "--simulation", *address)

@@ -112,7 +112,7 @@ def certs(args: argparse.Namespace) -> int:
 def register(args: argparse.Namespace) -> int:
     import os
 
-    from fl_common import processes
+    from fl_common import sockets
     from fl_server.federation import UsageError, connection
     from fl_server.flower_run import ENVIRONMENT
     from fl_server.keys import KeysError, read_keys, register
@@ -121,7 +121,7 @@ def register(args: argparse.Namespace) -> int:
         keys, link = read_keys(args.keys), connection(args.connection)
     except (KeysError, UsageError) as error:
         return complain([str(error)])
-    os.environ |= {**ENVIRONMENT, **processes.direct(), "FLWR_HOME": str(link.flower_home)}
+    os.environ |= {**ENVIRONMENT, **sockets.direct(), "FLWR_HOME": str(link.flower_home)}
     try:
         register(keys, link, remove=args.remove)
     except KeysError as error:

@@ -19,6 +19,7 @@ from fl_common.layout import PARAMS, on
 from fl_common.sync import Holdings
 from fl_server.checkpoint import Checkpoint
 from fl_server.drift import Drift
+from fl_server.evaluator import Evaluator
 from fl_server.exchange import (
     POLL_S,
     Outcome,
@@ -29,7 +30,6 @@ from fl_server.exchange import (
     payload_bytes,
 )
 from fl_server.ledger import Ledger
-from fl_server.network import ServerNetwork
 from fl_server.roster import Cohort, draw
 from strategies.base import Reply
 
@@ -70,17 +70,15 @@ class Rounds:
         self.config, self.exchange, self.roster = config, exchange, roster
         self.recorder, self.progress = recorder, progress
         first = roster.members[0]
-        self.network = ServerNetwork(
-            config, first, self.device, getattr(exchange.grid, "workers", 1)
-        )
-        model = self.network.model()
+        self.evaluator = Evaluator(config, first, self.device, getattr(exchange.grid, "workers", 1))
+        model = self.evaluator.model()
         self.layers: Groups | None = None
         """With eval.grad-norm: the groups whose norms are reported."""
         self.strategy = methods("strategies")[config.strategy.name](config)
         try:
-            groups = assembly.groups_of(config, self.network.net, first.shape)
+            groups = assembly.groups_of(config, self.evaluator.net, first.shape)
             if config.eval.grad_norm:
-                self.layers = assembly.layers_of(config, self.network.net, first.shape)
+                self.layers = assembly.layers_of(config, self.evaluator.net, first.shape)
             self.strategy.bind(groups)
         except ValueError as error:
             raise RunFailed(str(error)) from error
@@ -91,7 +89,7 @@ class Rounds:
         tracked = useful and self.strategy.tracked and config.sync.mode == "versions"
         self.holdings = Holdings(groups, tracked)
         if config.eval.on != "clients":
-            self.network.load_data(first)
+            self.evaluator.load_data(first)
         self.samples = [roster.members[i].samples for i in sorted(roster.members)]
         """n_i of all clients at the roll call."""
         self.done = 0
@@ -440,18 +438,18 @@ class Rounds:
     def _rest(self) -> None:
         """Give back the network's memory until the next evaluation, if this process only waits."""
         if self.waits:
-            self.network.put_away()
+            self.evaluator.put_away()
 
     def measure(self, server_round: int, row: dict[str, Any]) -> None:
         """Flatness at the new global model, and H_N and H_D between clients, into the row."""
         from fl_server.flatness import expected_diagonal, matched
 
-        config, flatness = self.config, self.network.flatness
+        config, flatness = self.config, self.evaluator.flatness
         try:
-            self.network.install(self.model)
-            row |= flatness.row(self.network.net)
+            self.evaluator.install(self.model)
+            row |= flatness.row(self.evaluator.net)
             if config.flatness.match != "none":
-                expected = expected_diagonal(config, self.network.net)
+                expected = expected_diagonal(config, self.evaluator.net)
                 row |= matched(config, self._diagonals(server_round, row, expected))
         except ValueError as error:  # not finite, zero, or lost in the noise: training goes on
             row["flatness_error"] = str(error)
@@ -494,10 +492,10 @@ class Rounds:
         both, into the round's row."""
         if self.config.eval.on != "server":
             self._on_clients(server_round, row)
-        if self.network.data is not None:
-            row["accuracy"], row["loss"] = self.network.evaluate(self.model)
+        if self.evaluator.data is not None:
+            row["accuracy"], row["loss"] = self.evaluator.evaluate(self.model)
             for name, mean in self.ledger.means().items():
-                found = self.network.evaluate(self.model | mean)
+                found = self.evaluator.evaluate(self.model | mean)
                 row[f"accuracy_{name}"], row[f"loss_{name}"] = found
 
     def _everyone(self) -> tuple[list[Member], Outcome]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
 
-from fl_common import forks, processes, shared
+from fl_common import forks, processes, shared_memory
 from fl_common.assembly import training_device
 from fl_common.config import AUTO
 from fl_common.failures import reason
@@ -93,7 +93,7 @@ class Pool:
     def __init__(self, count: int, answer: Answer, threads: int = 1) -> None:
         self.answer, self.threads = answer, threads
         self.jobs: deque[Job] = deque()
-        self.common: shared.Segment | None = None
+        self.common: shared_memory.Segment | None = None
         self.workers: list[_Worker] = []
         for _ in range(count):
             self.workers.append(self._fork())
@@ -103,12 +103,12 @@ class Pool:
         seen: dict[int, torch.Tensor] = {}
         common: dict[int, torch.Tensor] = {}
         for job in jobs:
-            for tensor in shared.tensors_in([job.content]):
+            for tensor in shared_memory.tensors_in([job.content]):
                 (common if id(tensor) in seen else seen)[id(tensor)] = tensor
         if not self.jobs:  # else jobs that wait still need the old segment
             if self.common:
                 self.common.close()
-            self.common = shared.Segment(common.values()) if common else None
+            self.common = shared_memory.Segment(common.values()) if common else None
         self.jobs.extend(jobs)
         self._hand_out()
 
@@ -158,7 +158,7 @@ class Pool:
         records, released = [job.content, job.state], list(worker.released)
         header = {"job": job.header, "released": released}
         try:
-            sent = shared.send(worker.connection, header, records, self.common)
+            sent = shared_memory.send(worker.connection, header, records, self.common)
         except (BrokenPipeError, ConnectionResetError):
             if worker.jobs:
                 return False
@@ -171,7 +171,7 @@ class Pool:
     def _take(self, worker: _Worker) -> Done:
         job, sent = worker.jobs.popleft()
         try:
-            header, (content, state), _ = shared.receive(
+            header, (content, state), _ = shared_memory.receive(
                 worker.connection, sent, worker.released.append
             )
         except (EOFError, OSError):
@@ -228,14 +228,14 @@ def _how(status: int) -> str:
 
 def _serve(connection: socket.socket, answer: Answer) -> None:
     """Answer jobs until the other side is gone."""
-    slots, maps = shared.Slots(SLOTS), {}
+    slots, maps = shared_memory.Slots(SLOTS), {}
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            header, (content, state), tensors = shared.receive(connection, kept=maps)
+            header, (content, state), tensors = shared_memory.receive(connection, kept=maps)
             slots.free += header["released"]
             try:
                 reply, state, error = *answer(header["job"], content, state), {}
             except Exception as failure:
                 reply, error = RecordDict(), {"error": reason(failure)}
-            shared.send(connection, error, [reply, state], known=tensors, slots=slots)
+            shared_memory.send(connection, error, [reply, state], known=tensors, slots=slots)
             del content, state, reply, tensors  # their memory goes back before more comes

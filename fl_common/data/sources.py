@@ -17,7 +17,7 @@ import numpy as np
 from fl_common.data import cache, layouts
 from fl_common.data.catalogue import SOURCES
 from fl_common.data.errors import DataError
-from fl_common.own import told
+from fl_common.user_code import told
 
 _DECODER = 1  # part of every key: to be raised when the same files give other arrays
 

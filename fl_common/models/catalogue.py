@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fl_common.data.catalogue import SOURCES
-from fl_common.own import is_there, told
+from fl_common.user_code import is_there, told
 
 if TYPE_CHECKING:
     from torch import nn

@@ -64,17 +64,3 @@ processes.end_descendants(grace=0.3)
 """
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
     assert wait_for(lambda: not living(env), 5)
-
-
-def test_this_machine_is_reached_without_a_proxy(monkeypatch: pytest.MonkeyPatch):
-    """Whatever else is, and however often that is asked for."""
-    for given, told in (
-        ("", "localhost,127.0.0.1,::1"),
-        (".hospital.example", ".hospital.example,localhost,127.0.0.1,::1"),
-        ("a,127.0.0.1", "a,127.0.0.1,localhost,::1"),
-    ):
-        monkeypatch.setenv("no_proxy", "")
-        monkeypatch.setenv("NO_PROXY", given)
-        for _ in range(2):
-            assert processes.direct() == {"no_proxy": told, "NO_PROXY": told}
-            monkeypatch.setenv("no_proxy", told)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+import fl_server.evaluator
 import fl_server.inprocess
-import fl_server.network
 from fl_common import assembly
 from fl_common.config import resolve
 from fl_common.evaluation import evaluate
 from fl_server import run_commands
+from fl_server.evaluator import Evaluator
 from fl_server.inprocess import InProcessGrid
-from fl_server.network import ServerNetwork
 
 BASE = ["clients.number=5", "run.rounds=3", "train.device=cpu"]
 
@@ -90,9 +90,9 @@ def test_a_network_that_was_put_away_comes_back_in_its_order_in_memory(
     config = resolve({"train.device": "cpu", "train.channels-last": channels_last})
     data = assembly.load_data(config)
     first = SimpleNamespace(classes=data.classes, shape=assembly.input_shape(config, data))
-    network = ServerNetwork(config, first, torch.device("cpu"), 1)
-    network.load_data(first)
-    model, seen = network.model(), []
+    evaluator = Evaluator(config, first, torch.device("cpu"), 1)
+    evaluator.load_data(first)
+    model, seen = evaluator.model(), []
 
     def look(net, *others):
         convolutions = [p for p in net.parameters() if p.dim() == 4 and p.shape[1] > 1]
@@ -101,10 +101,10 @@ def test_a_network_that_was_put_away_comes_back_in_its_order_in_memory(
         seen.append((orders, {name: t.stride() for name, t in net.state_dict().items()}))
         return evaluate(net, *others)
 
-    monkeypatch.setattr(fl_server.network, "evaluate", look)
-    before = network.evaluate(model)
-    network.put_away()
-    assert network.evaluate(model) == before
+    monkeypatch.setattr(fl_server.evaluator, "evaluate", look)
+    before = evaluator.evaluate(model)
+    evaluator.put_away()
+    assert evaluator.evaluate(model) == before
     assert seen[0] == seen[1]
     assert seen[0][0] == {channels_last == "on"}
 

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from fl_common import determinism, wire
 from fl_common.config import resolve
 from fl_common.guards import Expected
-from fl_server import inprocess, network, workers
+from fl_server import evaluator, inprocess, workers
 from fl_server.exchange import Exchange, Outcome
 from fl_server.inprocess import InProcessGrid
 from tests.living import living, mark, wait_for
@@ -83,14 +83,14 @@ def test_a_long_evaluation_is_shared_out(
         "clients.number=2",
     ]
     one = runner("engine.workers=1")
-    counts, original = [], network.evaluate
+    counts, original = [], evaluator.evaluate
 
     def counted(*arguments: object) -> tuple[float, float]:
         counts.append(arguments[-1])
         return original(*arguments)
 
-    monkeypatch.setattr(network, "evaluate", counted)
-    monkeypatch.setattr(network, "PART_S", 1e-9)
+    monkeypatch.setattr(evaluator, "evaluate", counted)
+    monkeypatch.setattr(evaluator, "PART_S", 1e-9)
     three = runner("engine.workers=3")
     assert counts == [1, 3, 3]
     assert three.history_less_times == one.history_less_times

@@ -26,7 +26,7 @@ from fl_common.models.catalogue import build
 from fl_common.models.layers import Chain, with_head
 from fl_common.models.resnet import BasicBlock, conv2d
 from fl_server.cli import main
-from fl_server.network import ServerNetwork
+from fl_server.evaluator import Evaluator
 from regularizers.moon import MOON
 from strategies.fedpart import FedPart, FedPartParams, Schedule
 from tests.trace import Trace
@@ -704,13 +704,13 @@ def test_a_layer_that_is_never_met_has_its_rounds_too(watched):
 def evaluated(monkeypatch) -> list[Arrays]:
     """The models that the server evaluates, one after the other."""
     seen: list[Arrays] = []
-    evaluate = ServerNetwork.evaluate
+    evaluate = Evaluator.evaluate
 
     def on_server(self, model):
         seen.append({kind: vector.clone() for kind, vector in model.items()})
         return evaluate(self, model)
 
-    monkeypatch.setattr(ServerNetwork, "evaluate", on_server)
+    monkeypatch.setattr(Evaluator, "evaluate", on_server)
     return seen
 
 

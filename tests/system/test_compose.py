@@ -54,7 +54,7 @@ def run(*command: str | Path, check: bool = True, **env: str) -> subprocess.Comp
 
 def ports() -> dict[str, str]:
     """Free ones for the two that are published."""
-    from fl_common.processes import free_port
+    from fl_common.sockets import free_port
 
     return {"FLATFED_HTTP_PORT": str(free_port()), "FLATFED_NODE_PORT": str(free_port())}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from living import MARK, mark, wait_for
 
-from fl_common import processes
+from fl_common import processes, sockets
 from fl_server import flower_run
 
 RAY = Path(sys.executable).with_name("ray")
@@ -44,7 +44,7 @@ def listens(address: str) -> bool:
 @pytest.fixture(scope="module")
 def session():
     """The address of a Ray session that outlives the runs."""
-    env, port = mark(), processes.free_port()
+    env, port = mark(), sockets.free_port()
     address = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # for short socket paths
         command = [

@@ -19,7 +19,8 @@ import pytest
 from flwr.proto import fleet_pb2, fleet_pb2_grpc
 from living import living, mark, wait_for
 
-from fl_common.processes import FLOWER, free_port
+from fl_common.processes import FLOWER
+from fl_common.sockets import free_port
 from fl_server.certificates import make_certificates, make_node_key
 
 BIN = Path(sys.executable).parent

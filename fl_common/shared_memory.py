@@ -25,7 +25,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fl_common import wire
 from fl_common.deferred import torch
-from fl_common.processes import read
+from fl_common.sockets import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

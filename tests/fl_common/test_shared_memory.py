@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_common import shared, wire
+from fl_common import shared_memory, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +50,8 @@ TENSORS = {
 
 def test_a_parcel_arrives_as_it_was(ends: tuple[socket.socket, socket.socket]) -> None:
     sent = [records(**TENSORS), RecordDict(), records(params=TENSORS["params"])]
-    shared.send(ends[0], {"id": "x"}, sent)
-    header, received, tensors = shared.receive(ends[1])
+    shared_memory.send(ends[0], {"id": "x"}, sent)
+    header, received, tensors = shared_memory.receive(ends[1])
     assert header == {"id": "x"} and len(received) == 3 and len(tensors) == len(TENSORS) + 1
     for before, after in zip(sent, received, strict=True):
         assert list(before) == list(after)
@@ -69,8 +69,8 @@ def test_a_parcel_arrives_as_it_was(ends: tuple[socket.socket, socket.socket]) -
 def test_an_array_that_lies_arrives_as_it_is(ends: tuple[socket.socket, socket.socket]) -> None:
     """What a hostile client says of its bytes is for the guards to judge."""
     for sent in (Array("float32", (3,), "numpy.ndarray", b"no array"), Array("x", (), "y", b"")):
-        shared.send(ends[0], {}, [RecordDict({"arrays": ArrayRecord({"a": sent})})])
-        _, (received,), _ = shared.receive(ends[1])
+        shared_memory.send(ends[0], {}, [RecordDict({"arrays": ArrayRecord({"a": sent})})])
+        _, (received,), _ = shared_memory.receive(ends[1])
         arrived = received["arrays"]["a"]
         assert (arrived.dtype, arrived.shape, arrived.stype) == (
             sent.dtype, sent.shape, sent.stype
@@ -80,10 +80,10 @@ def test_an_array_that_lies_arrives_as_it_is(ends: tuple[socket.socket, socket.s
 
 def test_what_is_received_is_the_receivers_own(ends: tuple[socket.socket, socket.socket]) -> None:
     w = torch.ones(5000)
-    common = shared.Segment([w])
+    common = shared_memory.Segment([w])
     for _ in range(2):
-        shared.send(ends[0], {}, [records(w=w)], common)
-    (first,), (second,) = (shared.receive(ends[1])[2] for _ in range(2))
+        shared_memory.send(ends[0], {}, [records(w=w)], common)
+    (first,), (second,) = (shared_memory.receive(ends[1])[2] for _ in range(2))
     first.fill_(7)
     assert torch.equal(second, torch.ones(5000)) and torch.equal(w, torch.ones(5000))
 
@@ -93,10 +93,10 @@ def test_a_common_tensor_is_laid_into_memory_once(
 ) -> None:
     """The parcels bring one and the same file."""
     w = torch.randn(2000)
-    common = shared.Segment([w])
+    common = shared_memory.Segment([w])
     inodes = set()
     for _ in range(3):
-        shared.send(ends[0], {}, [records(w=w)], common)
+        shared_memory.send(ends[0], {}, [records(w=w)], common)
         _, files, _, _ = socket.recv_fds(ends[1], 16, 2)
         inodes |= {os.fstat(file).st_ino for file in files}
         assert len(files) == 1 and os.fstat(files[0]).st_size == 2000 * 4
@@ -112,18 +112,18 @@ def test_what_the_other_side_has_is_not_sent_again(
 ) -> None:
     """Of a tensor that came with the question, the answer has a number in the place of bytes."""
     memory, model = torch.randn(3000), torch.randn(3000)
-    sent = shared.send(ends[0], {}, [records(model=model), records(memory=memory)])
-    _, (_, state), tensors = shared.receive(ends[1])
+    sent = shared_memory.send(ends[0], {}, [records(model=model), records(memory=memory)])
+    _, (_, state), tensors = shared_memory.receive(ends[1])
     new = torch.randn(10)
     kept = wire.unpack(state["arrays"])["memory"]
-    shared.send(ends[1], {}, [records(new=new), records(memory=kept)], known=tensors)
+    shared_memory.send(ends[1], {}, [records(new=new), records(memory=kept)], known=tensors)
     _, ancillary, _, _ = ends[0].recvmsg(16, socket.CMSG_LEN(8), socket.MSG_PEEK)
     files = array("i", b"".join(data for _, _, data in ancillary))
     sizes = [os.fstat(file).st_size for file in files]
     for file in files:
         os.close(file)
     assert sizes == [64]  # 10 floats in one aligned place
-    _, (answer, state), _ = shared.receive(ends[0], sent)
+    _, (answer, state), _ = shared_memory.receive(ends[0], sent)
     assert torch.equal(wire.unpack(answer["arrays"])["new"], new)
     assert wire.unpack(state["arrays"])["memory"] is memory
 
@@ -133,14 +133,14 @@ def test_the_death_of_the_other_side_is_an_end_of_file(
 ) -> None:
     ends[0].close()
     with pytest.raises(EOFError):
-        shared.receive(ends[1])
+        shared_memory.receive(ends[1])
 
 
 def test_no_file_stays_open(ends: tuple[socket.socket, socket.socket]) -> None:
     before, kept = len(os.listdir("/proc/self/fd")), []
     for _ in range(5):
-        sent = shared.send(ends[0], {}, [records(**TENSORS)])
-        kept.append(shared.receive(ends[1], sent))  # tensors stay, descriptors go
+        sent = shared_memory.send(ends[0], {}, [records(**TENSORS)])
+        kept.append(shared_memory.receive(ends[1], sent))  # tensors stay, descriptors go
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -148,11 +148,11 @@ def test_a_slot_is_used_again_when_nobody_has_what_lay_in_it(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     """Not while a view of it, or a NumPy array, is alive; with all in use, files are new."""
-    slots, released = shared.Slots(2), []
+    slots, released = shared_memory.Slots(2), []
 
     def parcel(number: float) -> torch.Tensor:
-        shared.send(ends[0], {}, [records(params=torch.full((1000,), number))], slots=slots)
-        _, _, (tensor,) = shared.receive(ends[1], released=released.append)
+        shared_memory.send(ends[0], {}, [records(params=torch.full((1000,), number))], slots=slots)
+        _, _, (tensor,) = shared_memory.receive(ends[1], released=released.append)
         return tensor
 
     first, second, third = parcel(1), parcel(2), parcel(3)
@@ -175,13 +175,13 @@ def test_what_a_reply_leaves_behind_keeps_no_more_than_itself(
 ) -> None:
     """The new state outlives the reply by rounds: it holds neither the reply's memory nor a slot,
     though a vector may be in both."""
-    slots, released, states = shared.Slots(most), [], []
+    slots, released, states = shared_memory.Slots(most), [], []
     before = len(os.listdir("/proc/self/fd"))
     for number in (1.0, 2.0):
         model, c, both = (torch.full((1000 * k,), number + k) for k in (1, 2, 3))
         own = [records(model=model, both=both), records(c=c, both=both)]
-        shared.send(ends[0], {}, own, slots=slots)
-        _, (reply, state), tensors = shared.receive(ends[1], released=released.append)
+        shared_memory.send(ends[0], {}, own, slots=slots)
+        _, (reply, state), tensors = shared_memory.receive(ends[1], released=released.append)
         assert torch.equal(wire.unpack(reply["arrays"])["model"], model)
         assert torch.equal(wire.unpack(reply["arrays"])["both"], both)
         del reply, tensors
@@ -192,20 +192,20 @@ def test_what_a_reply_leaves_behind_keeps_no_more_than_itself(
     for arrived, sent in states:
         assert all(torch.equal(arrived[name], tensor) for name, tensor in sent.items())
         (size,) = {t.untyped_storage().nbytes() for t in arrived.values()}
-        assert 0 <= size - 5000 * 4 < 2 * shared.ALIGNMENT
+        assert 0 <= size - 5000 * 4 < 2 * shared_memory.ALIGNMENT
 
 
 def test_the_shared_file_is_mapped_once_for_parcels_that_follow_each_other(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
-    maps: shared.Maps = {}
+    maps: shared_memory.Maps = {}
     for number in (1.0, 2.0):
         model = torch.full((100,), number)
-        common, places = shared.Segment([model]), set()
+        common, places = shared_memory.Segment([model]), set()
         for own in (5.0, 6.0):
             sent = records(params=model, own=torch.full((3,), own))
-            shared.send(ends[0], {}, [sent], common)
-            _, _, tensors = shared.receive(ends[1], kept=maps)
+            shared_memory.send(ends[0], {}, [sent], common)
+            _, _, tensors = shared_memory.receive(ends[1], kept=maps)
             assert [t[0].item() for t in tensors] == [number, own]
             places.add(tensors[0].data_ptr())
         common.close()

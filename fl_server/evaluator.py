@@ -13,7 +13,7 @@ from fl_common import assembly
 from fl_common.evaluation import evaluate
 from fl_common.groups import output_of_zeros
 from fl_common.layout import Layout, concatenate, tensors_of
-from fl_common.own import told
+from fl_common.user_code import told
 from fl_server.exchange import RunFailed
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ PART_S = 0.1
 """A part of an evaluation that takes at least so long is worth a process of its own [s]."""
 
 
-class ServerNetwork:
-    """A network that takes one global model after the other."""
+class Evaluator:
+    """The server's network, which takes one global model after the other."""
 
     def __init__(
         self, config: CoreConfig, first: Member, device: torch.device, processes: int
