@@ -153,9 +153,9 @@ def why_unavailable(link: Connection, told: str) -> str:
     that it is unavailable; "" if nothing is found."""
     from flwr.cli.flower_config import read_superlink_connection
 
-    from fl_client import node
+    from fl_client import node_checks
 
     if "unavailable" not in told:
         return ""
     way, address = read_superlink_connection(link.name), link.address.removeprefix("https://")
-    return node.why_unavailable(address.rstrip("/"), way.root_certificates, way.insecure)
+    return node_checks.why_unavailable(address.rstrip("/"), way.root_certificates, way.insecure)

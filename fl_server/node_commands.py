@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def node(args: argparse.Namespace) -> int:
-    from fl_client.node import Node, NodeError, check, serve
+    from fl_client.node import serve
+    from fl_client.node_checks import Node, NodeError, check
 
     try:
         config = _node_config(args)
@@ -41,7 +42,7 @@ def node(args: argparse.Namespace) -> int:
 
 def _node_config(args: argparse.Namespace) -> dict[str, Scalar]:
     """Options and key=value as Flower's node config, paths absolute.  Raises NodeError."""
-    from fl_client.node import NodeError, default_state_dir
+    from fl_client.node_checks import NodeError, default_state_dir
     from fl_common.config import NODE_KEYS, from_text
 
     config: dict[str, Scalar] = {}
@@ -131,7 +132,7 @@ def register(args: argparse.Namespace) -> int:
 
 
 def up(args: argparse.Namespace) -> int:
-    from fl_client.node import Node, NodeError, check_settings
+    from fl_client.node_checks import Node, NodeError, check_settings
     from fl_server import federation
 
     try:

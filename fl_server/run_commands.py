@@ -117,7 +117,7 @@ def _unready(config: CoreConfig) -> list[str]:
                 "leave it out for clients on the CPU"
             ]
     if config.client.state_dir:
-        from fl_client.node import NodeError, check_state_dir
+        from fl_client.node_checks import NodeError, check_state_dir
 
         try:
             check_state_dir(Path(config.client.state_dir))

@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from living import wait_for
 
-from fl_client import node
+from fl_client import node, node_checks
+from fl_client.node_checks import Node, NodeError
 from fl_server.certificates import CA, SERVER, SERVER_KEY, make_certificates, make_node_key
 from fl_server.cli import main
 
@@ -90,9 +91,9 @@ def test_certificates(keys, servers, capsys, server: str, ca: str, reason: str):
 
 def test_expired_server_certificate(keys, servers):
     port, root = servers["expired"], keys / "expired" / CA
-    given = node.Node(f"127.0.0.1:{port}", root_certificates=root, wait=0)
-    with pytest.raises(node.NodeError, match="renew it on the server, or correct this machine's"):
-        node._check_server(given, "127.0.0.1", port)
+    given = Node(f"127.0.0.1:{port}", root_certificates=root, wait=0)
+    with pytest.raises(NodeError, match="renew it on the server, or correct this machine's"):
+        node_checks._check_server(given, "127.0.0.1", port)
 
 
 def test_tls_server_without_tls(servers, capsys):
@@ -105,7 +106,7 @@ def test_tls_server_without_tls(servers, capsys):
 def test_good_servers_pass(keys, servers, kind: str):
     tls = {"root_certificates": keys / "good" / CA, "auth_key": keys / "node"}
     options = tls if kind == "good" else {"insecure": True}
-    node.check(node.Node(f"localhost:{servers[kind]}", {"partition-id": 0}, **options))
+    node_checks.check(Node(f"localhost:{servers[kind]}", {"partition-id": 0}, **options))
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -144,7 +145,7 @@ def test_port_of_the_http_api(keys, capsys, tls: bool):
 def test_connections_for_registering(keys, servers, server: str, ca: str, reason: str):
     """With `ca` or, without, insecure = true."""
     address, root = f"127.0.0.1:{servers[server]}", str(keys / ca / CA) if ca else None
-    why = node.why_unavailable(address, root, insecure=not ca)
+    why = node_checks.why_unavailable(address, root, insecure=not ca)
     assert reason in why
     assert bool(why) == bool(reason)
     assert "--insecure" not in why and "--root" not in why
@@ -185,13 +186,13 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
 
 @pytest.fixture
 def no_proxies(monkeypatch: pytest.MonkeyPatch):
-    for name in (*node.PROXIES, "no_proxy", "NO_PROXY", "no_grpc_proxy"):
+    for name in (*node_checks.PROXIES, "no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.setenv(name, "")  # put back as it was, whatever the node sets
         monkeypatch.delenv(name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
-@pytest.mark.parametrize("name", node.PROXIES)
+@pytest.mark.parametrize("name", node_checks.PROXIES)
 def test_a_proxy_that_does_not_let_grpc_through(
     capsys, monkeypatch: pytest.MonkeyPatch, no_proxies, name: str
 ):
@@ -206,7 +207,7 @@ def test_a_proxy_that_does_not_let_grpc_through(
     assert "or add 127.0.0.2 to no_proxy" in line
     assert proxy.asked
     monkeypatch.setenv("no_proxy", "127.0.0.2")
-    node.check(node.Node(address, {"partition-id": 0}, insecure=True))
+    node_checks.check(Node(address, {"partition-id": 0}, insecure=True))
     server.stop(0)
 
 
@@ -215,7 +216,7 @@ def test_a_server_behind_a_proxy(servers, monkeypatch: pytest.MonkeyPatch, no_pr
     proxy = HttpProxy(open_=True)
     monkeypatch.setenv("https_proxy", proxy.url)
     given = {"superlink": f"outside:{servers['plaintext']}", "config": {"partition-id": 0}}
-    node.check(node.Node(insecure=True, **given))
+    node_checks.check(Node(insecure=True, **given))
     assert proxy.asked
 
 
@@ -232,7 +233,7 @@ def test_server_that_comes_up_later():
     server = grpc.server(ThreadPoolExecutor(1))
     server.add_insecure_port(f"127.0.0.1:{port}")
     threading.Timer(1.0, server.start).start()
-    node.check(node.Node(f"127.0.0.1:{port}", {"partition-id": 0}, insecure=True, wait=20))
+    node_checks.check(Node(f"127.0.0.1:{port}", {"partition-id": 0}, insecure=True, wait=20))
     server.stop(0)
 
 
@@ -246,12 +247,12 @@ def test_a_network_that_comes_up_later(servers, monkeypatch: pytest.MonkeyPatch)
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return connect(*arguments)
 
-    monkeypatch.setattr(node.socket, "create_connection", connecting)
-    given = node.Node(f"localhost:{servers['plaintext']}", insecure=True, wait=0)
-    with pytest.raises(node.NodeError, match="no DNS server answers; check this machine's network"):
-        node._check_server(given, "localhost", servers["plaintext"])
+    monkeypatch.setattr(node_checks.socket, "create_connection", connecting)
+    given = Node(f"localhost:{servers['plaintext']}", insecure=True, wait=0)
+    with pytest.raises(NodeError, match="no DNS server answers; check this machine's network"):
+        node_checks._check_server(given, "localhost", servers["plaintext"])
     calls.clear()
-    node._check_server(replace(given, wait=20), "localhost", servers["plaintext"])
+    node_checks._check_server(replace(given, wait=20), "localhost", servers["plaintext"])
     assert len(calls) == 3
 
 
@@ -286,10 +287,10 @@ def test_keys(keys, tmp_path: Path, capsys):
 
 def test_a_key_that_others_can_read_is_told(tmp_path: Path, capsys):
     make_node_key(tmp_path / "key")
-    node._check_key(tmp_path / "key")
+    node_checks._check_key(tmp_path / "key")
     assert capsys.readouterr().err == ""
     (tmp_path / "key").chmod(0o640)
-    node._check_key(tmp_path / "key")
+    node_checks._check_key(tmp_path / "key")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: --auth-key {tmp_path}/key: others")
     assert line.endswith(f"chmod 600 {tmp_path}/key")
@@ -301,7 +302,7 @@ def test_keys_of_ssh_keygen_are_taken(tmp_path: Path):
         subprocess.run(command, check=True)
     except FileNotFoundError:
         pytest.skip("no ssh-keygen")
-    node._check_key(tmp_path / "key")
+    node_checks._check_key(tmp_path / "key")
 
 
 def test_root_certificates(keys, tmp_path: Path, capsys):
@@ -325,8 +326,8 @@ def test_trusted_entities(keys, tmp_path: Path, capsys):
     key = Ed25519PrivateKey.generate().public_key()
     public = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     path.write_text(f"fpk_one: '{public} someone'\n")
-    node._check_trusted(path)
-    given = list(node._arguments(node.Node("h:1", {"partition-id": 0}, trusted_entities=path)))
+    node_checks._check_trusted(path)
+    given = list(node._arguments(Node("h:1", {"partition-id": 0}, trusted_entities=path)))
     assert given[-2:] == ["--trusted-entities", str(path)]
 
 
@@ -463,16 +464,17 @@ def test_what_flower_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from flwr.common.config import parse_config_args
 
     config = {"partition-id": 3, "data-path": "/a b/\\é", "name": 'say "x"', "device": "cpu"}
-    given = list(node._arguments(node.Node("h:1", config)))
+    given = list(node._arguments(Node("h:1", config)))
     assert parse_config_args([given[given.index("--node-config") + 1]]) == config
-    with pytest.raises(node.NodeError, match="both kinds of quotes"):
-        list(node._arguments(node.Node("h:1", {"partition-id": 0, "x": "\"'"})))
+    with pytest.raises(NodeError, match="both kinds of quotes"):
+        list(node._arguments(Node("h:1", {"partition-id": 0, "x": "\"'"})))
 
 
 SERVED = """
 import os, sys, time
 import flwr.supernode.cli
 from fl_client import node
+from fl_client.node_checks import Node
 def supernode():
     given = sys.argv[sys.argv.index("--node-config") + 1]
     path = given.partition('worker-socket="')[2].partition('"')[0]
@@ -481,7 +483,7 @@ def supernode():
         assert time.monotonic() < end, path
         time.sleep(0.1)
 flwr.supernode.cli.flower_supernode = supernode
-node.serve(node.Node("127.0.0.1:1", {"partition-id": 0}, insecure=True, worker=True))
+node.serve(Node("127.0.0.1:1", {"partition-id": 0}, insecure=True, worker=True))
 """
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fl_client.node import Node, NodeError, _check_key, _check_server
+from fl_client.node_checks import Node, NodeError, _check_key, _check_server
 from fl_server.certificates import CA, CA_KEY, KEYS, SERVER, SERVER_KEY, issue, make_certificates
 from fl_server.cli import main
 from fl_server.keys import read_keys
