@@ -26,9 +26,25 @@ if TYPE_CHECKING:
 
 def checks(config: CoreConfig) -> list[str]:
     """All mistakes, one line each."""
-    errors = []
-    clients, data, model = config.clients, config.data, config.model
+    parts = (
+        _check_clients,
+        _check_run,
+        _check_train,
+        _check_methods,
+        _check_eval_models,
+        _check_flatness,
+        _check_privacy,
+        _check_tracking,
+        _check_needs,
+        _check_engine,
+        _check_data,
+        _check_model,
+    )
+    return [error for part in parts for error in part(config)]
 
+
+def _check_clients(config: CoreConfig) -> list[str]:
+    clients, errors = config.clients, []
     if clients.per_round > clients.number:
         errors.append(
             f"clients.per-round = {clients.per_round}: larger than clients.number = "
@@ -44,57 +60,60 @@ def checks(config: CoreConfig) -> list[str]:
             f"clients.keys = {shown(clients.keys)}: only nodes on their own have keys; set "
             "engine.name=grpc, or leave it empty"
         )
-    name = config.run.name
+    return errors
+
+
+def _check_run(config: CoreConfig) -> list[str]:
+    name, errors = config.run.name, []
     blank = name != "" and not name.strip()
     if name in (".", "..") or "/" in name or "\\" in name or blank or not name.isprintable():
         errors.append(
             f"run.name = {shown(name)}: must be the name of one folder; run.output-dir says where"
         )
-    if config.train.nesterov and not config.train.momentum:
-        errors.append("train.nesterov = true: needs train.momentum > 0")
-    if config.train.optimizer == "adam" and (config.train.momentum or config.train.nesterov):
-        errors.append("train.momentum: belongs to train.optimizer=sgd; leave it at 0 with adam")
-    if not is_device(config.train.device):
-        errors.append(
-            f"train.device = {shown(config.train.device)}: must be auto, cpu, cuda or cuda:K"
-        )
-    errors += _check_methods(config)
-    errors += _check_eval_models(config)
-    errors += _check_flatness(config)
-    errors += _check_privacy(config)
-    errors += _check_tracking(config)
-    errors += _check_needs(config)
-    if config.run.resume and not config.run.name:
+    if config.run.resume and not name:
         errors.append("run.resume = true: needs the run.name of the run to continue")
-    errors += _check_engine(config)
+    return errors
 
+
+def _check_train(config: CoreConfig) -> list[str]:
+    train, errors = config.train, []
+    if train.nesterov and not train.momentum:
+        errors.append("train.nesterov = true: needs train.momentum > 0")
+    if train.optimizer == "adam" and (train.momentum or train.nesterov):
+        errors.append("train.momentum: belongs to train.optimizer=sgd; leave it at 0 with adam")
+    if not is_device(train.device):
+        errors.append(f"train.device = {shown(train.device)}: must be auto, cpu, cuda or cuda:K")
+    return errors
+
+
+def _check_data(config: CoreConfig) -> list[str]:
+    data = config.data
     if ":" in data.source:
-        errors += _check_own_source(data.source, data.augment)
-        shape = None
-    elif data.source not in data_catalogue.SOURCES:
+        return _check_own_source(data.source, data.augment)
+    if data.source not in data_catalogue.SOURCES:
         unknown = unknown_name("data.source", data.source, list(data_catalogue.SOURCES))
-        errors.append(f"{unknown}, or your own package.module:function")
-        shape = None
-    else:
-        found = data_catalogue.check(
-            data.source,
-            data.path,
-            on_nodes=config.engine.name == "grpc" or data.partition == "local",
-            partition=data.partition,
-            clients=clients.number,
-            min_size=data.min_size,
-            classes_per_client=data.classes_per_client,
-            augment=data.augment,
-            image_size=data.image_size,
-        )
-        errors += [f"{key}: {message}" for key, message in found]
-        shape = data_catalogue.SOURCES[data.source].shape
+        return [f"{unknown}, or your own package.module:function"]
+    found = data_catalogue.check(
+        data.source,
+        data.path,
+        on_nodes=config.engine.name == "grpc" or data.partition == "local",
+        partition=data.partition,
+        clients=config.clients.number,
+        min_size=data.min_size,
+        classes_per_client=data.classes_per_client,
+        augment=data.augment,
+        image_size=data.image_size,
+    )
+    return [f"{key}: {message}" for key, message in found]
+
+
+def _check_model(config: CoreConfig) -> list[str]:
+    model, source = config.model, data_catalogue.SOURCES.get(config.data.source)
     if ":" not in model.name and model.name not in model_catalogue.MODELS:
         unknown = unknown_name("model.name", model.name, list(model_catalogue.MODELS))
-        errors.append(f"{unknown}, or your own package.module:Name")
-    else:
-        errors += model_catalogue.check(model.name, shape, norm=model.norm, head=model.head)
-    return errors
+        return [f"{unknown}, or your own package.module:Name"]
+    shape = source.shape if source else None
+    return model_catalogue.check(model.name, shape, norm=model.norm, head=model.head)
 
 
 def _check_eval_models(config: CoreConfig) -> list[str]:

@@ -44,6 +44,8 @@ KNOWN = -1
 
 Maps = dict[tuple[int, int], "torch.UntypedStorage | None"]
 """Mapped files by device and inode, which no other file has as long as they are mapped."""
+Forms = dict[str, dict[str, list[Any] | None] | None]
+"""What `_laid_out` says of each array, by record and key; None for a record of something else."""
 
 
 class Segment:
@@ -139,21 +141,7 @@ def send(
     parcel from the other side, of which only the number is sent.  slots: files for new tensors; but
     those of all records after the first, which the receiver keeps, get a file that holds no others.
     """
-    shapes: list[dict[str, dict[str, list[Any] | None] | None]] = []
-    rest = []
-    tensors: list[torch.Tensor] = []
-    for record_dict in records:
-        arrays, others = {}, RecordDict()
-        for name, record in record_dict.items():
-            if isinstance(record, ArrayRecord):
-                laid_out = {key: _laid_out(array) for key, array in record.items()}
-                arrays[name] = {key: form for key, (_, form) in laid_out.items()}
-                tensors += [tensor for tensor, _ in laid_out.values()]
-            else:
-                arrays[name] = None
-                others[name] = record
-        shapes.append(arrays)
-        rest.append(recorddict_to_proto(others).SerializeToString())
+    shapes, rest, tensors = _taken_apart(records)
     numbers = {id(tensor): i for i, tensor in enumerate(known)}
     placed = shared.offsets if shared else {}
     new = {id(t): t for t in tensors if id(t) not in numbers and id(t) not in placed}
@@ -166,38 +154,63 @@ def send(
     own += [Segment(lasting)] if lasting else []
     segments = [shared, *own] if shared else own
     try:
-        table = []
-        for tensor in tensors:
-            what = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-            if (number := numbers.get(id(tensor))) is not None:
-                table.append([KNOWN, number, *what])
-            else:
-                i, segment = next((i, s) for i, s in enumerate(segments) if id(tensor) in s.offsets)
-                table.append([i, segment.offsets[id(tensor)], *what])
         parts = {
             "header": header,
             "records": shapes,
-            "tensors": table,
+            "tensors": [_place(tensor, numbers, segments) for tensor in tensors],
             "rest": [*map(len, rest)],
             "slot": slot,
             "shared": shared is not None,
         }
         text = json.dumps(parts).encode()
-        words = b"".join([text, *rest])
-        lengths = LENGTHS.pack(len(text), len(words) - len(text))
-        files = [segment.file for segment in segments]
-        if len(words) <= INLINE:
-            socket.send_fds(connection, [lengths], files)
-            connection.sendall(words)
-        else:
-            with os.fdopen(os.memfd_create("flatfed"), "wb") as file:
-                file.write(words)
-                file.flush()
-                socket.send_fds(connection, [lengths], [*files, file.fileno()])
+        _put(connection, text, b"".join(rest), [segment.file for segment in segments])
     finally:
         for segment in own if slot is None else own[1:]:
             segment.close()
     return tensors
+
+
+def _taken_apart(
+    records: Sequence[RecordDict],
+) -> tuple[list[Forms], list[bytes], list[torch.Tensor]]:
+    """The arrays' forms, all else serialised, and the arrays' tensors in order."""
+    shapes, rest, tensors = [], [], []
+    for record_dict in records:
+        arrays, others = {}, RecordDict()
+        for name, record in record_dict.items():
+            if isinstance(record, ArrayRecord):
+                laid_out = {key: _laid_out(array) for key, array in record.items()}
+                arrays[name] = {key: form for key, (_, form) in laid_out.items()}
+                tensors += [tensor for tensor, _ in laid_out.values()]
+            else:
+                arrays[name] = None
+                others[name] = record
+        shapes.append(arrays)
+        rest.append(recorddict_to_proto(others).SerializeToString())
+    return shapes, rest, tensors
+
+
+def _place(tensor: torch.Tensor, numbers: dict[int, int], segments: Sequence[Segment]) -> list[Any]:
+    """Where the receiver finds a tensor: its number among those that it knows, or the segment and
+    the offset in it [bytes]; then dtype and shape."""
+    what = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+    if (number := numbers.get(id(tensor))) is not None:
+        return [KNOWN, number, *what]
+    i, segment = next((i, s) for i, s in enumerate(segments) if id(tensor) in s.offsets)
+    return [i, segment.offsets[id(tensor)], *what]
+
+
+def _put(connection: socket.socket, text: bytes, rest: bytes, files: list[int]) -> None:
+    """Send the words of a parcel with its files; many words travel in a file too."""
+    words, lengths = text + rest, LENGTHS.pack(len(text), len(rest))
+    if len(words) <= INLINE:
+        socket.send_fds(connection, [lengths], files)
+        connection.sendall(words)
+    else:
+        with os.fdopen(os.memfd_create("flatfed"), "wb") as file:
+            file.write(words)
+            file.flush()
+            socket.send_fds(connection, [lengths], [*files, file.fileno()])
 
 
 def receive(

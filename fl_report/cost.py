@@ -211,21 +211,22 @@ def report(plan: Plan, samples: float, cohort: Callable[[int], list[int]]) -> Re
         "tmacs": work,
     }
     rows = [
-        (
-            (weights[names], weights[active]),
-            (3, 3 if active == names else 2),
-            (len(who) * whole, len(who) * (weights[active] + buffers)),
-            (len(who) * whole, received),
-            (full.step, passes[active].step),
-        )
+        {
+            "published_gb": (weights[names], weights[active]),
+            "published_tmacs": (3, 3 if active == names else 2),
+            "bytes_up": (len(who) * whole, len(who) * (weights[active] + buffers)),
+            "bytes_down": (len(who) * whole, received),
+            "tmacs": (full.step, passes[active].step),
+        }
         for active, who, received in zip(actives, cohorts, down, strict=True)
     ]
 
     def of(rounds: int) -> dict[str, tuple[float, float]]:
-        columns = zip(*rows[:rounds], strict=True)
         return {
-            key: tuple(scale * sum(arm) for arm in zip(*column, strict=True))
-            for (key, scale), column in zip(scales.items(), columns, strict=True)
+            key: tuple(
+                scale * sum(arm) for arm in zip(*(row[key] for row in rows[:rounds]), strict=True)
+            )
+            for key, scale in scales.items()
         }
 
     macs = {

@@ -57,6 +57,29 @@ class _Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; gives the exit code."""
+    args = _parse(argv)
+    if path := os.environ.get("PYTHONPATH"):  # for processes that start in other folders
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
+    try:
+        code = args.function(args)
+        sys.stdout.flush()
+        return code
+    except ValueError as error:
+        from fl_common.config import ConfigError  # pydantic takes longer to import than --help
+
+        if not isinstance(error, ConfigError):
+            raise
+        return complain(error.errors)
+    except BrokenPipeError:  # the reader has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with what carries the command out as `function`.  Raises SystemExit."""
     parser = argparse.ArgumentParser(
         prog="flatfed",
         description="Federated learning for clients whose data differ.",
@@ -82,6 +105,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="settings from a file; may be given several times: a later file overrides earlier "
         "ones, key=value overrides all",
     )
+    of_runs = argparse.ArgumentParser(add_help=False)
+    of_runs.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results folders")
+    of_runs.set_defaults(values=[])
+    _add_run_commands(commands, settings)
+    _add_table_commands(commands, of_runs)
+    _add_flatness_command(commands, of_runs)
+    _add_suite_command(commands)
+    _add_config_command(commands, settings)
+    _add_cost_commands(commands, settings)
+    _add_federation_commands(commands)
+    _add_key_commands(commands)
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on settings that stand behind an option: they are settings all the same.
+    if not hasattr(args, "values"):
+        parser.parse_args(argv)
+    elif any(item.startswith("-") for item in rest):
+        hint = "" if hasattr(args, "folders") else "; settings are written key=value"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    else:
+        args.values += rest
+    return args
+
+
+def _add_run_commands(
+    commands: argparse._SubParsersAction, settings: argparse.ArgumentParser
+) -> None:
     raw = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     run = commands.add_parser("run", parents=[settings], help="train a model", **raw)
     run.set_defaults(function=run_commands.run)
@@ -93,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="continue a run that ended early, from its newest checkpoint",
     )
     again.set_defaults(function=run_commands.resume)
-    of_runs = argparse.ArgumentParser(add_help=False)
-    of_runs.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results folders")
-    of_runs.set_defaults(values=[])
+
+
+def _add_table_commands(
+    commands: argparse._SubParsersAction, of_runs: argparse.ArgumentParser
+) -> None:
     compare = commands.add_parser(
         "compare", parents=[of_runs], help="compare several runs in a table, and in a picture"
     )
@@ -122,47 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "and seconds it took to reach this, 0-1 (default: 90 %% of the best)")  # fmt: skip
     report.add_argument("--anyway", action="store_true", help="report runs of different data too")
     report.set_defaults(function=result_commands.report)
-    _add_flatness_command(commands, of_runs)
-    _add_suite_command(commands)
-    config = commands.add_parser(
-        "config", parents=[settings], help="print all settings with their meaning, as TOML"
-    )
-    config.add_argument(
-        "--write-pyproject",
-        action="store_true",
-        help="write the defaults into ./pyproject.toml, where Flower looks for them",
-    )
-    config.set_defaults(function=run_commands.config)
-    _add_cost_commands(commands, settings)
-    _add_federation_commands(commands)
-    _add_key_commands(commands)
-    args, rest = parser.parse_known_args(argv)
-    # argparse gives up on settings that stand behind an option: they are settings all the same.
-    if not hasattr(args, "values"):
-        parser.parse_args(argv)
-    elif any(item.startswith("-") for item in rest):
-        hint = "" if hasattr(args, "folders") else "; settings are written key=value"
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    else:
-        args.values += rest
-    if path := os.environ.get("PYTHONPATH"):  # for processes that start in other folders
-        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
-    try:
-        code = args.function(args)
-        sys.stdout.flush()
-        return code
-    except ValueError as error:
-        from fl_common.config import ConfigError  # pydantic takes longer to import than --help
-
-        if not isinstance(error, ConfigError):
-            raise
-        return complain(error.errors)
-    except BrokenPipeError:  # the reader has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
 
 
 def _add_flatness_command(
@@ -250,6 +260,20 @@ def _add_suite_command(commands: argparse._SubParsersAction) -> None:
         help="the same, and write it to DIR/NAME.md and DIR/NAME.json",
     )
     suite.set_defaults(function=result_commands.suite, config=[])
+
+
+def _add_config_command(
+    commands: argparse._SubParsersAction, settings: argparse.ArgumentParser
+) -> None:
+    config = commands.add_parser(
+        "config", parents=[settings], help="print all settings with their meaning, as TOML"
+    )
+    config.add_argument(
+        "--write-pyproject",
+        action="store_true",
+        help="write the defaults into ./pyproject.toml, where Flower looks for them",
+    )
+    config.set_defaults(function=run_commands.config)
 
 
 def _add_cost_commands(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from fl_common.config import Scalar
+    from fl_flatness.finished import Options
+    from fl_flatness.report import Measured
     from fl_report.cost import Plan
 
 
@@ -123,20 +125,7 @@ def flatness(args: argparse.Namespace) -> int:
     from fl_flatness.stored import Stored
     from fl_report.compare import read
 
-    probes = finished.MATCH_PROBES if args.match_probes is None else args.match_probes
-    options = finished.Options(
-        samples=args.samples, top=args.top, probes=args.probes, density=args.density,
-        layers=args.layers, landscape=args.landscape, line=args.line,
-        directions=args.directions or "random", match=args.match, match_probes=probes,
-        engine=args.engine, seed=args.seed,
-    )  # fmt: skip
-    errors = options.errors()
-    if args.match_probes is not None and not args.match:
-        errors.append(f"--match-probes {args.match_probes}: has no effect without --match")
-    if args.directions and not (args.landscape or args.line):
-        errors.append(
-            f"--directions {args.directions}: has no effect without --landscape or --line"
-        )
+    options, errors = _flatness_options(args)
     if errors:
         return complain(errors)
     try:
@@ -161,21 +150,49 @@ def flatness(args: argparse.Namespace) -> int:
                 say(f"no H_N and H_D: {found['match_error']}")
             say(finished.write(one.folder, found))
             measured.append(report.Measured(run.label, one.folder, run.rows, found))
-        show(report.table(measured))
-        if args.layers:
-            for one in measured:
-                print()
-                show(report.layer_table(one))
-        alone = [([one], one.folder) for one in measured]
-        for those, folder in [(measured, args.pictures)] if args.pictures else alone:
-            for picture in report.draw(those, folder):
-                print(picture)
+        _show_flatness(measured, args)
     except BrokenPipeError:
         raise
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     return OK
+
+
+def _flatness_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
+    """What to measure, and the mistakes in that."""
+    from fl_flatness import finished
+
+    probes = finished.MATCH_PROBES if args.match_probes is None else args.match_probes
+    options = finished.Options(
+        samples=args.samples, top=args.top, probes=args.probes, density=args.density,
+        layers=args.layers, landscape=args.landscape, line=args.line,
+        directions=args.directions or "random", match=args.match, match_probes=probes,
+        engine=args.engine, seed=args.seed,
+    )  # fmt: skip
+    errors = options.errors()
+    if args.match_probes is not None and not args.match:
+        errors.append(f"--match-probes {args.match_probes}: has no effect without --match")
+    if args.directions and not (args.landscape or args.line):
+        errors.append(
+            f"--directions {args.directions}: has no effect without --landscape or --line"
+        )
+    return options, errors
+
+
+def _show_flatness(measured: list[Measured], args: argparse.Namespace) -> None:
+    """Print the tables, draw the pictures.  Raises OSError."""
+    from fl_flatness import report
+
+    show(report.table(measured))
+    if args.layers:
+        for one in measured:
+            print()
+            show(report.layer_table(one))
+    alone = [([one], one.folder) for one in measured]
+    for those, folder in [(measured, args.pictures)] if args.pictures else alone:
+        for picture in report.draw(those, folder):
+            print(picture)
 
 
 def groups(args: argparse.Namespace) -> int:
