@@ -330,7 +330,7 @@ class Clients:
 
     def curvature(self, partition: int, content: RecordDict) -> RecordDict:
         """The diagonal of this client's Hessian at the received model, never its data: two
-        estimates from different probes, per parameter or per tensor."""
+        estimates from different probes, (2, d) per parameter or (2, tensors) per tensor."""
         from fl_flatness.diagonals import as_sent, estimate
 
         server_round = int(content[wire.CONFIG]["server-round"])

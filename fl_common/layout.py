@@ -47,6 +47,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Layout:
+        """Raises ValueError as `tensors_of`."""
         return cls(
             {
                 kind: tuple(Slot(name, tuple(tensor.shape)) for name, tensor in tensors.items())

@@ -63,7 +63,7 @@ class Curvature:
         return float(total) / _some(count)
 
     def gradient(self) -> torch.Tensor:
-        """(d,)."""
+        """Of the mean loss over the samples, (d,)."""
         with evaluating(self.net), unrounded(), torch.enable_grad():
             total, count = torch.zeros(self.d, dtype=torch.float64, device=self.device), 0
             for x, y in self.batches:

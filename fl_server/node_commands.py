@@ -1,4 +1,5 @@
-"""The commands for federations: nodes, their keys, and processes of one machine."""
+"""The commands for federations: nodes, their keys, and processes of one machine; each gives its
+exit code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """A run's results folder: config.json, clients.json, history.jsonl, summary.json,
-model.safetensors, and the pictures curves.png and clients.png."""
+model.safetensors, checkpoints/, and with `run.pictures` curves.png, clients.png and report.html."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The commands that look at results, make tables of them, or say what a run would cost."""
+"""The commands that look at results, make tables of them, or say what a run would cost; each gives
+its exit code."""
 
 from __future__ import annotations
 

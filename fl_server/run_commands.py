@@ -1,4 +1,4 @@
-"""`flatfed config`, `run` and `resume`, on every engine."""
+"""`flatfed config`, `run` and `resume`, on every engine; each gives its exit code."""
 
 from __future__ import annotations
 

@@ -66,6 +66,7 @@ class Reply:
 
     @classmethod
     def of(cls, message: Message) -> Reply:
+        """The answer in a message that the guards have passed."""
         metrics = message.content[wire.METRICS]
         return cls(
             samples=int(metrics["num-examples"]),
@@ -93,6 +94,7 @@ class WeightedMean:
         self._sum: torch.Tensor | None = None
 
     def add(self, vector: torch.Tensor, weight: float = 1.0) -> None:
+        """Add weight * vector (d,); the vector is not kept."""
         if self._sum is None:
             self._sum = torch.zeros_like(vector, dtype=torch.float64)
         for total, part in _blocks(self._sum, vector):

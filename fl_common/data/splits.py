@@ -13,7 +13,8 @@ from fl_common.data.layouts import held_out_size
 
 @dataclass(frozen=True, eq=False)
 class RawSplit:
-    """y: (n,) int64. blocks: samples in the same order, (k, C, H, W) uint8 or (k, F) float32."""
+    """y: (n,) int64. blocks: samples in the same order, (k, C, H, W) uint8, (k, F) float32, or
+    token ids (k, L) uint8."""
 
     y: np.ndarray
     blocks: Iterable[np.ndarray]

@@ -31,9 +31,9 @@ def read(
 ) -> Raw:
     """Read images or numeric columns with their labels.
 
-    The label is the ClassLabel column, else a column of integers, strings or booleans named
-    label, target, class or y, whose distinct values are then the classes. With an image column
-    other columns are not used; without, every other column must be a number and is a feature.
+    The label is the ClassLabel column, else a column of integers, strings or booleans with one of
+    the names in _LABELS, whose distinct values are then the classes. With an image column other
+    columns are not used; without, every other column must be a number and is a feature.
 
     scratch: a folder for the library's own copies; it must stay until the blocks are consumed.
     shape: (3, H, W) if every image must have that size; None to find the size out.

@@ -24,7 +24,8 @@ class ModelInfo:
     """One entry of the catalogue.
 
     help: one line for listings.
-    factory: "module:function" in this package, called with (shape, classes, norm).
+    factory: "module:function" in this package, called with (shape, classes, norm), the last of
+        which matters only where there are several `norms`.
     input: what a sample may be: "image" (C, H, W), "any" of image and features (F,), or "tokens"
         (V, L).
     min_side: the smallest image side in pixels, or number of tokens, that leaves something to

@@ -12,7 +12,7 @@ from torch import nn
 from fl_common.models.layers import Chain, GroupNorm, MaxPool2d, norm2d, with_head
 
 
-def _dense(widths, classes, first_relu):
+def _dense(widths: tuple[int, ...], classes: int, first_relu: int) -> list[tuple[str, nn.Module]]:
     """Linear and ReLU from each width to the next, then `fc`; ReLUs number from `first_relu`."""
     layers = []
     for i, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -21,7 +21,9 @@ def _dense(widths, classes, first_relu):
     return [*layers, ("fc", nn.Linear(widths[-1], classes))]
 
 
-def _lenet(shape, classes, channels, hidden):
+def _lenet(
+    shape: tuple[int, ...], classes: int, channels: tuple[int, int], hidden: tuple[int, int]
+) -> Chain:
     """Twice [conv 5x5, ReLU, max pool 2], two hidden layers, fc."""
     first, second = channels
     height, width = (((side - 4) // 2 - 4) // 2 for side in shape[1:])
@@ -39,22 +41,22 @@ def _lenet(shape, classes, channels, hidden):
     )
 
 
-def lenet(shape, classes, norm):
+def lenet(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """LeNet: channels 6 and 16; 400-120-84-classes at 32 px."""
     return _lenet(shape, classes, (6, 16), (120, 84))
 
 
-def lenet64(shape, classes, norm):
+def lenet64(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """The LeNet of FedDyn, FedDC and MAN: 64 channels; 1600-384-192-classes at 32 px."""
     return _lenet(shape, classes, (64, 64), (384, 192))
 
 
-def moon_cnn(shape, classes, norm):
+def moon_cnn(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """MOON's simple-CNN: the layers of `lenet` up to 84, head 84-84-256, 256-classes."""
     return with_head(lenet(shape, classes, norm), width=256)
 
 
-def cnn(shape, classes, norm):
+def cnn(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """Two conv 3x3 (32, 64), one max pool, dropout; 12544-128-classes at 32 px."""
     height, width = ((side - 4) // 2 for side in shape[1:])
     return Chain(
@@ -74,7 +76,7 @@ def cnn(shape, classes, norm):
     )
 
 
-def tiny_convnet(shape, classes, norm):
+def tiny_convnet(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """MAN's ConvNet for Tiny-ImageNet: 4096-512-384-classes at 64 px; always GroupNorm(4).
 
     Thrice [conv 3x3 64, GroupNorm, ReLU, max pool 2]. ReLU and max pooling commute; the third
@@ -93,7 +95,7 @@ def tiny_convnet(shape, classes, norm):
     return Chain([*layers, ("flatten", nn.Flatten()), *dense])
 
 
-def digits_cnn(shape, classes, norm):
+def digits_cnn(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """For small images such as scikit-learn's digits (1, 8, 8); `group` is GroupNorm(4).
 
     Twice [conv 3x3 (16, 32), norm, ReLU], a max pool between them; 512-classes at 8 px.
@@ -115,6 +117,6 @@ def digits_cnn(shape, classes, norm):
     )
 
 
-def mlp(shape, classes, norm):
+def mlp(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """F-64-32-classes with ReLU; F is the number of features, or of an image's values."""
     return Chain([("flatten", nn.Flatten()), *_dense((prod(shape), 64, 32), classes, first_relu=1)])

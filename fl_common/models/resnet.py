@@ -108,7 +108,16 @@ class Bottleneck(Block):
         return self.norm3(self.conv3(x))
 
 
-def _resnet(shape, classes, norm, planes, depths, block=BasicBlock, shortcut="B", imagenet=False):
+def _resnet(
+    shape: tuple[int, ...],
+    classes: int,
+    norm: str,
+    planes: tuple[int, ...],
+    depths: tuple[int, ...],
+    block: type[BasicBlock | Bottleneck] = BasicBlock,
+    shortcut: str = "B",
+    imagenet: bool = False,
+) -> Chain:
     """Stage k has `depths[k]` blocks of `planes[k]` planes and halves the side if k > 0."""
     kernel, stride = (7, 2) if imagenet else (3, 1)
     stem = [
@@ -136,41 +145,41 @@ def _resnet(shape, classes, norm, planes, depths, block=BasicBlock, shortcut="B"
     )
 
 
-def resnet8(shape, classes, norm):
+def resnet8(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """Fling's ResNet-8 (FedPart): ImageNet stem, one BasicBlock at each of 64, 128, 256."""
     return _resnet(shape, classes, norm, (64, 128, 256), (1, 1, 1), imagenet=True)
 
 
-def resnet18(shape, classes, norm):
+def resnet18(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """ResNet-18 with the CIFAR stem: 3x3 with stride 1 and no pooling."""
     return _resnet(shape, classes, norm, (64, 128, 256, 512), (2, 2, 2, 2))
 
 
-def resnet18_imagenet(shape, classes, norm):
+def resnet18_imagenet(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """ResNet-18 of He et al. 2016: 7x7 stem with stride 2, then max pooling."""
     return _resnet(shape, classes, norm, (64, 128, 256, 512), (2, 2, 2, 2), imagenet=True)
 
 
-def resnet20(shape, classes, norm):
+def resnet20(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """ResNet-20 of He et al. 2016, section 4.2, shortcut A."""
     return _resnet(shape, classes, norm, (16, 32, 64), (3, 3, 3), shortcut="A")
 
 
-def resnet20_b(shape, classes, norm):
+def resnet20_b(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """ResNet-20 with shortcut B."""
     return _resnet(shape, classes, norm, (16, 32, 64), (3, 3, 3))
 
 
-def resnet56(shape, classes, norm):
+def resnet56(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """ResNet-56 of He et al. 2016, section 4.2, shortcut A."""
     return _resnet(shape, classes, norm, (16, 32, 64), (9, 9, 9), shortcut="A")
 
 
-def resnet56_b(shape, classes, norm):
+def resnet56_b(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """ResNet-56 with shortcut B."""
     return _resnet(shape, classes, norm, (16, 32, 64), (9, 9, 9))
 
 
-def resnet56_bottleneck(shape, classes, norm):
+def resnet56_bottleneck(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """The "ResNet56" of FedAlign and FedML: Bottleneck blocks, planes 16, 32, 64, times 4."""
     return _resnet(shape, classes, norm, (16, 32, 64), (6, 6, 6), block=Bottleneck)

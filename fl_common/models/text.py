@@ -38,7 +38,7 @@ class Windows(nn.ModuleDict):
         return torch.cat([branch(x).amax(2) for branch in self.values()], dim=1)
 
 
-def text_cnn(shape, classes, norm):
+def text_cnn(shape: tuple[int, ...], classes: int, norm: str) -> Chain:
     """Kim's CNN-rand, smaller: vectors of 32, windows of 3, 4 and 5 tokens with 32 channels each.
 
     Kim, Convolutional Neural Networks for Sentence Classification, EMNLP 2014
