@@ -23,16 +23,19 @@ POSTER_GB = 1.024e9
 
 @dataclass(frozen=True)
 class Kind:
-    """title: with {} for the argument.  digits: behind the point.  read: run, argument and what
-    the suite measured itself (max_rss_bytes) to the number, None where the run has none.
-    argument: its type, if it takes one.  of_machine: whether it depends on the machine, so that
-    numbers of others do not compare."""
+    """A number that a table may tell of each run."""
 
     title: str
+    """With {} for the argument."""
     digits: int
+    """Behind the point."""
     read: Callable[[Run, float, Mapping[str, Any]], float | None]
+    """Run, argument and what the suite measured itself (max_rss_bytes) to the number; None where
+    the run has none."""
     argument: type | None = None
+    """Its type, if it takes one."""
     of_machine: bool = False
+    """Whether it depends on the machine, so that numbers of others do not compare."""
 
 
 def _percent(value: float | None) -> float | None:

@@ -13,6 +13,8 @@ closes, which the end of the caller, even by SIGKILL, cannot avoid. Elsewhere a 
 has died escapes the keeper.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
@@ -28,13 +30,15 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_common import processes, sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 BIN = Path(sys.executable).parent
 CONNECTION = "private"
@@ -219,7 +223,7 @@ def run_on_connection(
 
 
 def _follow(
-    link: "_Link", submit: "subprocess.Popen[str]", on_line: Callable[[str], None]
+    link: _Link, submit: subprocess.Popen[str], on_line: Callable[[str], None]
 ) -> FlowerStatus:
     """Hand on the lines of a submitted run until it has ended; stop it if that is interrupted."""
     run_id, tail, deadline = 0, deque(maxlen=8), time.monotonic() + SUBMIT_TIMEOUT
@@ -282,7 +286,7 @@ class _Link:
     silent_since: float = math.inf  # by the monotonic clock; inf: it answered when last asked
 
     @contextmanager
-    def start(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    def start(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """`flwr` in a session of its own: Ctrl-C is for this process alone."""
         process = subprocess.Popen(
             [BIN / "flwr", *arguments],
