@@ -265,12 +265,12 @@ class Exchange:
         self._late = {i: late for i, late in self._late.items() if now < late[1]}
         self._look(phase, now)
         names = names - phase.away
-        due = [i for _, i in sorted((n, i) for i, n in phase.pending.items() if n in names)]
+        due = {i: name for i, name in phase.pending.items() if name in names}
         if at_once is None:
             phase.looked = now
             yield from self.grid.pull_messages([*due, *self._late])
         else:
-            for i in [*due, *self._late]:
+            for i in [*sorted(due, key=due.get), *self._late]:
                 yield from self.grid.pull_messages([i])
 
     def _look(self, phase: _Phase, now: float) -> None:
