@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fl_common.data.catalogue import SOURCES
+from fl_common.failures import harmless
 from fl_common.user_code import is_there, told
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fl_common.config import CoreConfig
 
 NORMS = ("batch", "group")
-HEADS = ("none", "moon")
 
 
 @dataclass(frozen=True)
@@ -107,53 +106,46 @@ def check(
         A model without norm layers takes the default, `batch`, alone.
     head: layers to put before the classifier; refused where the model has them already.
     """
-    errors = []
-    if norm not in NORMS:
-        errors.append(f"model.norm = {norm!r}: choose one of {', '.join(NORMS)}")
-    if head not in HEADS:
-        errors.append(f"model.head = {head!r}: choose one of {', '.join(HEADS)}")
     if ":" in name:
-        return errors + _check_own(name, norm, head)
-    info = MODELS.get(name)
-    if info is None:
-        near = get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        errors.append(f"model.name = {name!r} is unknown: {hint}choose one of {', '.join(MODELS)}")
-        return errors
+        return _check_own(name, norm, head)
+    if name not in MODELS:
+        return [f'model.name = "{name}": unknown; known: {", ".join(MODELS)}']
+    info, errors = MODELS[name], []
     if norm == "group" and not info.norms:
         errors.append(
-            f"model.norm = 'group': {name!r} has no norm layers; use 'batch' (the default), "
-            f"or one of {', '.join(n for n, i in MODELS.items() if i.norms)}"
+            f'model.norm = "group": {name} has no norm layers; use batch (the default), or one of '
+            + ", ".join(n for n, i in MODELS.items() if i.norms)
         )
     if norm == "batch" and info.norms == ("group",):
-        errors.append(f"model.norm = 'batch': {name!r} has GroupNorm only; set model.norm=group")
+        errors.append(f'model.norm = "batch": {name} has GroupNorm only; set model.norm=group')
     if head != "none" and info.head:
-        errors.append(f"model.head = {head!r}: {name!r} has it already; leave it at none")
+        errors.append(f'model.head = "{head}": {name} has it already; leave it at none')
     if shape is not None and (problem := _misfit(info, shape)):
         fitting = [n for n, i in MODELS.items() if not _misfit(i, shape)]
         remedy = f"these models fit: {', '.join(fitting)}" if fitting else "check the data"
-        errors.append(f"model.name = {name!r} {problem}: {remedy}")
+        errors.append(f'model.name = "{name}" {problem}: {remedy}')
     return errors
 
 
 def _check_own(name: str, norm: str, head: str) -> list[str]:
     """What is wrong with "package.module:Name", found without importing the module itself."""
+    name = harmless(name)
     module, _, attribute = name.partition(":")
     try:
         found = bool(attribute) and is_there(module)
     except Exception as error:
-        return [f"model.name = {name!r}: {told(error)}"]
+        return [f'model.name = "{name}": {told(error)}']
     if not found:
         return [
-            f"model.name = {name!r}: no module {module!r} can be imported here; write "
+            f'model.name = "{name}": no module {module} can be imported here; write '
             "package.module:Name and put its folder on PYTHONPATH"
         ]
     errors = []
     if norm != "batch":
-        errors.append(f"model.norm = {norm!r}: {name!r} chooses its own norm layers; leave it out")
+        errors.append(f'model.norm = "{norm}": {name} chooses its own norm layers; leave it out')
     if head != "none":
         errors.append(
-            f"model.head = {head!r}: {name!r} has its own layers; let it return "
+            f'model.head = "{head}": {name} has its own layers; let it return '
             "fl_common.models.layers.with_head(Chain(...)), and leave this out"
         )
     return errors

@@ -270,16 +270,20 @@ def test_digits_cnn_learns_the_digits():
 @pytest.mark.parametrize(
     ("name", "shape", "norm", "words"),
     [
-        ("resnet-8", None, "batch", ["model.name = 'resnet-8'", "did you mean 'resnet8'?"]),
-        ("lenet", (30,), "batch", ["'lenet' needs images", "(30,)", "these models fit: mlp"]),
+        ("resnet-8", None, "batch", ['model.name = "resnet-8": unknown', "resnet8"]),
+        (
+            "lenet",
+            (30,),
+            "batch",
+            ['model.name = "lenet" needs images', "(30,)", "these models fit: mlp"],
+        ),
         ("lenet", (1, 8, 8), "batch", ["at least 16 x 16 pixels", "(1, 8, 8)", "digits-cnn"]),
         ("lenet", (3, 32, 12), "batch", ["at least 16 x 16", "(3, 32, 12)"]),
         ("mlp", (8, 8), "batch", ["(C, H, W) or features (F,)", "(8, 8)", "fit: text-cnn"]),
         ("mlp", (2, 3, 8, 8), "batch", ["(C, H, W) or features (F,)", "check the data"]),
         ("text-cnn", (30,), "batch", ["needs token ids (V, L)", "(30,)", "fit: mlp"]),
         ("text-cnn", (256, 4), "batch", ["documents of at least 5 tokens", "check the data"]),
-        ("lenet", None, "group", ["model.norm = 'group'", "no norm layers", "use 'batch'"]),
-        ("resnet8", None, "layer", ["model.norm = 'layer'", "batch, group"]),
+        ("lenet", None, "group", ['model.norm = "group"', "no norm layers", "use batch"]),
     ],
 )
 def test_wrong_settings_are_named_with_the_remedy(name, shape, norm, words):
@@ -294,7 +298,8 @@ def test_wrong_settings_are_named_with_the_remedy(name, shape, norm, words):
 
 def test_all_errors_are_reported_together():
     assert len(check("lenet", (30,), "group")) == 2
-    assert len(check("nothing", None, "layer")) == 2
+    assert len(check("nowhere.net:Net", None, "group", "moon")) == 1
+    assert len(check("torch.nn:Linear", None, "group", "moon")) == 2
 
 
 def test_checking_does_not_import_torch():

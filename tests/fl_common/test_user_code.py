@@ -145,9 +145,9 @@ def test_own_model_on_own_data(mine, runner):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["model.name=my_reserch:Net"], "no module 'my_reserch' can be imported"),
+        (["model.name=my_reserch:Net"], "no module my_reserch can be imported"),
         (["data.source=my_reserch:load"], "no module my_reserch can be imported"),
-        (["model.name=my_package.mine:Net"], "'my_package.mine:Net': RuntimeError: not today (/"),
+        (["model.name=my_package.mine:Net"], '"my_package.mine:Net": RuntimeError: not today (/'),
         (["data.source=my_package.mine:load"], '"my_package.mine:load": RuntimeError: not today'),
         (["model.name=my_lacking.mine:Net"], "ModuleNotFoundError: No module named 'scipi' (/"),
         (["data.source=my_lacking.mine:load"], "ModuleNotFoundError: No module named 'scipi' (/"),

@@ -265,7 +265,7 @@ def test_a_sample_may_be_described_as_token_ids(command, capsys):
     ("arguments", "said"),
     [
         (["groups", "resnet9"], "did you mean resnet8"),
-        (["groups", "nowhere:net"], "no module 'nowhere'"),
+        (["groups", "nowhere:net"], "no module nowhere can be imported"),
         (["groups", "json:loads"], "json:loads: "),
         (["groups", "resnet8", "model.name=mlp"], "model.name: given twice"),
         (["groups", "lenet", "--shape", "3,8,8"], "at least 16 x 16 pixels"),

@@ -283,7 +283,7 @@ def test_without_weight_it_is_the_plain_run_with_the_same_head(runner):
         ({"model.head": "moon", "moon.mu": -1.0}, "moon.mu = -1.0: must be at least 0"),
         (
             {"model.name": "moon-cnn", "model.head": "moon", "data.source": "synthetic"},
-            "model.head = 'moon': 'moon-cnn' has it already; leave it at none",
+            'model.head = "moon": moon-cnn has it already; leave it at none',
         ),
         ({"model.head": "mon"}, 'model.head = "mon": unknown; did you mean moon?'),
     ],
