@@ -154,7 +154,7 @@ def test_both_passes_of_sam_see_the_same_mixed_batch():
     def gradient():
         return torch.autograd.grad(mixed_loss(), params)
 
-    assert result.loss == pytest.approx(float(mixed_loss()))
+    assert result.loss == pytest.approx(mixed_loss().item())
     start, first = [p.detach().clone() for p in params], gradient()
     norm = torch.cat([g.flatten() for g in first]).norm()
     for p, g in zip(params, first, strict=True):
