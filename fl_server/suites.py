@@ -485,10 +485,8 @@ class OpenSuite:
             from fl_report import page
 
             folders = [self.base / name for name in done]
-            title = table["title"] + " (reduced)" * table["reduced"]
-            top = suite_page.opening(table)
-            out = self.base / REPORT
-            written.append(page.write(folders, out, anyway=True, title=title, opening=top))
+            told = {"title": table["title"], "opening": suite_page.opening(table)}
+            written.append(page.write(folders, self.base / REPORT, anyway=True, **told))
         return written
 
     def log(self, name: str) -> Path:

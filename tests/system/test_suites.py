@@ -341,6 +341,8 @@ def test_some_of_the_cells(tmp_path, capfd):
     table = json.loads((suite.folder / "table.json").read_text())
     assert table["command"] == f"flatfed suite {suite.file} run.rounds=1"
     assert [cell["status"] for cell in table["cells"]] == ["completed", "missing", "completed"]
+    report = (suite.folder / "report.html").read_text()
+    assert f"<h1>{table['title']}</h1>" in report and "1 of 3 runs are missing." in report
     assert suite.call("--cells", "feddyn*") == 2
     assert suite.call("--cells", "*", "--table") == 2
     assert capfd.readouterr().err == (
