@@ -71,14 +71,10 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.keys = folder, folder / "keys"
-        self.port, self.fleet = free_port(), free_port()
+        self.port, self.fleet = 0, 0
         for name in ("empty", "flower", "modules", "logs"):
             (folder / name).mkdir()
         (folder / "modules" / "wide.py").write_text(MODEL)
-        (folder / "flower" / "config.toml").write_text(
-            f'[superlink.site]\naddress = "127.0.0.1:{self.port}"\n'
-            f'root-certificates = "{self.keys}/ca.crt"\n'
-        )
         self.env = {
             **os.environ,
             **FLOWER,
@@ -114,16 +110,30 @@ class Site:
         return (self.folder / "logs" / name).read_text(errors="replace")
 
     def superlink(self) -> subprocess.Popen:
-        process = self.start(
-            "superlink",
-            *("flower-superlink", "--host", "127.0.0.1", "--port", self.port),
-            *("--fleet-api-address", f"127.0.0.1:{self.fleet}"),
-            *("--ssl-ca-certfile", self.keys / "ca.crt", "--ssl-certfile"),
-            *(self.keys / "server.pem", "--ssl-keyfile", self.keys / "server.key"),
-            *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
-        )
-        assert wait_for(lambda: "Uvicorn running on" in self.log("superlink"), 90)
-        return process
+        """On ports that were free a moment ago; on others if they no longer are."""
+        while True:
+            self.port, self.fleet = free_port(), free_port()
+            (self.folder / "flower" / "config.toml").write_text(
+                f'[superlink.site]\naddress = "127.0.0.1:{self.port}"\n'
+                f'root-certificates = "{self.keys}/ca.crt"\n'
+            )
+            process = self.start(
+                "superlink",
+                *("flower-superlink", "--host", "127.0.0.1", "--port", self.port),
+                *("--fleet-api-address", f"127.0.0.1:{self.fleet}"),
+                *("--ssl-ca-certfile", self.keys / "ca.crt", "--ssl-certfile"),
+                *(self.keys / "server.pem", "--ssl-keyfile", self.keys / "server.key"),
+                *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+            )
+            assert wait_for(
+                lambda one=process: (
+                    one.poll() is not None or "Uvicorn running on" in self.log("superlink")
+                ),
+                90,
+            )
+            if process.poll() is None:
+                return process
+            assert "address already in use" in self.log("superlink"), self.log("superlink")
 
     def node_options(self, partition: int, key: object, address: str = "") -> list[object]:
         return [
