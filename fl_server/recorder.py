@@ -157,17 +157,24 @@ def _lock(folder: Path) -> IO[bytes]:
     raise RunFailed(f"{folder}: another process is working on this run")
 
 
-def ended(folder: Path, reason: str) -> None:
+def ended(folder: Path, reason: str, wait: float = 0.0) -> None:
     """Mark a run whose process ended without a word as failed in its summary, unless another
-    process is still at work on it."""
-    with suppress(RunFailed, OSError):
-        if read_summary(folder).get("status") != "running":
-            return
-        with _lock(folder):
-            summary = read_summary(folder)  # as the other process left it
-            if summary.get("status") == "running":
-                failed = summary | {"status": "failed", "error": reason}
-                write_object(folder / SUMMARY, failed)
+    process is still at work on it when `wait` seconds are over."""
+    deadline = time.monotonic() + wait
+    with suppress(OSError):
+        while read_summary(folder).get("status") == "running":
+            try:
+                held = _lock(folder)
+            except RunFailed:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.05)
+                continue
+            with held:
+                summary = read_summary(folder)  # as the other process left it
+                if summary.get("status") == "running":
+                    failed = summary | {"status": "failed", "error": reason}
+                    write_object(folder / SUMMARY, failed)
 
 
 class Recorder:
@@ -362,9 +369,12 @@ class Recorder:
             print(f"{SUMMARY} could not be written: {error.strerror}", flush=True)
 
     def stopped(self) -> None:
-        """Write down at once that a run under way is being stopped; the pictures are for `fail`."""
-        if self._before is None and self.summary["status"] == "running":
-            self.summary |= {"status": "failed", "error": STOPPED}
+        """Write down at once that a run under way is being stopped, be it in the middle of `fail`:
+        Flower refuses a stopped run's calls, and may do so before its signal comes.  The pictures
+        are for `fail`."""
+        if self._before is None and read_summary(self.folder).get("status") == "running":
+            if self.summary["status"] != "completed":
+                self.summary |= {"status": "failed", "error": STOPPED}
             self._write_end()
 
     def _close(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fl_server.flower_run import FlowerStatus
 
 FLOWER_LOG = "flower.log"
+TO_END = 15.0  # s, for the process of a run that is stopped; Flower ends it by force sooner
 """In the results folder: what Flower wrote of errors, tracebacks above all."""
 
 _OURS = re.compile(
@@ -269,7 +270,7 @@ def _on_flower(
     from fl_common.pyproject import out_of_date
     from fl_server.bundle import app_directory, checkout
     from fl_server.progress import Screen
-    from fl_server.recorder import ended
+    from fl_server.recorder import STOPPED, ended
 
     root = checkout()
     if root and (problem := out_of_date(root / "pyproject.toml", config.flat())):
@@ -282,7 +283,8 @@ def _on_flower(
     except RuntimeError as error:
         return _broken_off(str(error), folder, told)
     except (KeyboardInterrupt, SystemExit) as left:
-        ended(folder, "interrupted" if isinstance(left, KeyboardInterrupt) else "stopped")
+        reason = "interrupted" if isinstance(left, KeyboardInterrupt) else STOPPED
+        ended(folder, reason, wait=TO_END)  # a ServerApp on nodes learns of it after the SuperLink
         print(end=_continued(folder), flush=True)
         raise
     return _outcome(status, config.run.rounds, folder, told, elsewhere=elsewhere)

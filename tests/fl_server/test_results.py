@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import tracemalloc
@@ -948,9 +949,35 @@ def test_a_run_is_marked_as_ended_only_if_its_process_did_not(tmp_path, monkeypa
     assert recorder.read_summary(tmp_path) == told
 
 
-def test_a_stopped_run_says_so_although_flower_ends_its_process_by_force(tmp_path: Path):
-    """In a ServerApp's process: Flower's handler of the signal takes longer than Flower waits."""
-    code = """
+def test_a_run_is_not_marked_as_ended_while_its_process_is_at_work(tmp_path: Path):
+    """Whoever asks may wait for the end of one that was told to stop, and ends without a word."""
+    (tmp_path / "summary.json").write_text('{"status": "running"}')
+    code = f"""
+import sys
+from pathlib import Path
+from fl_server.recorder import _lock
+held = _lock(Path({str(tmp_path)!r}))
+print("held", flush=True)
+sys.stdin.read(1)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        recorder.ended(tmp_path, "interrupted")
+        recorder.ended(tmp_path, "interrupted", wait=0.1)
+        assert recorder.read_summary(tmp_path) == {"status": "running"}
+        ending = threading.Timer(0.5, other.kill)
+        ending.start()
+        recorder.ended(tmp_path, "interrupted", wait=60)
+    told = {"status": "failed", "error": "interrupted"}
+    assert recorder.read_summary(tmp_path) == told
+
+
+@pytest.mark.parametrize("call", ["row", "_close"])
+def test_a_stopped_run_says_so_although_flower_ends_its_process_by_force(tmp_path, call):
+    """In a ServerApp's process: Flower's handler of the signal takes longer than Flower waits.  The
+    signal may come when a refused call has already ended the rounds, and their end is written."""
+    code = f"""
 import os, signal, time
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 from flwr.supercore.exit import exit as ending, register_signal_handlers
@@ -959,17 +986,27 @@ import fl_server.app
 from fl_server.cli import entry_point
 from fl_server.recorder import Recorder
 
-row = Recorder.row
+row, close = Recorder.row, Recorder._close
 
 def told(self, values, **more):
     row(self, values, **more)
     if len(self.rows) == 2:
-        leave = EventType.FLWR_SERVERAPP_RUN_LEAVE
-        register_signal_handlers(leave, exit_handlers=[lambda: time.sleep(60)])
-        os.kill(os.getpid(), signal.SIGTERM)
+        if "{call}" == "row":
+            stop()
+        raise OSError("401 Unauthorized")
 
-Recorder.row, ending.FORCE_EXIT_TIMEOUT_SECONDS = told, 0.2
-fl_server.app.ENGINES = {}
+def closed(self):
+    stop()
+    return close(self)
+
+def stop():
+    leave = EventType.FLWR_SERVERAPP_RUN_LEAVE
+    register_signal_handlers(leave, exit_handlers=[lambda: time.sleep(60)])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+Recorder.row, Recorder._close = told, closed
+ending.FORCE_EXIT_TIMEOUT_SECONDS = 0.2
+fl_server.app.ENGINES = {{}}
 entry_point()
 """
     settings = [f"run.output-dir={tmp_path}", "run.name=mine", "clients.number=2"]

@@ -197,8 +197,8 @@ def test_an_interrupted_run_is_stopped(two: Place, number: int, code: int):
         run.kill()
     assert run.returncode == code
     assert "is stopped" in output
-    assert wait_for(lambda: not any("flwr-serverapp" in line for line in living(two.env)), 30)
     assert summary(two.folder / name)["status"] == "failed"
+    assert wait_for(lambda: not any("flwr-serverapp" in line for line in living(two.env)), 30)
 
 
 def test_a_run_that_fails(two: Place):
