@@ -47,7 +47,10 @@ class Together:
     def __init__(self, clients: Clients) -> None:
         self.clients: Clients = weakref.proxy(clients)  # or both would outlive their last use
         self.most = sys.maxsize
-        """The most clients that can be trained at once, as far as is known."""
+        """The most clients that can be trained at once, as far as is known before one tries."""
+        self.held: dict[tuple[str, ...], tuple[int, int]] = {}
+        """The most that a card has held at once, and the fewest that it has not, by active
+        groups."""
         self.measured: dict[tuple[str, ...], int] = {}
         """The largest batch size whose memory was measured, by active groups."""
         self.known = Known()
@@ -85,8 +88,8 @@ class Together:
         """
         begun = [_attempt(self.clients.begin, *request) for request in requests]
         jobs = [each for each in begun if _is_job(each) and self._kind(each) is not None]
-        jobs = [job for job in jobs if self._kind(job) == self._kind(jobs[0])]
-        jobs = jobs[: self._size(jobs, len(jobs))] if jobs else []
+        alike = [job for job in jobs if self._kind(job) == self._kind(jobs[0])]
+        jobs = alike[: self._size(alike, len(alike))] if alike else []
         if len(jobs) < 2:
             return 1, "engine.cohort = auto: 1; no two of these clients can be trained at once"
         trial = self.clients.config.train.model_copy(update={"epochs": 1})
@@ -106,7 +109,10 @@ class Together:
             why = f"training several at once fails ({first_line(error)})"
             return 1, f"engine.cohort = auto: 1; {why}"
         if together is None:  # after the `try`, where the tensors that were too many are freed
-            self._halve(len(jobs))
+            self._too_many(jobs)
+            return self.choose(requests, workers)
+        self._fit(jobs)
+        if self._size(alike, len(alike)) > len(jobs):
             return self.choose(requests, workers)
         chosen = len(jobs) if together < WIN * alone / workers else 1
         beside = f" (in {workers} processes beside each other)" if workers > 1 else ""
@@ -142,7 +148,9 @@ class Together:
             self.most = min(self.most, max(1, int(SHARE * free / each)))
             if self.most < min(at_once, len(jobs)):
                 self._say(f"memory holds {self.most} of these clients at once, not {at_once}")
-        return max(1, min(at_once, self.most, len(jobs)))
+        size = max(1, min(at_once, self.most, len(jobs)))
+        most, too_many = self.held.get(largest.active, (1, sys.maxsize))
+        return size if size < too_many else (most + too_many) // 2
 
     def _replies(self, jobs: list[Job]) -> list[RecordDict | Exception]:
         """The replies to these jobs; none if they are to be tried again, or fewer of them."""
@@ -174,7 +182,9 @@ class Together:
         small.  When this returns, the error and the memory that it held are gone.
         """
         try:
-            return self._at_once(jobs, self.clients.config.train), False
+            members = self._at_once(jobs, self.clients.config.train)
+            self._fit(jobs)
+            return members, False
         except BeginAnew:
             return [], False
         except torch.OutOfMemoryError:
@@ -186,16 +196,28 @@ class Together:
                 f"({first_line(error)})"
             )
             return [], True
-        self._halve(len(jobs))
+        self._too_many(jobs)
         return [], False
 
-    def _halve(self, count: int) -> None:
-        """At most half of `count` at once from now on: the card's memory was too small for all."""
+    def _fit(self, jobs: Sequence[Job]) -> None:
+        """The card has held these jobs at once; if it cannot hold one more, that is said."""
+        most, too_many = self.held.get(jobs[0].active, (1, sys.maxsize))
+        most = max(most, len(jobs))
+        self.held[jobs[0].active] = most, too_many
+        if most == too_many - 1:
+            self._say(f"the card holds {most} of these clients at once, not {too_many}")
+
+    def _too_many(self, jobs: Sequence[Job]) -> None:
+        """The card's memory was too small for these jobs at once: the largest number that fits is
+        between the most that it held and theirs."""
         if self.clients.graphs:
             self.clients.graphs.forget()
         torch.cuda.empty_cache()
-        self.most = count // 2
-        self._say(f"the card cannot hold {count} clients at once; trying {self.most}")
+        most, _ = self.held.get(jobs[0].active, (1, 0))
+        most = most if most < len(jobs) else 1  # larger clients than before, or less is free
+        self.held[jobs[0].active] = most, len(jobs)
+        fewer = (most + len(jobs)) // 2
+        self._say(f"the card cannot hold {len(jobs)} clients at once; trying {fewer}")
 
     def _at_once(self, jobs: Sequence[Job], settings: Train) -> list[Member]:
         """The members of these jobs, trained in one pass for all; see `cohort_round`."""

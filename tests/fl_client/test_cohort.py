@@ -733,32 +733,47 @@ def test_the_largest_of_unequal_clients_is_measured(monkeypatch):
     assert measured == [4, 8]
 
 
-def test_too_many_for_a_card_are_halved(monkeypatch, caplog):
-    """A card that is full at three: four are tried, then two and two; later rounds start there,
-    and what the four had is let go of before."""
+FEWER = "the card cannot hold {} clients at once; trying {}".format
+LARGEST = "the card holds {} of these clients at once, not {}".format
+
+
+@pytest.mark.parametrize(
+    ("most", "trial", "rounds", "said"),
+    [
+        (1, "4 2", "4 2 1 1 1 1, 1 1 1 1, 1 1 1 1", [FEWER(4, 2), FEWER(2, 1)]),
+        (2, "4 22 3 22", "4 2 2, 3 2 2, 2 2", [FEWER(4, 2), FEWER(3, 2), LARGEST(2, 3)]),
+        (3, "4 22 33", "4 2 2, 3 1, 3 1", [FEWER(4, 2), LARGEST(3, 4)]),
+    ],
+)
+def test_the_largest_number_that_a_card_holds(monkeypatch, caplog, most, trial, rounds, said):
+    """It is searched by halves, in `auto`'s trial or from round to round; what clients that were
+    too many had is let go of before others are tried."""
     federation = Federation(monkeypatch, sizes=(8, 8, 8, 8))
-    tried, held, real = [], [], together.cohort_round
+    clients = federation.clients
+    tried, held, real, alone = [], [], together.cohort_round, clients.train_alone
 
     def small_card(net, members, *args, **settings):
         assert not [one for one in held if one() is not None]
         tried.append(len(members))
-        if len(members) > 2:
+        if len(members) > most:
             activations = torch.zeros(len(members))
             held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(net, members, *args, **settings)
 
     monkeypatch.setattr(together, "cohort_round", small_card)
+    monkeypatch.setattr(clients, "train_alone", lambda job: tried.append(1) or alone(job))
     jobs = [(i, message, RecordDict()) for i, message in enumerate(federation.messages())]
-    assert "as one of 2" in federation.clients.choose_cohort(jobs, 1)[1]
-    assert tried == [4, 2, 2]
-    federation.clients.together.most = 4
+    why = clients.choose_cohort(jobs, 1)[1]
+    assert (f"as one of {most}" if most > 1 else "no two of these clients") in why
+    assert tried == [int(size) for size in trial if size != " "]
+    assert caplog.messages == said
+    clients.together.held.clear()
     tried.clear()
-    for _ in range(2):
+    for _ in range(3):
         messages = federation.messages()
         replies = federation.together(messages, federation.states())
-    assert tried == [4, 2, 2, 2, 2]
-    assert caplog.messages == ["the card cannot hold 4 clients at once; trying 2"]
+    assert tried == [int(size) for size in rounds if size.isdecimal()]
     singly = federation.alone(messages, federation.states())
     assert all(difference(a, b) < 1e-11 for a, b in zip(singly, replies, strict=True))
 
