@@ -14,6 +14,7 @@ from pathlib import Path
 from shlex import quote
 from typing import IO, TYPE_CHECKING, Any
 
+from fl_common import processors
 from fl_common.config import shown
 from fl_common.files import (
     lock,
@@ -440,8 +441,8 @@ def _data_of(members: Sequence[Member]) -> str:
 
 
 def _device(config: CoreConfig) -> str:
-    """Where this process evaluates, and the clients in it train: "cpu (2 processors)",
-    "NVIDIA H200 (cuda:0)"."""
+    """Where this process evaluates, and the clients in it train: "cpu (2 processors, AMD EPYC
+    7B13)", "NVIDIA H200 (cuda:0)"."""
     import torch
 
     from fl_common.assembly import training_device
@@ -452,6 +453,5 @@ def _device(config: CoreConfig) -> str:
         return config.train.device
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    cores = getattr(os, "sched_getaffinity", None)
-    count = len(cores(0)) if cores else os.cpu_count()
-    return f"{device} ({count} processor{'s' * (count != 1)})"
+    count = processors.count()
+    return f"{device} ({count} processor{'s' * (count != 1)}, {processors.model()})"

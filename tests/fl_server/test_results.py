@@ -174,7 +174,7 @@ def test_every_file_and_every_key(runner, capsys):
     assert summary["bytes_up"] == summary["bytes_down"] == DIGITS_CNN_BYTES * 4 * 3
     assert sum(row["seconds"] for row in rows) - 0.01 <= summary["wall_s"] <= wall + 0.01
     assert 0 < summary["cpu_s"] <= cpu + 0.01
-    assert re.fullmatch(r"cpu \(\d+ processors?\)", summary["device"])
+    assert re.fullmatch(r"cpu \(\d+ processors?, \S.*\)", summary["device"])
     assert summary["versions"]["flwr"] == version("flwr")
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["code"] == code_sha256()
@@ -191,13 +191,14 @@ def test_the_device_has_its_name(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    told = {"auto": "Card 0 (cuda:0)", "cuda:0": "Card 0 (cuda:0)", "cpu": "cpu (1 processor)",
-            "cuda:1": "cuda:1"}  # fmt: skip
+    told = {"auto": "Card 0 (cuda:0)", "cuda:0": "Card 0 (cuda:0)", "cuda:1": "cuda:1",
+            "cpu": "cpu (1 processor, EPYC)"}  # fmt: skip
+    monkeypatch.setattr(recorder.processors, "model", lambda: "EPYC")
     for name, device in told.items():  # there is no second card, which the roll call says
         config = resolve({"train.device": name})
-        recorder = Recorder(tmp_path / name.replace(":", ""))
-        recorder.begin(config, config.flat(), "inprocess")
-        assert recorder.summary["device"] == device
+        written = Recorder(tmp_path / name.replace(":", ""))
+        written.begin(config, config.flat(), "inprocess")
+        assert written.summary["device"] == device
 
 
 def test_a_client_that_says_that_it_worked_for_ages_ends_nothing(tmp_path):

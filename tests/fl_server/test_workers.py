@@ -389,7 +389,7 @@ def _children(process: int) -> set[int]:
 
 
 def test_auto_is_a_worker_for_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(workers.processors, "count", lambda: 8)
     for settings, expected in (
         ({}, 8),
         ({"clients.per-round": 3}, 3),
