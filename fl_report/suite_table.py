@@ -16,7 +16,7 @@ from fl_report.suite import NUMBER
 from fl_report.suite_metrics import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from fl_report.suite import Plan
@@ -30,10 +30,12 @@ def gather(
     command: str,
     measured: Callable[[Path], dict[str, Any]],
     code_of: Callable[[Path], str],
+    overrides: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Everything that the table tells, as JSON has it.
 
     measured, code_of: what a folder says of a cell besides its run.
+    overrides: settings of the command line with which the cells are not the suite's.
     """
     suite, cells = plan.suite, []
     for cell in plan.cells:
@@ -79,7 +81,7 @@ def gather(
         "command": command,
         "reduced": plan.reduced,
         "reduced_about": reduced,
-        "overrides": [key for key in plan.overrides if key not in SAME],
+        "overrides": list(overrides),
         "metrics": [metric.name for metric in plan.metrics],
         "published": [block.model_dump() for block in suite.published],
         "cells": cells,
@@ -113,11 +115,6 @@ def completed(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for cell in table.get("cells", ())
         if cell["status"] == "completed"
     }
-
-
-SAME = ("data.path", "data.cache-dir", "client.state-dir", "train.device", "train.threads",
-    "engine.name", "engine.workers", "run.pictures", "server.checkpoint-every")  # fmt: skip
-"""Settings of the command line that leave a cell comparable with the published numbers."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ FREE = {*RESUMABLE, *PLACE, "run.pictures", "server.checkpoint-every", "train.de
     "run.rounds"
 }
 """Settings in which a stored run may differ from its cell: they do not change what it computes."""
+ROUNDING = ("train.threads", "train.channels-last", "train.graphs", "engine.cohort")
+"""Settings that change the rounding of what a run computes and nothing else: its numbers stay
+comparable with published ones."""
 
 
 @dataclass
@@ -431,7 +434,8 @@ class OpenSuite:
         look(self.plan, self.base).check()
         remembered = read_or_empty(self.base / REMEMBERED)
         told = remembered.get("command") or self.command()
-        table = suite_table.gather(self.plan, self.base, told, measured, code_of)
+        others = [key for key in deciding(self.plan.overrides) if key not in ROUNDING]
+        table = suite_table.gather(self.plan, self.base, told, measured, code_of, others)
         table["elapsed_s"] = remembered.get("elapsed_s")
         for cell in table["cells"]:
             if cell["status"] == "completed":

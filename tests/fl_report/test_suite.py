@@ -15,6 +15,7 @@ from fl_report.compare import Run
 from fl_report.suite import Cell, Reduced, SuiteError, _cells, _parse, load
 from fl_report.suite_metrics import KINDS, Metric
 from fl_server.cli import main
+from fl_server.suites import open_suite
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(
@@ -365,6 +366,18 @@ def test_the_device_is_told_by_name_and_as_it_was_set_where_a_run_did_not_record
     table = suite_table.gather(plan, tmp_path, "", lambda _: {}, lambda _: "unknown")
     assert [cell["device"] for cell in table["cells"]] == ["Card (cuda)", "cuda"]
     assert "device: Card (cuda), cuda\n- seconds are those of" in suite_page.markdown(table)
+
+
+def test_settings_that_change_no_number_but_its_rounding_leave_a_suite_comparable(tmp_path):
+    """And those of places, engines, devices, deadlines and trackers."""
+    same = {
+        "tracking.to": "tensorboard", "engine.cohort": "auto", "engine.workers": "2",
+        "clients.deadline-s": 9.0, "train.device": "cpu", "train.threads": 2,
+        "train.channels-last": "on", "data.cache-dir": str(tmp_path),
+    }  # fmt: skip
+    for more in ({}, {"train.lr": 0.2}):
+        suite = open_suite(written(tmp_path), same | more, False, tmp_path / "out", 1)
+        assert suite.table()["overrides"] == list(more)
 
 
 def test_a_run_that_was_interrupted_is_told_as_that(tmp_path):
