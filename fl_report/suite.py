@@ -107,6 +107,8 @@ class Suite(_Part):
     settings: dict[Name, dict[str, Any]] = {}
     only: dict[Name, Names] = {}
     """Methods that run in some of the settings alone."""
+    against: dict[Name, Name] = {}
+    """The method of which each is a variant: the table has their differences, seed by seed."""
     cells: dict[str, dict[str, Any]] = {}
     """Settings of single pairs, SETTING_METHOD."""
     reduced: Reduced | None = None
@@ -218,6 +220,7 @@ def _names(suite: Suite, cut: Reduced) -> list[str]:
     known("reduced.methods", cut.methods, suite.methods, "method")
     known("reduced.settings", cut.settings, suite.settings, "setting")
     known("only", suite.only, suite.methods, "method")
+    known("against", [*suite.against, *suite.against.values()], suite.methods, "method")
     for method, names in suite.only.items():
         known(f"only.{method}", names, suite.settings, "setting")
     pairs = {f"{setting}_{method}" for setting in suite.settings for method in suite.methods}

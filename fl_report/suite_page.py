@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fl_common.files import write_atomically
 from fl_report import markup
 from fl_report.markup import element, joined
 from fl_report.suite_metrics import Metric
-from fl_report.suite_table import NONE, rows
+from fl_report.suite_table import NONE, Row, pairs, rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from rich.console import Group
     from rich.table import Table
 
     from fl_report.markup import Markup
+    from fl_report.plots import Lines
 
-MEAN = "Mean ± standard deviation over the seeds (n runs)."
+MEAN = "Mean ± standard deviation over the seeds."
+PAIRED = (
+    "Each run less that of the other method with the same seed, and so the same partition and "
+    "batches: mean ± standard deviation of the differences."
+)
 
 
 def _ours(table: Mapping[str, Any]) -> str:
@@ -30,27 +36,56 @@ def _ours(table: Mapping[str, Any]) -> str:
     return "ours, other settings" if table["overrides"] else "ours"
 
 
-def _columns(table: Mapping[str, Any]) -> dict[str, str]:
-    """Headings, each with the field of a row that stands below it."""
-    by_setting = any(cell["setting"] for cell in table["cells"])
-    return {
-        **({"setting": "setting"} if by_setting else {}),
-        "method": "method",
-        "metric": "metric",
-        **({"published": "published"} if table["published"] else {}),
-        _ours(table): "ours",
-        **({"difference": "difference"} if table["published"] else {}),
-    }
-
-
-def _lines(table: Mapping[str, Any]) -> list[list[str]]:
-    found, numbers = [], _cited(table)
+def _grid(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The page's table, a line for each method in each setting: headings and lines."""
+    numbers, by_metric = _cited(table), _titles(table)
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows(table):
-        mark = "" if row.block is None else f" [{numbers[row.block]}]"
-        missing = f" ({row.missing} missing)" if row.missing else ""
-        told = asdict(row) | {"published": row.published + mark, "ours": row.ours + missing}
-        found.append([told[name] for name in _columns(table).values()])
-    return found
+        found.setdefault((row.setting, row.method), {})[row.metric] = row
+    every = [row for its in found.values() for row in its.values()]
+    cited = {row.metric for row in every if row.block is not None}
+    compared = {row.metric for row in every if row.difference != NONE}
+    head = ["setting"] if any(setting for setting, _ in found) else []
+    head += ["method", "runs"]
+    for metric in by_metric:
+        head += [f"{metric}, published", _ours(table)] if metric in cited else [metric]
+        head += ["difference"] if metric in compared else []
+    lines = []
+    for (setting, method), its in found.items():
+        line = [setting] if "setting" in head else []
+        some = next(iter(its.values()))
+        line += [method, _of(some.runs, some.runs + some.missing)]
+        for metric in by_metric:
+            row = its.get(metric)
+            if metric in cited:
+                line.append(_printed(row, numbers) if row else NONE)
+            line.append(row.ours if row else NONE)
+            if metric in compared:
+                line.append(row.difference if row else NONE)
+        lines.append(line)
+    return head, lines
+
+
+def _of(some: int, whole: int) -> str:
+    return f"{some}" if some == whole else f"{some} of {whole}"
+
+
+def _printed(row: Row, numbers: Mapping[int, int]) -> str:
+    return row.published + ("" if row.block is None else f" [{numbers[row.block]}]")
+
+
+def _paired(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of the differences from base methods; no lines where there are none."""
+    found = pairs(table)
+    by_setting = any(pair.setting for pair in found)
+    titles = [t for t in _titles(table) if any(p.differences.get(t, NONE) != NONE for p in found)]
+    head = [*(["setting"] if by_setting else []), "method", "less", "runs", *titles]
+    lines = [
+        [*([p.setting] if by_setting else []), p.method, p.base, str(p.counted)]
+        + [p.differences[title] for title in titles]
+        for p in found
+    ]
+    return head, lines
 
 
 def _cited(table: Mapping[str, Any]) -> dict[int, int]:
@@ -59,29 +94,65 @@ def _cited(table: Mapping[str, Any]) -> dict[int, int]:
     return {place: number for number, place in enumerate(places, 1)}
 
 
-def terminal(table: Mapping[str, Any]) -> Table:
-    """For the terminal (rich)."""
+def terminal(table: Mapping[str, Any]) -> Group:
+    """For the terminal (rich), which may be narrow: a line for each number."""
+    from rich.console import Group
+
+    numbers, found = _cited(table), rows(table)
+    columns = {
+        **({"setting": [r.setting for r in found]} if any(r.setting for r in found) else {}),
+        "method": [row.method for row in found],
+        "metric": [row.metric for row in found],
+        "runs": [_of(row.runs, row.runs + row.missing) for row in found],
+    }
+    if table["published"]:
+        columns["published"] = [_printed(row, numbers) for row in found]
+    columns[_ours(table)] = [row.ours for row in found]
+    if any(row.difference != NONE for row in found):
+        columns["difference"] = [row.difference for row in found]
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    caption = " ".join([MEAN, *_conditions(table)])
+    made = [_rich(table["title"], caption, list(columns), lines)]
+    lines = [
+        [*([pair.setting] if pair.setting else []), pair.method, pair.base, metric, told]
+        for pair in pairs(table)
+        for metric, told in pair.differences.items()
+        if told != NONE
+    ]
+    if lines:
+        head = [
+            *(["setting"] if len(lines[0]) > 4 else []),
+            "method",
+            "less",
+            "metric",
+            "difference",
+        ]
+        made.append(_rich("", PAIRED, head, lines))
+    return Group(*made)
+
+
+def _rich(title: str, caption: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text  # or it would take "[s]" for markup
 
-    made = Table(box=SIMPLE, pad_edge=False, title=table["title"], caption=_caption(table))
-    for heading in _columns(table):
-        left = heading in ("setting", "method", "metric")
-        made.add_column(heading, justify="left" if left else "right")
-    for line in _lines(table):
-        made.add_row(*line)
+    made = Table(box=SIMPLE, pad_edge=False, title=Text(title), caption=Text(caption))
+    for heading in head:
+        words = heading in ("setting", "method", "metric", "less")
+        made.add_column(heading, justify="left" if words else "right")
+    for line in lines:
+        made.add_row(*map(Text, line))
     return made
-
-
-def _caption(table: Mapping[str, Any]) -> str:
-    return " ".join(["mean ± standard deviation (n runs).", *_conditions(table)])
 
 
 def opening(table: Mapping[str, Any]) -> Markup:
     """What stands on top of the report of its runs: how they were made, and the table."""
     told = [element("p", element("strong", line)) for line in _conditions(table)]
-    told += [element("p", MEAN), markup.table(list(_columns(table)), _lines(table))]
-    return joined([*told, *(element("p", line, class_="soft") for line in _remarks(table))])
+    told += [element("p", MEAN), markup.table(*_grid(table))]
+    told += [element("p", line, class_="soft") for line in _remarks(table)]
+    head, lines = _paired(table)
+    told += [element("p", PAIRED), markup.table(head, lines)] if lines else []
+    return joined(told)
 
 
 def _conditions(table: Mapping[str, Any]) -> list[str]:
@@ -112,8 +183,12 @@ def markdown(table: Mapping[str, Any]) -> str:
         parts.append(f"Published: {table['source']}.\n")
     parts += [f"**{text}**\n" for text in _conditions(table)]
     parts.append(f"{MEAN}\n")
-    parts.append(_grid(list(_columns(table)), _lines(table)))
+    parts.append(_markdown(*_grid(table)))
     parts += [f"{line}\n" for line in _remarks(table)]
+    head, lines = _paired(table)
+    parts += [f"{PAIRED}\n", _markdown(head, lines)] if lines else []
+    if panels(table):
+        parts.append(f"![Accuracy over rounds, the mean over the seeds]({table['name']}.png)\n")
     done = [cell for cell in table["cells"] if cell["status"] == "completed"]
     commands = dict.fromkeys(cell.get("command", table["command"]) for cell in done)
     told = "\n".join(commands or [table["command"]])
@@ -121,8 +196,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     parts.append(_made(done, table.get("elapsed_s")))
     parts.append("\n## Every run\n")
     apart = ["device"] if len(_devices(done)) > 1 else []
-    parts.append(_grid(["run", *_titles(table), "rounds", "wall s", "CPU s", *apart, "model"],
-                       [_run(table, cell, apart) for cell in table["cells"]]))  # fmt: skip
+    parts.append(_markdown(["run", *_titles(table), "rounds", "wall s", "CPU s", *apart, "model"],
+                           [_run(table, cell, apart) for cell in table["cells"]]))  # fmt: skip
     return "\n".join(parts)
 
 
@@ -191,15 +266,57 @@ def _remarks(table: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     made = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     return "\n".join([*made, *("| " + " | ".join(line) + " |" for line in lines), ""])
 
 
+def panels(table: Mapping[str, Any]) -> dict[tuple[str, str], Lines]:
+    """The page's picture: accuracies over rounds, a panel per setting, or over MB too if methods
+    differ in what they send; in it a line per method, the mean over its runs.  Empty where a run
+    has less than two points, or is from before they were stored."""
+    found: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    for cell in table["cells"]:
+        if cell["status"] == "completed":
+            if len(cell.get("curve", {}).get("rounds", ())) < 2:
+                return {}
+            by_method = found.setdefault((cell["setting"], "round"), {})
+            by_method.setdefault(cell["method"], []).append(cell["curve"])
+    if len(found) == 1:
+        [by_method] = found.values()
+        per_round = [c["mb"][-1] / c["rounds"][-1] for its in by_method.values() for c in its]
+        if max(per_round) > 1.01 * min(per_round):
+            found["", "MB sent, up and down"] = by_method
+    methods = dict.fromkeys(method for by_method in found.values() for method in by_method)
+    return {
+        (setting, over): {method: _mean(by_method.get(method, ()), over) for method in methods}
+        for (setting, over), by_method in found.items()
+    }
+
+
+def _mean(
+    curves: Sequence[Mapping[str, list[float]]], over: str
+) -> tuple[list[float], list[float]]:
+    """x and y at the rounds that all of them have."""
+    whole = set.intersection(*(set(curve["rounds"]) for curve in curves)) if curves else set()
+    points = [
+        [point for point in zip(*(curve[k] for k in ("rounds", "mb", "accuracy")), strict=True)
+         if point[0] in whole] for curve in curves
+    ]  # fmt: skip
+    means = [tuple(map(fmean, zip(*at, strict=True))) for at in zip(*points, strict=True)]
+    return [at[0 if over == "round" else 1] for at in means], [at[2] for at in means]
+
+
 def write(table: Mapping[str, Any], markdown_file: Path) -> list[Path]:
-    """The page, and the JSON that it is made from beside it; gives both."""
+    """The page, the JSON that it is made from and its picture beside it; gives their paths."""
     markdown_file.parent.mkdir(parents=True, exist_ok=True)
     data = markdown_file.with_suffix(".json")
     write_atomically(data, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(markdown_file, markdown(table).encode())
-    return [markdown_file, data]
+    if not (drawn := panels(table)):
+        return [markdown_file, data]
+    from fl_report import plots
+
+    picture = markdown_file.with_name(f"{table['name']}.png")
+    plots.comparison(drawn, picture)
+    return [markdown_file, data, picture]

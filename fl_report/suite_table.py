@@ -70,6 +70,7 @@ def gather(
                 "model_sha256": summary["model_sha256"],
                 "code": code_of(folder),
                 "versions": summary["versions"],
+                "curve": _curve(run),
             }
         cells.append(told)
     reduced = suite.reduced.about if plan.reduced and suite.reduced else ""
@@ -84,8 +85,16 @@ def gather(
         "overrides": list(overrides),
         "metrics": [metric.name for metric in plan.metrics],
         "published": [block.model_dump() for block in suite.published],
+        "against": dict(suite.against),
         "cells": cells,
     }
+
+
+def _curve(run: compare.Run) -> dict[str, list[float]]:
+    """Where the global model was evaluated: rounds, MB until then (up and down), accuracies."""
+    rounds, accuracies = run.series("cloud")
+    sent = run.megabytes()
+    return {"rounds": rounds, "mb": [sent[t] for t in rounds], "accuracy": accuracies}
 
 
 def with_shared_settings(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +139,8 @@ class Row:
     """Which block of `published` it is from."""
     ours: str
     difference: str
+    runs: int
+    """Completed ones."""
     missing: int
     """Cells that are not there."""
 
@@ -172,6 +183,7 @@ def _row(
         place,
         _by_device(there, metric) if metric.kind.of_machine else _ours(there, metric),
         difference,
+        len(there),
         len(group) - len(there),
     )
 
@@ -207,18 +219,69 @@ def _by_device(cells: Sequence[Any], metric: Metric) -> str:
     if len(devices) < 2:
         return _ours(cells, metric)
     alike = {device: [cell for cell in cells if cell["device"] == device] for device in devices}
-    told = [f"{device}: {_ours(some, metric)}" for device, some in alike.items()
-            if _values(some, metric)]  # fmt: skip
+    told = [f"{device}: {_spread(values, metric.kind.digits)} (n = {len(values)})"
+            for device, some in alike.items() if (values := _values(some, metric))]  # fmt: skip
     return "; ".join(told) or NONE
 
 
 def _ours(cells: Sequence[Any], metric: Metric) -> str:
     """mean ± standard deviation (n - 1) over the runs that have the number."""
-    values, runs, digits = _values(cells, metric), len(cells), metric.kind.digits
+    values = _values(cells, metric)
     if not values:
-        return "never" if runs and metric.may_fail else NONE
-    told = f"{fmean(values):.{digits}f}"
-    if len(values) > 1:
-        told += f" ± {stdev(values):.{max(digits, 1)}f}"
-    of = f" of {runs}" if len(values) < runs else ""
-    return f"{told} (n = {len(values)}{of})"
+        return "never" if cells and metric.may_fail else NONE
+    return _spread(values, metric.kind.digits) + _of_all(len(values), len(cells))
+
+
+def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    told = f"{fmean(values):{sign}.{digits}f}"
+    return told + (f" ± {stdev(values):.{max(digits, 1)}f}" if len(values) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method beside its base in a setting, run by run."""
+
+    setting: str
+    method: str
+    base: str
+    differences: dict[str, str]
+    """By metric: mean ± standard deviation over the seeds that have both numbers."""
+    counted: int
+    """Seeds that have both runs."""
+
+
+def pairs(table: Mapping[str, Any]) -> list[Pair]:
+    """Each method less the method that the suite has it `against`, seed by seed: partitions and
+    batches are those of the seed, so that their spread is not in the differences."""
+    done = {
+        (cell["setting"], cell["method"], cell["seed"]): cell["values"]
+        for cell in table["cells"]
+        if cell["status"] == "completed"
+    }
+    settings = dict.fromkeys(cell["setting"] for cell in table["cells"])
+    metrics = [m for m in map(Metric.of, table["metrics"]) if not m.kind.of_machine]
+    found = []
+    for setting in settings:
+        for method, base in table.get("against", {}).items():
+            both = [
+                (values, done[setting, base, seed])
+                for (its, name, seed), values in done.items()
+                if (its, name) == (setting, method) and (setting, base, seed) in done
+            ]
+            told = {metric.title: _less(both, metric) for metric in metrics}
+            if any(text != NONE for text in told.values()):
+                found.append(Pair(setting, method, base, told, len(both)))
+    return found
+
+
+def _less(both: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: Metric) -> str:
+    numbers = [(a.get(metric.name), b.get(metric.name)) for a, b in both]
+    found = [a - b for a, b in numbers if a is not None and b is not None]
+    if not found:
+        return NONE
+    return _spread(found, metric.kind.digits, "+") + _of_all(len(found), len(both))
+
+
+def _of_all(counted: int, runs: int) -> str:
+    """What tells that not all runs have a number."""
+    return f" ({counted} of {runs})" if counted < runs else ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from fl_common.config import methods
 from fl_report import cost, suite_page, suite_table
@@ -311,9 +314,9 @@ def a_table(**more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def texts(table: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str, str, int]]:
+def texts(table: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str, str, int, int]]:
     return {
-        (row.method, row.metric): (row.published, row.ours, row.difference, row.missing)
+        (row.method, row.metric): (row.published, row.ours, row.difference, row.runs, row.missing)
         for row in suite_table.rows(table)
     }
 
@@ -321,17 +324,81 @@ def texts(table: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str, str, i
 def test_published_ours_and_the_difference():
     # 53 is the mean of 52 and 54, sqrt(2) their deviation with n - 1; 53 - 50 = 3, 59 - 60 = -1.
     assert texts(a_table()) == {
-        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5", "53.0 ± 1.4 (n = 2)", "+3.0", 0),
-        ("feddyn", "accuracy [%]"): ("60", "59.0 (n = 1)", "-1.0", 1),
-        ("fedavg", "rounds to accuracy 0.5"): ("-", "never", "-", 0),
-        ("feddyn", "rounds to accuracy 0.5"): ("-", "never", "-", 1),
+        ("fedavg", "accuracy [%]"): ("50.0 ± 1.5", "53.0 ± 1.4", "+3.0", 2, 0),
+        ("feddyn", "accuracy [%]"): ("60", "59.0", "-1.0", 1, 1),
+        ("fedavg", "rounds to accuracy 0.5"): ("-", "never", "-", 2, 0),
+        ("feddyn", "rounds to accuracy 0.5"): ("-", "never", "-", 1, 1),
     }
     page = suite_page.markdown(a_table())
-    assert "| fedavg | accuracy [%] | 50.0 ± 1.5 [1] | 53.0 ± 1.4 (n = 2) | +3.0 |" in page
+    head = "accuracy [%], published | ours | difference | rounds to accuracy 0.5"
+    assert f"| method | runs | {head} |\n" in page
+    assert "| fedavg | 2 | 50.0 ± 1.5 [1] | 53.0 ± 1.4 | +3.0 | never |\n" in page
+    assert "| feddyn | 1 of 2 | 60 [1] | 59.0 | -1.0 | never |\n" in page
     assert "**1 of 4 runs are missing.**" in page and "| feddyn_seed1 | - |" in page
     cut = a_table(cells=[cell("fedavg", 0, 52.0), cell("fedavg", 1, None, status="interrupted")])
     page = suite_page.markdown(cut)
     assert "**1 of 2 runs are missing (1 interrupted).**" in page
+
+
+def test_differences_from_a_base_method_are_taken_seed_by_seed():
+    # 2 and 1 over the base; of seed 2, the base is missing.
+    cells = [cell("fedavg", seed, at) for seed, at in enumerate((50.0, 60.0, None))]
+    cells += [cell("feddyn", seed, at) for seed, at in enumerate((52.0, 61.0, 40.0))]
+    for i, reached in ((0, 8.0), (3, 5.0), (4, 4.0)):
+        cells[i]["values"]["rounds-to:0.5"] = reached
+    table = a_table(cells=cells, against={"feddyn": "fedavg"}, published=[])
+    table["metrics"].append("seconds")
+    [pair] = suite_table.pairs(table)
+    assert (pair.method, pair.base, pair.counted) == ("feddyn", "fedavg", 2)
+    told = {"accuracy [%]": "+1.5 ± 0.7", "rounds to accuracy 0.5": "-3.0 (1 of 2)"}
+    assert pair.differences == told
+    page = suite_page.markdown(table)
+    assert "| method | less | runs | accuracy [%] | rounds to accuracy 0.5 |\n" in page
+    assert "| feddyn | fedavg | 2 | +1.5 ± 0.7 | -3.0 (1 of 2) |\n" in page
+    assert "<td>+1.5 ± 0.7</td>" in suite_page.opening(table)
+    del cells[:3]
+    assert suite_table.pairs(table) == []
+    assert "less" not in suite_page.markdown(table)
+
+
+def in_terminal(table: dict[str, Any]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(suite_page.terminal(table))
+    return console.export_text()
+
+
+def test_the_terminal_has_a_line_for_each_number():
+    table = a_table(against={"feddyn": "fedavg"}, metrics=["accuracy", "seconds"])
+    lines = [line.split() for line in in_terminal(table).splitlines()]
+    assert ["feddyn", "wall", "time", "[s]", "1", "of", "2", "-", "3.0", "-"] in lines
+    assert ["feddyn", "fedavg", "accuracy", "[%]", "+7.0"] in lines
+
+
+def test_the_picture_of_a_table_is_of_means_over_seeds(tmp_path):
+    """At the rounds that all runs have, over MB too where methods differ in them."""
+    first = {"rounds": [0, 1, 2], "mb": [0.0, 2.0, 4.0], "accuracy": [0.1, 0.2, 0.4]}
+    second = {"rounds": [0, 2], "mb": [0.0, 4.0], "accuracy": [0.3, 0.6]}
+    less = {"rounds": [0, 2], "mb": [0.0, 1.0], "accuracy": [0.1, 0.2]}
+    cells = [cell("fedavg", 0, 40.0, curve=first), cell("fedavg", 1, 60.0, curve=second)]
+    cells += [cell("fedpart", 0, 20.0, curve=less), cell("fedpart", 1, None)]
+    table = a_table(cells=cells)
+    means, part = [pytest.approx(0.2), pytest.approx(0.5)], [0.1, 0.2]
+    assert suite_page.panels(table) == {
+        ("", "round"): {"fedavg": ([0, 2], means), "fedpart": ([0, 2], part)},
+        ("", "MB sent, up and down"): {"fedavg": ([0, 4], means), "fedpart": ([0, 1], part)},
+    }
+    written = suite_page.write(table, tmp_path / "page.md")
+    assert [path.name for path in written] == ["page.md", "page.json", "two.png"]
+    with Image.open(written[-1]) as picture:
+        assert picture.format == "PNG"
+    assert "](two.png)" in written[0].read_text()
+    apart = [one | {"setting": setting} for one, setting in zip(cells, "abab", strict=True)]
+    found = suite_page.panels(table | {"cells": apart})
+    assert list(found) == [("a", "round"), ("b", "round")]
+    assert found["b", "round"]["fedpart"] == ([], [])
+    del cells[0]["curve"]
+    written = suite_page.write(table, tmp_path / "page.md")
+    assert len(written) == 2 and "png" not in written[0].read_text()
 
 
 def test_every_setting_has_its_own_published_number():
@@ -349,8 +416,8 @@ def test_only_remarks_that_a_line_cites_are_told_with_numbers_of_their_own():
     second = first | {"table": "Table 2", "values": {"feddyn": [60]}}
     first = first | {"values": {"fedavg": [50]}}
     page = suite_page.markdown(a_table(published=[other, second, first]))
-    assert "| fedavg | accuracy [%] | 50 [2] |" in page
-    assert "| feddyn | accuracy [%] | 60 [1] |" in page
+    assert "| fedavg | 2 | 50 [2] | 53.0 ± 1.4 | +3.0 |" in page
+    assert "| feddyn | 1 of 2 | 60 [1] | 59.0 | -1.0 |" in page
     assert "[1] Table 2.\n\n[2] Table 1.\n" in page
     assert "Table 0" not in page and "[3]" not in page
 
@@ -411,7 +478,7 @@ def test_of_runs_that_never_reach_a_target_the_others_are_told():
     table = a_table()
     table["cells"][0]["values"]["rounds-to:0.5"] = 4.0
     told = texts(table)["fedavg", "rounds to accuracy 0.5"]
-    assert told == ("-", "4.0 (n = 1 of 2)", "-", 0)
+    assert told == ("-", "4.0 (1 of 2)", "-", 2, 0)
 
 
 def test_runs_on_two_devices_have_no_mean_of_their_seconds():
@@ -420,7 +487,7 @@ def test_runs_on_two_devices_have_no_mean_of_their_seconds():
     cells[1]["values"]["seconds"] = 1.0
     table = a_table(cells=cells, metrics=["accuracy", "seconds"])
     told = texts(table)
-    assert told["fedavg", "accuracy [%]"][1] == "53.0 ± 1.4 (n = 2)"
+    assert told["fedavg", "accuracy [%]"][1] == "53.0 ± 1.4"
     assert told["fedavg", "wall time [s]"][1] == "Card (cuda): 1.0 (n = 1); cpu: 3.0 (n = 1)"
     page = suite_page.markdown(table)
     assert "| rounds | wall s | CPU s | device | model |" in page
@@ -450,7 +517,7 @@ def test_the_report_of_a_suite_says_what_its_table_says():
     lines = suite_page.opening(a_table(reduced=True, reduced_about="smaller"))
     told = "Reduced: smaller; so it is not compared with the published numbers."
     assert f"<strong>{told}</strong>" in lines and "1 of 4 runs are missing." in lines
-    assert "<td>53.0 ± 1.4 (n = 2)</td>" in lines and "<td>50.0 ± 1.5 [1]</td>" in lines
+    assert "<td>53.0 ± 1.4</td>" in lines and "<td>50.0 ± 1.5 [1]</td>" in lines
     assert "[1] Table 1." in lines
 
 
@@ -483,5 +550,7 @@ def test_a_published_table_is_whole_or_says_what_is_missing(path):
 
 
 def test_every_published_page_has_its_numbers():
-    pages = {path.stem for path in (ROOT / "docs" / "results").glob("*.md")}
-    assert pages - {"README"} == {path.stem for path in PUBLISHED}
+    folder = ROOT / "docs" / "results"
+    assert {path.stem for path in folder.glob("*.md")} == {path.stem for path in PUBLISHED}
+    pictures = {path.stem for path in PUBLISHED if suite_page.panels(json.loads(path.read_text()))}
+    assert {path.stem for path in folder.glob("*.png")} == pictures
