@@ -154,7 +154,7 @@ def load(
 ) -> Plan:
     """The cells of a suite's file, every configuration checked.  Raises SuiteError with every
     mistake."""
-    suite = _parse(path)
+    suite = parse(path)
     cut = suite.reduced or Reduced()
     errors = _names(suite, cut)
     if reduced and suite.reduced is None:
@@ -164,7 +164,7 @@ def load(
     if errors:
         raise SuiteError([f"{path}: {error}" for error in errors])
     over = dict(overrides or {})
-    cells = _cells(path, suite, cut if reduced else Reduced(), over)
+    cells = cells_of(path, suite, cut if reduced else Reduced(), over)
     if not cells:
         raise SuiteError([f"{path}: [reduced] and [only] leave no run"])
     _check(path, cells)
@@ -173,7 +173,7 @@ def load(
     return Plan(path.stem, suite, [known[name] for name in chosen], cells, reduced, over)
 
 
-def _parse(path: Path) -> Suite:
+def parse(path: Path) -> Suite:
     table = _toml(path)
     if "methods" not in table and not {"title", "metrics", "seeds"} & table.keys():
         raise SuiteError(
@@ -275,7 +275,7 @@ def _metrics(names: Iterable[str], errors: list[str]) -> dict[str, Metric]:
     return found
 
 
-def _cells(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -> list[Cell]:
+def cells_of(path: Path, suite: Suite, cut: Reduced, over: Mapping[str, Scalar]) -> list[Cell]:
     """The cells with all their settings but the seed."""
     base = {**_under(path, suite), **flatten(suite.base)}
     columns = [s for s in suite.settings or [""] if not cut.settings or s in cut.settings]
