@@ -15,7 +15,6 @@ import os
 import socket
 import struct
 import weakref
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from fl_common.deferred import torch
 from fl_common.sockets import read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
 LENGTHS = struct.Struct("!QQ")
 ALIGNMENT = 64
@@ -44,6 +43,8 @@ KNOWN = -1
 
 Maps = dict[tuple[int, int], "torch.UntypedStorage | None"]
 """Mapped files by device and inode, which no other file has as long as they are mapped."""
+Lent = list[tuple[int, "weakref.ref[mmap.mmap]"]]
+"""Slots of the other side, each with its memory here, which may be gone."""
 Forms = dict[str, dict[str, list[Any] | None] | None]
 """What `_laid_out` says of each array, by record and key; None for a record of something else."""
 
@@ -216,14 +217,14 @@ def _put(connection: socket.socket, text: bytes, rest: bytes, files: list[int]) 
 def receive(
     connection: socket.socket,
     known: Sequence[torch.Tensor] = (),
-    released: Callable[[int], None] = lambda slot: None,
+    lent: Lent | None = None,
     kept: Maps | None = None,
 ) -> tuple[dict[str, Any], list[RecordDict], list[torch.Tensor]]:
     """The next parcel: header, records, and its tensors, read-only.
 
-    known: the tensors of the parcel that this one answers.  released: called with the number of a
-    slot when nobody has a tensor in it any more.  kept: the map of the last parcel's shared file,
-    used again if the file comes again.  Raises EOFError, OSError if the other side is gone.
+    known: the tensors of the parcel that this one answers.  lent: gets the parcel's slot, for
+    `given_back`.  kept: the map of the last parcel's shared file, used again if the file comes
+    again.  Raises EOFError, OSError if the other side is gone.
     """
     data, files, _, _ = socket.recv_fds(connection, LENGTHS.size, FILES)
     try:
@@ -236,7 +237,7 @@ def receive(
         maps = [_shared(files[0], kept)] if parts["shared"] else []
         own = files[len(maps) :]
         if parts["slot"] is not None:
-            maps.append(_told(own.pop(0), partial(released, parts["slot"])))
+            maps.append(_lent(own.pop(0), parts["slot"], lent))
         maps += map(_map, own)
     finally:
         for file in files:
@@ -287,11 +288,22 @@ def _shared(file: int, kept: Maps | None) -> torch.UntypedStorage | None:
     return known[name]
 
 
-def _told(file: int, end: Callable[[], None]) -> torch.UntypedStorage:
-    """As `_map`, and `end` is called when the last tensor in it is gone."""
+def _lent(file: int, slot: int, lent: Lent | None) -> torch.UntypedStorage:
+    """As `_map`, and `lent` gets the slot with its memory."""
     memory = mmap.mmap(file, os.fstat(file).st_size, flags=mmap.MAP_PRIVATE)
-    weakref.finalize(memory, end).atexit = False
+    if lent is not None:
+        lent.append((slot, weakref.ref(memory)))
     return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+
+
+def given_back(lent: Lent) -> list[int]:
+    """Take out the slots in which nobody has a tensor any more.
+
+    They are asked for: a callback at the end of their memory may be where a signal arrives, and
+    Python drops the exception that the signal's handler raises there."""
+    gone = [(slot, memory) for slot, memory in lent if memory() is None]
+    lent[:] = [each for each in lent if each not in gone]
+    return [slot for slot, _ in gone]
 
 
 def _view(

@@ -65,8 +65,8 @@ class _Worker:
     connection: socket.socket
     jobs: deque[tuple[Job, Sequence[torch.Tensor]]] = field(default_factory=deque)
     """Jobs that were sent to it, each with the tensors as sent; it works on the first."""
-    released: list[int] = field(default_factory=list)
-    """Slots of its replies that are free again; it is told with the next job."""
+    lent: shared_memory.Lent = field(default_factory=list)
+    """Slots of its replies; with the next job it is told which are free again."""
 
 
 def count(config: CoreConfig) -> int:
@@ -155,8 +155,8 @@ class Pool:
     def _send(self, i: int) -> bool:
         """Give worker i the next job; False if it died at an earlier one, which `_take` reports."""
         worker, job = self.workers[i], self.jobs[0]
-        records, released = [job.content, job.state], list(worker.released)
-        header = {"job": job.header, "released": released}
+        records = [job.content, job.state]
+        header = {"job": job.header, "released": shared_memory.given_back(worker.lent)}
         try:
             sent = shared_memory.send(worker.connection, header, records, self.common)
         except (BrokenPipeError, ConnectionResetError):
@@ -164,7 +164,6 @@ class Pool:
                 return False
             self._replace(worker)
             return True
-        del worker.released[: len(released)]
         worker.jobs.append((self.jobs.popleft(), sent))
         return True
 
@@ -172,7 +171,7 @@ class Pool:
         job, sent = worker.jobs.popleft()
         try:
             header, (content, state), _ = shared_memory.receive(
-                worker.connection, sent, worker.released.append
+                worker.connection, sent, worker.lent
             )
         except (EOFError, OSError):
             return Done(job.key, error=f"its worker process died ({_how(self._replace(worker))})")

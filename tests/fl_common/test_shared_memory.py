@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
+import weakref
 from array import array
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -148,25 +152,59 @@ def test_a_slot_is_used_again_when_nobody_has_what_lay_in_it(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     """Not while a view of it, or a NumPy array, is alive; with all in use, files are new."""
-    slots, released = shared_memory.Slots(2), []
+    slots, lent = shared_memory.Slots(2), []
 
     def parcel(number: float) -> torch.Tensor:
         shared_memory.send(ends[0], {}, [records(params=torch.full((1000,), number))], slots=slots)
-        _, _, (tensor,) = shared_memory.receive(ends[1], released=released.append)
+        _, _, (tensor,) = shared_memory.receive(ends[1], lent=lent)
         return tensor
 
     first, second, third = parcel(1), parcel(2), parcel(3)
     assert len(slots.files) == 2 and not slots.free
     kept = first[10:20].numpy()
     del first, third
-    assert not released  # the third's file was its own
+    assert not shared_memory.given_back(lent)  # the third's file was its own
     del second
+    released = shared_memory.given_back(lent)
     assert released == [0] or released == [1]
+    assert not shared_memory.given_back(lent)
     slots.free += released
     again = parcel(4)
     assert (kept == 1).all() and (again == 4).all()
     del kept
-    assert sorted(released) == [0, 1]
+    assert shared_memory.given_back(lent) == [1 - released[0]]
+    del again
+    assert shared_memory.given_back(lent) == released
+
+
+def test_a_signal_that_comes_while_memory_goes_back_is_heard(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """Python drops what a signal's handler raises in a callback of memory that is freed."""
+    slots, lent = shared_memory.Slots(1), []
+    shared_memory.send(ends[0], {}, [records(params=torch.ones(1000))], slots=slots)
+    [tensor] = shared_memory.receive(ends[1], lent=lent)[2]
+    comes = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.py_object)(
+        ("PyErr_SetInterruptEx", ctypes.pythonapi)
+    )
+
+    class Told(Exception):
+        pass
+
+    def told(*_: object) -> None:
+        raise Told
+
+    before = signal.signal(signal.SIGUSR1, told)
+    try:
+        last = type("Last", (), {})()
+        # Freed from the last on; a callback in C, so that the handler does not run at once.
+        freed, watch = [tensor, last], weakref.ref(last, partial(comes, signal.SIGUSR1))
+        del tensor, last
+        with pytest.raises(Told):
+            freed.clear()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert watch() is None and shared_memory.given_back(lent) == [0]
 
 
 @pytest.mark.parametrize("most", [1, 0], ids=["a slot", "none free"])
@@ -175,18 +213,19 @@ def test_what_a_reply_leaves_behind_keeps_no_more_than_itself(
 ) -> None:
     """The new state outlives the reply by rounds: it holds neither the reply's memory nor a slot,
     though a vector may be in both."""
-    slots, released, states = shared_memory.Slots(most), [], []
+    slots, lent, states = shared_memory.Slots(most), [], []
     before = len(os.listdir("/proc/self/fd"))
     for number in (1.0, 2.0):
         model, c, both = (torch.full((1000 * k,), number + k) for k in (1, 2, 3))
         own = [records(model=model, both=both), records(c=c, both=both)]
         shared_memory.send(ends[0], {}, own, slots=slots)
-        _, (reply, state), tensors = shared_memory.receive(ends[1], released=released.append)
+        _, (reply, state), tensors = shared_memory.receive(ends[1], lent=lent)
         assert torch.equal(wire.unpack(reply["arrays"])["model"], model)
         assert torch.equal(wire.unpack(reply["arrays"])["both"], both)
         del reply, tensors
+        released = shared_memory.given_back(lent)
         assert released == [0] * most
-        slots.free, released = [*slots.free, *released], []
+        slots.free += released
         states.append((wire.unpack(state["arrays"]), {"c": c, "both": both}))
     assert len(os.listdir("/proc/self/fd")) == before + most
     for arrived, sent in states:
