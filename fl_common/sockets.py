@@ -5,9 +5,18 @@ Only the standard library is used.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
 import socket
 import tempfile
+from pathlib import Path
+
+RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Of the ports that the system hands out."""
+TAKEN = re.compile(rb"(?i)already in use|failed to bind")
+"""In the log of a Flower process that found its port taken."""
 
 
 def read(connection: socket.socket, length: int) -> bytearray:
@@ -37,6 +46,15 @@ def root(longest: int) -> str:
 
 
 def free_port() -> int:
-    """A loopback port that nobody used a moment ago."""
+    """A loopback port that nobody used a moment ago, and that the system gives to nobody by itself:
+    whoever needs it may take seconds to begin."""
+    try:
+        first = int(RANGE.read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # not Linux
+        first = 32768
+    for _ in range(1000):
+        port = first // 2 + secrets.randbelow(first - first // 2)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -279,7 +278,7 @@ class Federation:
                 time.sleep(POLL)
             if process.poll() is None:
                 break
-            if not re.search(rb"(?i)address already in use|failed to bind", log.read_bytes()):
+            if not sockets.TAKEN.search(log.read_bytes()):
                 raise self._broken("SuperLink ended at its start", log)
         trust = "insecure = true" if self.insecure else f'root-certificates = "{self.keys}/ca.crt"'
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'

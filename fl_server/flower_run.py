@@ -425,7 +425,7 @@ def _start_superlink(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
             _pause()
         if ended is None:
             raise _broken(f"did not listen within {START_TIMEOUT:g} s", log)
-        if b"address already in use" not in log.read_bytes():
+        if not sockets.TAKEN.search(log.read_bytes()):
             raise _broken(f"ended at its start with exit code {ended}", log)
 
 

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from fl_common.sockets import free_port
 from fl_server.bundle import COMMANDS, app_directory
 
 if TYPE_CHECKING:
@@ -260,14 +260,6 @@ def test_a_run_that_fails_fails_the_command(demos: list[Demo], tmp_path: Path):
     assert living(home) == {}
 
 
-def free_ports() -> list[str]:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as one,
-        socket.create_server(("127.0.0.1", 0)) as two,
-    ):
-        return [str(probe.getsockname()[1]) for probe in (one, two)]
-
-
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
     """Ray's sockets, whose paths may not be long, go here."""
@@ -281,7 +273,7 @@ def test_plain_flwr_run(demos: list[Demo], tmp_path: Path, short_folder: Path):
     clone, home, empty = demos[0].clone, tmp_path / "home", tmp_path / "empty"
     home.mkdir()
     empty.mkdir()
-    http, control = free_ports()
+    http, control = str(free_port()), str(free_port())
     env = environment(home) | FLOWER
     env |= {
         "PATH": f"{clone / '.venv/bin'}:{PATH}",

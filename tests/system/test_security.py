@@ -20,7 +20,7 @@ from flwr.proto import fleet_pb2, fleet_pb2_grpc
 from living import living, mark, wait_for
 
 from fl_common.processes import FLOWER
-from fl_common.sockets import free_port
+from fl_common.sockets import TAKEN, free_port
 from fl_server.certificates import make_certificates, make_node_key
 
 BIN = Path(sys.executable).parent
@@ -133,7 +133,7 @@ class Site:
             )
             if process.poll() is None:
                 return process
-            assert "address already in use" in self.log("superlink"), self.log("superlink")
+            assert TAKEN.search(self.log("superlink").encode()), self.log("superlink")
 
     def node_options(self, partition: int, key: object, address: str = "") -> list[object]:
         return [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HEAD = """\
 # Results
 
-`python -m fl_report.results_index > docs/results/README.md` makes this page from the JSON files
+`python -m fl_report.suite_index > docs/results/README.md` makes this page from the JSON files
 beside it and the suites in `experiments/`. A page has its suite's table, with published numbers
 where there are any, the command, versions, seconds and every run. *Reduced* pages are of settings
 that fit a CPU: they show whether a method works and are not compared with published numbers.

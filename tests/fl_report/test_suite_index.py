@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fl_report.results_index import page
+from fl_report.suite_index import page
 
 ROOT = Path(__file__).parents[2]
 RESULTS, SUITES = ROOT / "docs" / "results", ROOT / "experiments"
 
 
 def test_the_page_is_made_from_the_results_and_the_suites():
-    told = "run: python -m fl_report.results_index > docs/results/README.md"
+    told = "run: python -m fl_report.suite_index > docs/results/README.md"
     assert (RESULTS / "README.md").read_text() == page(RESULTS, SUITES), told
 
 
