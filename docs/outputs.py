@@ -66,13 +66,13 @@ def printed(command: str, folder: Path, environment: dict[str, str]) -> str | No
 
 def stamp() -> str:
     """Day, machine and versions."""
-    from fl_common import processors
+    from fl_common import machine
     from fl_common.fingerprint import code_sha256
 
     torch = version("torch").partition("+")[0]
     return (
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} processors "
-        f"({processors.model()}), Python {sys.version.split()[0]}, torch {torch}, "
+        f"({machine.processor()}), Python {sys.version.split()[0]}, torch {torch}, "
         f"code {code_sha256()[:12]}"
     )
 

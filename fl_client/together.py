@@ -11,7 +11,6 @@ import sys
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from flwr.app import RecordDict
 
 from fl_client.cohort import Known, Member, bytes_of, cohort_round, why_alone
 from fl_client.graphs import BeginAnew
+from fl_common import machine
 from fl_common.failures import Failed, first_line, reason
 from fl_common.local import correction_of
 
@@ -268,16 +268,7 @@ class Together:
 
 def free_bytes(device: torch.device) -> int:
     """Free memory [bytes]; of a GPU no bound, since it raises an error when it is full."""
-    if device.type == "cuda":
-        return sys.maxsize
-    found = [sys.maxsize]
-    memory = Path("/proc/meminfo")
-    if memory.exists():
-        found.append(1024 * int(memory.read_text().partition("MemAvailable:")[2].split()[0]))
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and limit.read_text().strip().isdigit():
-        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
-    return min(found)
+    return sys.maxsize if device.type == "cuda" else machine.free_bytes()
 
 
 def _shortened(job: Job, samples: int) -> Job:

@@ -154,12 +154,11 @@ def down() -> None:
     """
     with _alone():
         state = _state()
-        known = _present(state)
-        if not known:
+        if not _present(state):
             (home() / "state.json").unlink(missing_ok=True)
             stale = "; the processes that it had started have ended" if state else ""
             raise UsageError(f"no federation is up{stale}")
-        if left := processes.end(known, STOP_GRACE):
+        if left := _end(state):
             raise FederationError(f"processes {sorted(left)} cannot be ended")
         (home() / "state.json").unlink(missing_ok=True)
     print(f"the federation is down: SuperLink and {_nodes(state['clients'])} ended")
@@ -199,6 +198,15 @@ def _present(state: dict[str, Any]) -> dict[int, str]:
         return {}
     known = {int(pid): start for pid, start in state["processes"].items()}
     return processes.present(known) | processes.marked(MARK, state["mark"])
+
+
+def _end(state: dict[str, Any]) -> set[int]:
+    """End a federation's processes, those too that one of them started while it was being ended;
+    gives those that cannot be ended."""
+    while known := _present(state):
+        if left := processes.end(known, STOP_GRACE):
+            return left
+    return set()
 
 
 class Federation:
@@ -248,7 +256,7 @@ class Federation:
 
     def stop(self) -> set[int]:
         """End all of it; gives what still lives, which should be nothing."""
-        left = processes.end(_present(self.state), STOP_GRACE)
+        left = _end(self.state)
         (self.folder / "state.json").unlink(missing_ok=True)
         return left
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import quote
 from typing import IO, TYPE_CHECKING, Any
 
-from fl_common import processors
+from fl_common import machine
 from fl_common.config import shown
 from fl_common.files import (
     lock,
@@ -247,22 +247,23 @@ class Recorder:
         lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         row |= dict.fromkeys(lost)
         line = left = (json.dumps(row) + "\n").encode()
+        before = len(self.rows)
         # Unbuffered: closing the file must not write what a full disk has refused.
         with (self.folder / HISTORY).open("ab", buffering=0) as file:
             try:
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
+                self._add(row, line)
             except OSError:
                 os.truncate(file.fileno(), self._length)
                 raise
             except BaseException:  # Ctrl-C: the row is written whole, and counts, or not at all
                 if left:
                     os.truncate(file.fileno(), self._length)
-                else:
+                elif len(self.rows) == before:
                     self._add(row, line)
                 raise
-        self._add(row, line)
         if self._tracking and done:
             self._tracking.row(row)
 
@@ -453,5 +454,5 @@ def _device(config: CoreConfig) -> str:
         return config.train.device
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    count = processors.count()
-    return f"{device} ({count} processor{'s' * (count != 1)}, {processors.model()})"
+    count = machine.processors()
+    return f"{device} ({count} processor{'s' * (count != 1)}, {machine.processor()})"

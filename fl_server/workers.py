@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
 
-from fl_common import forks, processes, processors, shared_memory
+from fl_common import forks, machine, processes, shared_memory
 from fl_common.assembly import training_device
 from fl_common.config import AUTO
 from fl_common.failures import reason
@@ -83,7 +83,7 @@ def count(config: CoreConfig) -> int:
         return int(given)
     if cuda or sys.platform != "linux" or config.engine.cohort not in ("1", AUTO):
         return 1
-    return max(1, min(processors.count() // config.train.threads, config.cohort_size))
+    return max(1, min(machine.processors() // config.train.threads, config.cohort_size))
 
 
 class Pool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,3 +38,13 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return held
+
+
+def open_files() -> set[tuple[str, str]]:
+    """Descriptors of this process, each with what it is of.  Others may go at any time, as those of
+    a gRPC server that has ended do: what matters is what is there later and was not before."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # of the listing itself
+            found.add((descriptor, os.readlink(f"/proc/self/fd/{descriptor}")))
+    return found

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from living import open_files
 
 from fl_common import forks
 from fl_common.forks import in_processes
@@ -116,7 +117,7 @@ def test_where_no_process_can_be_made_all_is_done_here(monkeypatch: pytest.Monke
         made.append(original())
         return made[-1]
 
-    before = set(os.listdir("/proc/self/fd")) if sys.platform == "linux" else set()
+    before = open_files() if sys.platform == "linux" else set()
     monkeypatch.setattr(os, "fork", fork)
     found = in_processes(lambda part: [part, os.getpid()], [0, 1, 2, 3])
     assert [part for part, _ in found] == [0, 1, 2, 3]
@@ -124,7 +125,7 @@ def test_where_no_process_can_be_made_all_is_done_here(monkeypatch: pytest.Monke
     with pytest.raises(ChildProcessError):
         os.waitpid(made[0], os.WNOHANG)
     if sys.platform == "linux":
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert not open_files() - before
 
 
 AS_MANY = """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from living import open_files
 
 from fl_common import shared_memory, wire
 
@@ -141,11 +142,11 @@ def test_the_death_of_the_other_side_is_an_end_of_file(
 
 
 def test_no_file_stays_open(ends: tuple[socket.socket, socket.socket]) -> None:
-    before, kept = len(os.listdir("/proc/self/fd")), []
+    before, kept = open_files(), []
     for _ in range(5):
         sent = shared_memory.send(ends[0], {}, [records(**TENSORS)])
         kept.append(shared_memory.receive(ends[1], sent))  # tensors stay, descriptors go
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_files() - before
 
 
 def test_a_slot_is_used_again_when_nobody_has_what_lay_in_it(
@@ -214,7 +215,7 @@ def test_what_a_reply_leaves_behind_keeps_no_more_than_itself(
     """The new state outlives the reply by rounds: it holds neither the reply's memory nor a slot,
     though a vector may be in both."""
     slots, lent, states = shared_memory.Slots(most), [], []
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for number in (1.0, 2.0):
         model, c, both = (torch.full((1000 * k,), number + k) for k in (1, 2, 3))
         own = [records(model=model, both=both), records(c=c, both=both)]
@@ -227,7 +228,7 @@ def test_what_a_reply_leaves_behind_keeps_no_more_than_itself(
         assert released == [0] * most
         slots.free += released
         states.append((wire.unpack(state["arrays"]), {"c": c, "both": both}))
-    assert len(os.listdir("/proc/self/fd")) == before + most
+    assert len(open_files() - before) == most
     for arrived, sent in states:
         assert all(torch.equal(arrived[name], tensor) for name, tensor in sent.items())
         (size,) = {t.untyped_storage().nbytes() for t in arrived.values()}

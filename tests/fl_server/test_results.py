@@ -193,7 +193,7 @@ def test_the_device_has_its_name(monkeypatch, tmp_path):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     told = {"auto": "Card 0 (cuda:0)", "cuda:0": "Card 0 (cuda:0)", "cuda:1": "cuda:1",
             "cpu": "cpu (1 processor, EPYC)"}  # fmt: skip
-    monkeypatch.setattr(recorder.processors, "model", lambda: "EPYC")
+    monkeypatch.setattr(recorder.machine, "processor", lambda: "EPYC")
     for name, device in told.items():  # there is no second card, which the roll call says
         config = resolve({"train.device": name})
         written = Recorder(tmp_path / name.replace(":", ""))

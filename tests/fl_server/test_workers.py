@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ from fl_common.guards import Expected
 from fl_server import evaluator, inprocess, workers
 from fl_server.exchange import Exchange, Outcome
 from fl_server.inprocess import InProcessGrid
-from tests.living import living, mark, wait_for
+from tests.living import living, mark, open_files, wait_for
 
 if TYPE_CHECKING:
     from tests.conftest import Runner
@@ -345,9 +346,9 @@ def test_a_reply_that_cannot_be_laid_out_is_told(monkeypatch, capfd) -> None:
 def test_nothing_is_left_of_a_run(runner: Runner) -> None:
     runner.always = ["run.pictures=false"]
     runner("run.rounds=1", "engine.workers=2")  # what is opened once for all
-    files, children = len(os.listdir("/proc/self/fd")), _children(os.getpid())
+    files, children = open_files(), _children(os.getpid())
     assert runner("run.rounds=2", "engine.workers=2").code == 0
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert not open_files() - files
     assert _children(os.getpid()) == children
 
 
@@ -384,12 +385,13 @@ def test_workers_end_with_the_run(tmp_path: Path, end: signal.Signals) -> None:
 def _children(process: int) -> set[int]:
     found = set()
     for task in Path(f"/proc/{process}/task").iterdir():
-        found |= {int(pid) for pid in (task / "children").read_text().split()}
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
     return found
 
 
 def test_auto_is_a_worker_for_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.processors, "count", lambda: 8)
+    monkeypatch.setattr(workers.machine, "processors", lambda: 8)
     for settings, expected in (
         ({}, 8),
         ({"clients.per-round": 3}, 3),
