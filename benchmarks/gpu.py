@@ -91,13 +91,17 @@ class Bench:
 
     def run_seconds(self, values: dict[str, Scalar], name: str, rounds: int) -> float:
         """The median round of `flatfed run`, server and all, after the first one [s]."""
+        return median(self.run_rounds(values, name, rounds)[1:])
+
+    def run_rounds(self, values: dict[str, Scalar], name: str, rounds: int) -> list[float]:
+        """The rounds of `flatfed run`, server and all; the first one warms up [s]."""
         place = {"run.output-dir": str(self.folder), "run.name": name, "run.rounds": 2 + rounds}
         settings = [f"{key}={value}" for key, value in (values | place).items()]
         with redirect_stdout(io.StringIO()) as printed:
             if run(["run", *settings]):
                 raise RuntimeError(printed.getvalue())
         rows = (self.folder / name / "history.jsonl").read_text().splitlines()
-        return median(json.loads(row)["seconds"] for row in rows[1:-1])  # the last one evaluates
+        return [json.loads(row)["seconds"] for row in rows[:-1]]  # the last one evaluates
 
 
 def overhead(bench: Bench) -> int:
@@ -108,7 +112,7 @@ def overhead(bench: Bench) -> int:
         f"(a) {count} clients, batches of 10: seconds per round; ratios are those of one by one, "
         "not recorded",
         "model", "one by one", "recorded", "at once", "rounds/min", "ratio", "bar",
-        "over recorded", "bare loop", "over bare",
+        "over recorded", "bare loop", "over bare", "warm-up, recorded", "warm-up, at once",
     )  # fmt: skip
     missed = 0
     for model, bar in BARS.items():
@@ -121,16 +125,18 @@ def overhead(bench: Bench) -> int:
             "recorded": {"engine.cohort": "1"},
             "at-once": {"engine.cohort": str(count)},
         }
-        plain, recorded, at_once = (
-            bench.run_seconds(values | way, f"{model}-{name}", rounds) for name, way in ways.items()
-        )
+        times = [
+            bench.run_rounds(values | way, f"{model}-{name}", rounds) for name, way in ways.items()
+        ]
+        plain, recorded, at_once = (median(each[1:]) for each in times)
+        _, *warm_up = (each[0] - median(each[1:]) for each in times)
         loop = _bare_seconds(model, Cohort(values, count), rounds)
         missed += bench.card and plain / at_once < bar
         bench.add(
             table,
             model, f"{plain:.4f}", f"{recorded:.4f}", f"{at_once:.4f}", f"{60 / at_once:.0f}",
             f"{plain / at_once:.2f}", f"{bar:.0f}", f"{recorded / at_once:.2f}", f"{loop:.4f}",
-            f"{loop / at_once:.2f}",
+            f"{loop / at_once:.2f}", *(f"{seconds:.1f}" for seconds in warm_up),
         )  # fmt: skip
     bench.console.print(table)
     return missed

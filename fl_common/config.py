@@ -178,7 +178,9 @@ class Train(Group):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:K")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
-        "float32", description="bfloat16: autocast over float32 parameters"
+        "float32",
+        description="bfloat16: autocast over float32 parameters; on a GPU, torch computes the "
+        "convolutions of float32 in TF32, to three digits",
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads per process")
     deterministic: bool = Field(
