@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MEAN = "Mean ± standard deviation over the seeds."
 PAIRED = (
     "Each run less that of the other method with the same seed, and so the same partition and "
-    "batches: mean ± standard deviation of the differences."
+    "batches: mean ± standard deviation of the differences; of times and memory, the ratios (x)."
 )
 
 

@@ -245,41 +245,55 @@ class Pair:
     method: str
     base: str
     differences: dict[str, str]
-    """By metric: mean ± standard deviation over the seeds that have both numbers."""
+    """By metric: mean ± standard deviation over the seeds that have both numbers, or, with an x,
+    of their ratios."""
     counted: int
     """Seeds that have both runs."""
 
 
 def pairs(table: Mapping[str, Any]) -> list[Pair]:
     """Each method less the method that the suite has it `against`, seed by seed: partitions and
-    batches are those of the seed, so that their spread is not in the differences."""
+    batches are those of the seed, so that their spread is not in the differences.  Of times and
+    memory, its share of the other's."""
     done = {
-        (cell["setting"], cell["method"], cell["seed"]): cell["values"]
+        (cell["setting"], cell["method"], cell["seed"]): cell
         for cell in table["cells"]
         if cell["status"] == "completed"
     }
     settings = dict.fromkeys(cell["setting"] for cell in table["cells"])
-    metrics = [m for m in map(Metric.of, table["metrics"]) if not m.kind.of_machine]
+    metrics = [Metric.of(name) for name in table["metrics"]]
     found = []
     for setting in settings:
         for method, base in table.get("against", {}).items():
             both = [
-                (values, done[setting, base, seed])
-                for (its, name, seed), values in done.items()
+                (cell, done[setting, base, seed])
+                for (its, name, seed), cell in done.items()
                 if (its, name) == (setting, method) and (setting, base, seed) in done
             ]
-            told = {metric.title: _less(both, metric) for metric in metrics}
+            told = {metric.title: _beside(both, metric) for metric in metrics}
             if any(text != NONE for text in told.values()):
                 found.append(Pair(setting, method, base, told, len(both)))
     return found
 
 
-def _less(both: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: Metric) -> str:
-    numbers = [(a.get(metric.name), b.get(metric.name)) for a, b in both]
-    found = [a - b for a, b in numbers if a is not None and b is not None]
+def _beside(both: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: Metric) -> str:
+    found = []
+    for one, other in both:
+        a, b = (cell["values"].get(metric.name) for cell in (one, other))
+        if a is None or b is None:
+            continue
+        if not metric.kind.of_machine:
+            found.append(a - b)
+        elif b and one["device"] == other["device"]:
+            found.append(a / b)
     if not found:
         return NONE
-    return _spread(found, metric.kind.digits, "+") + _of_all(len(found), len(both))
+    told = (
+        "x " + _spread(found, 2)
+        if metric.kind.of_machine
+        else _spread(found, metric.kind.digits, "+")
+    )
+    return told + _of_all(len(found), len(both))
 
 
 def _of_all(counted: int, runs: int) -> str:

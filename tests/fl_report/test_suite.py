@@ -346,15 +346,17 @@ def test_differences_from_a_base_method_are_taken_seed_by_seed():
     cells += [cell("feddyn", seed, at) for seed, at in enumerate((52.0, 61.0, 40.0))]
     for i, reached in ((0, 8.0), (3, 5.0), (4, 4.0)):
         cells[i]["values"]["rounds-to:0.5"] = reached
+    cells[4]["device"] = "Card (cuda)"
     table = a_table(cells=cells, against={"feddyn": "fedavg"}, published=[])
     table["metrics"].append("seconds")
     [pair] = suite_table.pairs(table)
     assert (pair.method, pair.base, pair.counted) == ("feddyn", "fedavg", 2)
-    told = {"accuracy [%]": "+1.5 ± 0.7", "rounds to accuracy 0.5": "-3.0 (1 of 2)"}
+    told = {"accuracy [%]": "+1.5 ± 0.7", "rounds to accuracy 0.5": "-3.0 (1 of 2)",
+            "wall time [s]": "x 1.00 (1 of 2)"}  # fmt: skip
     assert pair.differences == told
     page = suite_page.markdown(table)
-    assert "| method | less | runs | accuracy [%] | rounds to accuracy 0.5 |\n" in page
-    assert "| feddyn | fedavg | 2 | +1.5 ± 0.7 | -3.0 (1 of 2) |\n" in page
+    assert "| method | less | runs | accuracy [%] | rounds to accuracy 0.5 | wall time" in page
+    assert "| feddyn | fedavg | 2 | +1.5 ± 0.7 | -3.0 (1 of 2) | x 1.00 (1 of 2) |\n" in page
     assert "<td>+1.5 ± 0.7</td>" in suite_page.opening(table)
     del cells[:3]
     assert suite_table.pairs(table) == []
