@@ -206,13 +206,19 @@ class Together:
         self.held[jobs[0].active] = most, too_many
         if most == too_many - 1:
             self._say(f"the card holds {most} of these clients at once, not {too_many}")
+        elif too_many < sys.maxsize:  # more are tried next, and not beside what these recorded
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the card's memory that is kept for later passes."""
+        if self.clients.graphs:
+            self.clients.graphs.forget()
+        torch.cuda.empty_cache()
 
     def _too_many(self, jobs: Sequence[Job]) -> None:
         """The card's memory was too small for these jobs at once: the largest number that fits is
         between the most that it held and theirs."""
-        if self.clients.graphs:
-            self.clients.graphs.forget()
-        torch.cuda.empty_cache()
+        self._forget()
         most, _ = self.held.get(jobs[0].active, (1, 0))
         most = most if most < len(jobs) else 1  # larger clients than before, or less is free
         self.held[jobs[0].active] = most, len(jobs)

@@ -14,8 +14,10 @@ LONGEST = 40
 """Most characters of a name in a picture."""
 
 
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
-    """A figure of this size in inches, and its axes."""
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, *, shared: bool = True
+) -> tuple[Figure, Any]:
+    """A figure of this size in inches, and its axes; shared: rows have the x axis in common."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,7 +25,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     warnings.filterwarnings("ignore", "Glyph .* missing from font")
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, sharex=rows > 1)
+    return figure, figure.subplots(rows, columns, sharex=shared and rows > 1)
 
 
 def plain(axes: Axes, grid: Literal["x", "y"] = "y") -> None:

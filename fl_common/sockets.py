@@ -52,8 +52,9 @@ def free_port() -> int:
         first = int(RANGE.read_text().split()[0])
     except (OSError, ValueError, IndexError):  # not Linux
         first = 32768
-    for _ in range(1000):
-        port = first // 2 + secrets.randbelow(first - first // 2)
+    low = max(1024, first // 2)
+    for _ in range(1000 if first > low else 0):
+        port = low + secrets.randbelow(first - low)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -22,6 +22,8 @@ COLOURS = (
 """Colours of runs, in their order; they repeat from the 21st on."""
 DASHES, MARKERS = ("-", (0, (5, 3)), (0, (2, 2))), "os^vDPX"
 """Vary with the colours, so that a line shows under another; where colours repeat, these differ."""
+ACROSS = 3
+"""Panels beside each other; more stand below."""
 STATES = {
     "not drawn": "#eaeef2", "answered": "#7fb0f5", "no answer": "#eda100", "rejected": "#8b1020"
 }  # fmt: skip
@@ -82,10 +84,13 @@ Spreads = dict[str, list[float]]
 def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
     """Accuracies: a panel per title and x axis, in it a line per run; their names are below."""
     labels = next(iter(panels.values()))  # all panels have the same
-    columns = len(panels) * _columns(labels)
-    height = 3.6 + 0.16 * -(-len(labels) // columns)
-    figure, axes = new_figure(4.6 * len(panels), height, columns=len(panels))
-    for panel, ((title, over), runs) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+    wide = min(len(panels), ACROSS)
+    deep = -(-len(panels) // wide)
+    columns = wide * _columns(labels)
+    height = 3.6 * deep + 0.16 * -(-len(labels) // columns)
+    figure, axes = new_figure(4.6 * wide, height, columns=wide, rows=deep, shared=False)
+    places = np.atleast_1d(axes).flat
+    for panel, ((title, over), runs) in zip(places, panels.items(), strict=False):
         for i, (label, (x, accuracies)) in enumerate(runs.items()):
             style = _style(i, len(x))
             panel.plot(x, [100 * a for a in accuracies], label=name_of(label), ms=3, **style)
@@ -93,6 +98,8 @@ def comparison(panels: Mapping[tuple[str, str], Lines], path: Path) -> None:
         plain(panel)
         if over == "round":
             _whole(panel.xaxis)
+    for unused in places[len(panels) :]:
+        unused.remove()
     figure.legend(
         *panel.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center",
         ncols=columns, handlelength=3,

@@ -149,6 +149,11 @@ class Plan:
         return f"{self.name}-reduced" if self.reduced else self.name
 
 
+def placeholder(source: str) -> str:
+    """What stands for the folder of a data source in a command that is shown."""
+    return f"{source.replace('-', '_').upper()}_DIR"
+
+
 def load(
     path: Path, *, reduced: bool = False, overrides: Mapping[str, Scalar] | None = None
 ) -> Plan:
@@ -221,6 +226,7 @@ def _names(suite: Suite, cut: Reduced) -> list[str]:
     known("reduced.settings", cut.settings, suite.settings, "setting")
     known("only", suite.only, suite.methods, "method")
     known("against", [*suite.against, *suite.against.values()], suite.methods, "method")
+    errors += [f"against: {m} is its own base" for m, base in suite.against.items() if m == base]
     for method, names in suite.only.items():
         known(f"only.{method}", names, suite.settings, "setting")
     pairs = {f"{setting}_{method}" for setting in suite.settings for method in suite.methods}

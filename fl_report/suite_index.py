@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fl_common.config import resolve
 from fl_common.data.catalogue import SOURCES
-from fl_report.suite import Reduced, cells_of, parse
+from fl_report.suite import Reduced, cells_of, parse, placeholder
 from fl_report.suite_table import NONE, rows
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ where there are any, the command, versions, seconds and every run. *Reduced* pag
 that fit a CPU: they show whether a method works and are not compared with published numbers.
 [What they say about the papers](../suites.md#what-was-found).
 """
-OPEN = """\
+OPEN = f"""\
 ## Open
 
-At full size these suites need a GPU, and some of them data that must be downloaded elsewhere. The
-commands are ready; `--cells '*_seed0'` begins with one seed, what is interrupted goes on, and
-`--publish docs/results` adds the page.
+At full size these suites need a GPU, and some of them data that must be downloaded elsewhere
+(`{placeholder("cifar10")}` stands for a folder with it: [data](../data.md)). `--cells PATTERN`
+runs some of the cells, what is interrupted goes on, and `flatfed suite FILE --publish docs/results`
+makes the page of what is there.
 """
 
 
@@ -36,22 +38,30 @@ def page(results: Path, suites: Path) -> str:
     tables = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     lines = ["| page | size | runs | ours less published | device | date |", "|---" * 6 + "|"]
     lines += [_line(table) for table in sorted(tables, key=lambda t: (t["reduced"], t["name"]))]
-    whole = {table["name"] for table in tables if not table["reduced"]}
-    left = ["| suite | runs | command |", "|---" * 3 + "|"]
+    done = {
+        table["name"]: len(_completed(table))
+        for table in tables
+        if not (table["reduced"] or table["overrides"])
+    }
+    left = ["| suite | runs left | command |", "|---" * 3 + "|"]
     for path in sorted(suites.glob("*.toml")):
-        if path.stem not in whole and "[methods" in path.read_text():
-            left.append(_open(path))
+        if "[methods" in path.read_text():
+            left += _open(path, done.get(path.stem, 0))
     return "\n".join([HEAD, *lines, "", OPEN, *left, ""])
 
 
+def _completed(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in table["cells"] if cell["status"] == "completed"]
+
+
 def _line(table: Mapping[str, Any]) -> str:
-    done = [cell for cell in table["cells"] if cell["status"] == "completed"]
-    counted = f"{len(done)}" + f" of {len(table['cells'])}" * (len(done) < len(table["cells"]))
+    done, whole = _completed(table), len(table["cells"])
     dates = sorted({cell["date"] for cell in done})
+    size = "reduced" if table["reduced"] else "full"
     told = [
         f"[{table['title']}]({table['name']}.md)",
-        "reduced" if table["reduced"] else "full",
-        counted,
+        f"{size}, other settings" if table["overrides"] else size,
+        f"{len(done)}" if len(done) == whole else f"{len(done)} of {whole}",
         "; ".join(_compared(table)) or NONE,
         ", ".join(sorted({cell["device"] for cell in done})) or NONE,
         " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else NONE,
@@ -71,14 +81,18 @@ def _compared(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _open(path: Path) -> str:
+def _open(path: Path, done: int) -> list[str]:
+    """The line of a suite at full size, of which `done` runs are there; none if all are."""
     suite = parse(path)
     cells = cells_of(path, suite, Reduced(), {})
-    source = str(cells[0].values["data.source"])
+    if done >= len(cells):
+        return []
+    default = resolve({}).data.source
+    source = str(cells[0].values.get("data.source", default))
     command = f"flatfed suite experiments/{path.name} --device cuda engine.cohort=auto"
     if SOURCES[source].path != "none":
-        command += f" data.path={source.replace('-', '_').upper()}_DIR"
-    return f"| {suite.title} | {len(cells)} | `{command}` |"
+        command += f" data.path={placeholder(source)}"
+    return [f"| {suite.title} | {len(cells) - done} | `{command}` |"]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 MEAN = "Mean ± standard deviation over the seeds."
 PAIRED = (
-    "Each run less that of the other method with the same seed, and so the same partition and "
-    "batches: mean ± standard deviation of the differences; of times and memory, the ratios (x)."
+    "Each run less that of the other method with the same seed: mean ± standard deviation of the "
+    "differences; of times and memory, the ratios (x)."
 )
+WIDE = 12
+"""Columns of a page's table; with more, each number has a line of its own."""
 
 
 def _ours(table: Mapping[str, Any]) -> str:
@@ -36,27 +38,32 @@ def _ours(table: Mapping[str, Any]) -> str:
     return "ours, other settings" if table["overrides"] else "ours"
 
 
+def _main(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of the page's table."""
+    grid = _grid(table)
+    return grid if len(grid[0]) <= WIDE else _long(table)
+
+
 def _grid(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The page's table, a line for each method in each setting: headings and lines."""
-    numbers, by_metric = _cited(table), _titles(table)
-    found: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows(table):
-        found.setdefault((row.setting, row.method), {})[row.metric] = row
-    every = [row for its in found.values() for row in its.values()]
-    cited = {row.metric for row in every if row.block is not None}
-    compared = {row.metric for row in every if row.difference != NONE}
-    head = ["setting"] if any(setting for setting, _ in found) else []
-    head += ["method", "runs"]
+    """A line for each method in each setting."""
+    numbers, by_metric, found = _cited(table), _titles(table), rows(table)
+    cells: dict[tuple[str, str], list[str]] = {}
+    for cell in table["cells"]:
+        cells.setdefault((cell["setting"], cell["method"]), []).append(cell["status"])
+    by_place = {(row.setting, row.method, row.metric): row for row in found}
+    cited = {row.metric for row in found if row.block is not None}
+    compared = {row.metric for row in found if row.difference != NONE}
+    by_setting = any(setting for setting, _ in cells)
+    head = [*(["setting"] if by_setting else []), "method", "runs"]
     for metric in by_metric:
         head += [f"{metric}, published", _ours(table)] if metric in cited else [metric]
         head += ["difference"] if metric in compared else []
     lines = []
-    for (setting, method), its in found.items():
-        line = [setting] if "setting" in head else []
-        some = next(iter(its.values()))
-        line += [method, _of(some.runs, some.runs + some.missing)]
+    for (setting, method), statuses in cells.items():
+        line = [*([setting] if by_setting else []), method]
+        line.append(_of(statuses.count("completed"), len(statuses)))
         for metric in by_metric:
-            row = its.get(metric)
+            row = by_place.get((setting, method, metric))
             if metric in cited:
                 line.append(_printed(row, numbers) if row else NONE)
             line.append(row.ours if row else NONE)
@@ -64,6 +71,23 @@ def _grid(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 line.append(row.difference if row else NONE)
         lines.append(line)
     return head, lines
+
+
+def _long(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A line for each number."""
+    numbers, found = _cited(table), rows(table)
+    columns = {
+        **({"setting": [r.setting for r in found]} if any(r.setting for r in found) else {}),
+        "method": [row.method for row in found],
+        "metric": [row.metric for row in found],
+        "runs": [_of(row.runs, row.runs + row.missing) for row in found],
+    }
+    if table["published"]:
+        columns["published"] = [_printed(row, numbers) for row in found]
+    columns[_ours(table)] = [row.ours for row in found]
+    if any(row.difference != NONE for row in found):
+        columns["difference"] = [row.difference for row in found]
+    return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 
 def _of(some: int, whole: int) -> str:
@@ -79,13 +103,29 @@ def _paired(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     found = pairs(table)
     by_setting = any(pair.setting for pair in found)
     titles = [t for t in _titles(table) if any(p.differences.get(t, NONE) != NONE for p in found)]
-    head = [*(["setting"] if by_setting else []), "method", "less", "runs", *titles]
+    head = [*(["setting"] if by_setting else []), "method", "less", "seeds", *titles]
+    if len(head) > WIDE:
+        return _long_pairs(table)
     lines = [
-        [*([p.setting] if by_setting else []), p.method, p.base, str(p.counted)]
+        [*([p.setting] if by_setting else []), p.method, p.base, str(p.seeds)]
         + [p.differences[title] for title in titles]
         for p in found
     ]
     return head, lines
+
+
+def _long_pairs(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A line for each difference."""
+    found = pairs(table)
+    by_setting = any(pair.setting for pair in found)
+    lines = [
+        [*([p.setting] if by_setting else []), p.method, p.base, str(p.seeds), metric, told]
+        for p in found
+        for metric, told in p.differences.items()
+        if told != NONE
+    ]
+    head = ["method", "less", "seeds", "metric", "difference"]
+    return [*(["setting"] if by_setting else []), *head], lines
 
 
 def _cited(table: Mapping[str, Any]) -> dict[int, int]:
@@ -98,36 +138,10 @@ def terminal(table: Mapping[str, Any]) -> Group:
     """For the terminal (rich), which may be narrow: a line for each number."""
     from rich.console import Group
 
-    numbers, found = _cited(table), rows(table)
-    columns = {
-        **({"setting": [r.setting for r in found]} if any(r.setting for r in found) else {}),
-        "method": [row.method for row in found],
-        "metric": [row.metric for row in found],
-        "runs": [_of(row.runs, row.runs + row.missing) for row in found],
-    }
-    if table["published"]:
-        columns["published"] = [_printed(row, numbers) for row in found]
-    columns[_ours(table)] = [row.ours for row in found]
-    if any(row.difference != NONE for row in found):
-        columns["difference"] = [row.difference for row in found]
-    lines = [list(line) for line in zip(*columns.values(), strict=True)]
     caption = " ".join([MEAN, *_conditions(table)])
-    made = [_rich(table["title"], caption, list(columns), lines)]
-    lines = [
-        [*([pair.setting] if pair.setting else []), pair.method, pair.base, metric, told]
-        for pair in pairs(table)
-        for metric, told in pair.differences.items()
-        if told != NONE
-    ]
-    if lines:
-        head = [
-            *(["setting"] if len(lines[0]) > 4 else []),
-            "method",
-            "less",
-            "metric",
-            "difference",
-        ]
-        made.append(_rich("", PAIRED, head, lines))
+    made = [_rich(table["title"], caption, *_long(table))]
+    if pairs(table):
+        made.append(_rich("", PAIRED, *_long_pairs(table)))
     return Group(*made)
 
 
@@ -148,7 +162,7 @@ def _rich(title: str, caption: str, head: Sequence[str], lines: Sequence[Sequenc
 def opening(table: Mapping[str, Any]) -> Markup:
     """What stands on top of the report of its runs: how they were made, and the table."""
     told = [element("p", element("strong", line)) for line in _conditions(table)]
-    told += [element("p", MEAN), markup.table(*_grid(table))]
+    told += [element("p", MEAN), markup.table(*_main(table))]
     told += [element("p", line, class_="soft") for line in _remarks(table)]
     head, lines = _paired(table)
     told += [element("p", PAIRED), markup.table(head, lines)] if lines else []
@@ -183,7 +197,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         parts.append(f"Published: {table['source']}.\n")
     parts += [f"**{text}**\n" for text in _conditions(table)]
     parts.append(f"{MEAN}\n")
-    parts.append(_markdown(*_grid(table)))
+    parts.append(_markdown(*_main(table)))
     parts += [f"{line}\n" for line in _remarks(table)]
     head, lines = _paired(table)
     parts += [f"{PAIRED}\n", _markdown(head, lines)] if lines else []
@@ -313,10 +327,11 @@ def write(table: Mapping[str, Any], markdown_file: Path) -> list[Path]:
     data = markdown_file.with_suffix(".json")
     write_atomically(data, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(markdown_file, markdown(table).encode())
+    picture = markdown_file.with_name(f"{table['name']}.png")
     if not (drawn := panels(table)):
+        picture.unlink(missing_ok=True)  # of other runs
         return [markdown_file, data]
     from fl_report import plots
 
-    picture = markdown_file.with_name(f"{table['name']}.png")
     plots.comparison(drawn, picture)
     return [markdown_file, data, picture]

@@ -247,8 +247,8 @@ class Pair:
     differences: dict[str, str]
     """By metric: mean ± standard deviation over the seeds that have both numbers, or, with an x,
     of their ratios."""
-    counted: int
-    """Seeds that have both runs."""
+    seeds: int
+    """That have both runs."""
 
 
 def pairs(table: Mapping[str, Any]) -> list[Pair]:
@@ -277,23 +277,31 @@ def pairs(table: Mapping[str, Any]) -> list[Pair]:
 
 
 def _beside(both: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: Metric) -> str:
-    found = []
-    for one, other in both:
-        a, b = (cell["values"].get(metric.name) for cell in (one, other))
-        if a is None or b is None:
-            continue
-        if not metric.kind.of_machine:
-            found.append(a - b)
-        elif b and one["device"] == other["device"]:
-            found.append(a / b)
-    if not found:
+    there = [
+        (one, other, a, b)
+        for one, other in both
+        if (a := one["values"].get(metric.name)) is not None
+        and (b := other["values"].get(metric.name)) is not None
+    ]
+    if metric.kind.of_machine:
+        return _ratios(there, len(both))
+    if not there:
         return NONE
-    told = (
-        "x " + _spread(found, 2)
-        if metric.kind.of_machine
-        else _spread(found, metric.kind.digits, "+")
-    )
-    return told + _of_all(len(found), len(both))
+    told = _spread([a - b for _, _, a, b in there], metric.kind.digits, "+")
+    return told + _of_all(len(there), len(both))
+
+
+def _ratios(there: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], float, float]],
+            pairs: int) -> str:  # fmt: skip
+    """Of runs on the same device, with as many beside them; by device, as `_by_device`."""
+    found: dict[str, list[float]] = {}
+    for one, other, a, b in there:
+        if b and all(one.get(key) == other.get(key) for key in ("device", "jobs")):
+            found.setdefault(one["device"], []).append(a / b)
+    told = {device: f"x {_spread(ratios, 2)}" for device, ratios in sorted(found.items())}
+    if len(told) > 1:
+        return "; ".join(f"{d}: {text} (n = {len(found[d])})" for d, text in told.items())
+    return "".join(f"{text}{_of_all(len(found[d]), pairs)}" for d, text in told.items()) or NONE
 
 
 def _of_all(counted: int, runs: int) -> str:

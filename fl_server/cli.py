@@ -257,7 +257,7 @@ def _add_suite_command(commands: argparse._SubParsersAction) -> None:
         "--publish",
         type=Path,
         metavar="DIR",
-        help="the same, and write it to DIR/NAME.md and DIR/NAME.json",
+        help="the same, and write it to DIR: NAME.md, NAME.json and a picture",
     )
     suite.set_defaults(function=result_commands.suite, config=[])
 

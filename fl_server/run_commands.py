@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fl_server.flower_run import FlowerStatus
 
 FLOWER_LOG = "flower.log"
-TO_END = 15.0  # s, for the process of a run that is stopped; Flower ends it by force sooner
 """In the results folder: what Flower wrote of errors, tracebacks above all."""
+TO_END = 15.0  # s, for the process of a run that is stopped; Flower ends it by force sooner
 
 _OURS = re.compile(
     r"((round|run) +\d|(evaluation|flatness) of round |roll call: |resumed after |waiting|warning: "

@@ -20,21 +20,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl_common import processes
+from fl_common import machine, processes
 from fl_common.config import AUTO, resolve
 from fl_common.files import LOCK, absolute_path, lock, read_object, read_or_empty, write_object
 from fl_common.fingerprint import code_sha256
 from fl_common.results import CONFIG, REPORT, checkpoints
 from fl_report import compare, suite_page, suite_table
 from fl_report.settings import PLACE, arguments, as_argument
-from fl_report.suite import SuiteError, load
+from fl_report.suite import SuiteError, load, placeholder
 from fl_server.checkpoint import code_of
 from fl_server.console import TERMINATED
 from fl_server.progress import duration
 from fl_server.recorder import RESUMABLE, read_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from fl_common.config import Scalar
     from fl_report.suite import Cell, Plan
@@ -86,10 +86,16 @@ def differing(config: Mapping[str, Scalar], folder: Path) -> str | None:
     return unlike(config, stored)
 
 
-def unlike(config: Mapping[str, Scalar], stored: Mapping[str, Scalar]) -> str | None:
-    """The first setting in which a stored run differs from this configuration, as words."""
+def unlike(
+    config: Mapping[str, Scalar], stored: Mapping[str, Scalar], free: Collection[str] = ()
+) -> str | None:
+    """The first setting in which a stored run differs from this configuration, as words.
+
+    free: further settings in which it may."""
     defaults = resolve({}).flat()
     for key in deciding({**config, **stored}):
+        if key in free:
+            continue
         ours, there = config.get(key), stored.get(key, defaults.get(key))
         # As on the command line: a key's type may have changed between versions.
         same = ours == there or as_argument(ours) == as_argument(there)
@@ -319,7 +325,7 @@ def _take_cores(place: int, jobs: int) -> None:
     """Keep this process to its share of the cores, so that cells do not slow each other down.  Its
     run then has a worker for each core of the share."""
     if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
+        cores = sorted(os.sched_getaffinity(0))[: machine.processors()]
         os.sched_setaffinity(0, cores[place::jobs] or [cores[place % len(cores)]])
 
 
@@ -423,7 +429,7 @@ class OpenSuite:
         source = next((str(c.values.get("data.source")) for c in self.plan.cells), "data")
         for key, value in self.plan.overrides.items():
             if not places and key == "data.path":
-                value = f"{source.upper()}_DIR"
+                value = placeholder(source)
             if places or key not in ("data.cache-dir", "client.state-dir"):
                 words += arguments({key: value})
         return shlex.join(words)
@@ -464,7 +470,7 @@ class OpenSuite:
             config = resolve(cell.values, absolute_paths=False).flat()
             if not earlier["settings"]:
                 print(f"{cell.name}: not kept from {published}, which lacks its settings")
-            elif problem := unlike(config, earlier["settings"]):
+            elif problem := unlike(config, earlier["settings"], ROUNDING):
                 print(f"{cell.name}: not kept from {published}: {problem}")
             else:
                 kept.append(cell.name)

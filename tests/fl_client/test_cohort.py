@@ -761,12 +761,16 @@ def test_the_largest_number_that_a_card_holds(monkeypatch, caplog, most, trial, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(net, members, *args, **settings)
 
+    forgotten = []
+    monkeypatch.setattr(together.Together, "_forget", lambda self: forgotten.append(len(tried)))
     monkeypatch.setattr(together, "cohort_round", small_card)
     monkeypatch.setattr(clients, "train_alone", lambda job: tried.append(1) or alone(job))
     jobs = [(i, message, RecordDict()) for i, message in enumerate(federation.messages())]
     why = clients.choose_cohort(jobs, 1)[1]
     assert (f"as one of {most}" if most > 1 else "no two of these clients") in why
     assert tried == [int(size) for size in trial if size != " "]
+    # What earlier ones recorded takes no room from those that are tried.
+    assert all(i in forgotten for i in range(1, len(tried)) if tried[i] != tried[i - 1])
     assert caplog.messages == said
     clients.together.held.clear()
     tried.clear()

@@ -37,5 +37,8 @@ def test_a_free_port_is_not_one_that_the_system_hands_out(tmp_path, monkeypatch)
         monkeypatch.setattr(secrets, "randbelow", lambda below: port - 11000)
         assert sockets.free_port() != port
     monkeypatch.undo()
+    (tmp_path / "range").write_text("1024\t65535\n")  # all that no privilege is needed for
+    monkeypatch.setattr(sockets, "RANGE", tmp_path / "range")
+    assert sockets.free_port() >= 1024
     monkeypatch.setattr(sockets, "RANGE", tmp_path / "none")
     assert 16384 <= sockets.free_port() < 32768

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fl_common.config import methods
+from fl_common.config import methods, resolve
 from fl_report import cost, suite_page, suite_table
 from fl_report.compare import Run
 from fl_report.suite import Cell, Reduced, SuiteError, cells_of, load, parse
 from fl_report.suite_metrics import KINDS, Metric
+from fl_server import suites
 from fl_server.cli import main
-from fl_server.suites import open_suite
+from fl_server.suites import deciding, open_suite
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(
@@ -253,6 +255,10 @@ BAD = {
     "other data": ('strategy.name = "feddyn"', 'data.source = "breast-cancer"\nmodel.name = "mlp"',
         'few_feddyn_seed0: data.source = "breast-cancer" here and "digits" in few_fedavg_seed0; '
         "the methods of a setting need the same data: make them [settings]"),
+    "base": ("[settings.few]", '[against]\nfeddyn = "fedavgg"\n[settings.few]',
+        "against: no method fedavgg; this suite has fedavg, feddyn"),
+    "own base": ("[settings.few]", '[against]\nfeddyn = "feddyn"\n[settings.few]',
+        "against: feddyn is its own base"),
     "cell": ("[settings.few]", '[cells."few_fedav"]\n[settings.few]', "cells: no few_fedav; write"),
 }  # fmt: skip
 
@@ -350,12 +356,12 @@ def test_differences_from_a_base_method_are_taken_seed_by_seed():
     table = a_table(cells=cells, against={"feddyn": "fedavg"}, published=[])
     table["metrics"].append("seconds")
     [pair] = suite_table.pairs(table)
-    assert (pair.method, pair.base, pair.counted) == ("feddyn", "fedavg", 2)
+    assert (pair.method, pair.base, pair.seeds) == ("feddyn", "fedavg", 2)
     told = {"accuracy [%]": "+1.5 ± 0.7", "rounds to accuracy 0.5": "-3.0 (1 of 2)",
             "wall time [s]": "x 1.00 (1 of 2)"}  # fmt: skip
     assert pair.differences == told
     page = suite_page.markdown(table)
-    assert "| method | less | runs | accuracy [%] | rounds to accuracy 0.5 | wall time" in page
+    assert "| method | less | seeds | accuracy [%] | rounds to accuracy 0.5 | wall time" in page
     assert "| feddyn | fedavg | 2 | +1.5 ± 0.7 | -3.0 (1 of 2) | x 1.00 (1 of 2) |\n" in page
     assert "<td>+1.5 ± 0.7</td>" in suite_page.opening(table)
     del cells[:3]
@@ -373,7 +379,42 @@ def test_the_terminal_has_a_line_for_each_number():
     table = a_table(against={"feddyn": "fedavg"}, metrics=["accuracy", "seconds"])
     lines = [line.split() for line in in_terminal(table).splitlines()]
     assert ["feddyn", "wall", "time", "[s]", "1", "of", "2", "-", "3.0", "-"] in lines
-    assert ["feddyn", "fedavg", "accuracy", "[%]", "+7.0"] in lines
+    assert ["feddyn", "fedavg", "1", "accuracy", "[%]", "+7.0"] in lines
+
+
+def test_ratios_are_of_runs_under_the_same_conditions():
+    """On the same device, with as many beside them; of several devices there is no mean."""
+    cells = [cell("fedavg", seed, 50.0, jobs=1) for seed in range(4)]
+    cells += [cell("feddyn", seed, 50.0, jobs=1) for seed in range(4)]
+    for i, seconds in enumerate((6.0, 9.0, 6.0, 6.0)):
+        cells[4 + i]["values"]["seconds"] = seconds
+    table = a_table(cells=cells, against={"feddyn": "fedavg"}, metrics=["seconds"], published=[])
+
+    def told() -> str:
+        [pair] = suite_table.pairs(table)
+        return pair.differences["wall time [s]"]
+
+    assert told() == "x 2.25 ± 0.50"
+    cells[7]["jobs"] = 2
+    assert told() == "x 2.33 ± 0.58 (3 of 4)"
+    cells[1]["device"] = cells[5]["device"] = "Card (cuda)"
+    assert told() == "Card (cuda): x 3.00 (n = 1); cpu: x 2.00 ± 0.00 (n = 2)"
+
+
+def test_a_method_whose_runs_have_no_number_has_its_line():
+    cells = [cell("fedavg", 0, 52.0), cell("feddyn", 0, 52.0)]
+    cells[1]["values"]["accuracy"] = None
+    page = suite_page.markdown(a_table(cells=cells, metrics=["accuracy"], published=[]))
+    assert "| fedavg | 1 | 52.0 |\n| feddyn | 1 | - |\n" in page
+
+
+def test_a_table_of_many_columns_has_a_line_for_each_number(monkeypatch):
+    table = a_table(against={"feddyn": "fedavg"})
+    monkeypatch.setattr(suite_page, "WIDE", 3)
+    page = suite_page.markdown(table)
+    assert "| fedavg | accuracy [%] | 2 | 50.0 ± 1.5 [1] | 53.0 ± 1.4 | +3.0 |\n" in page
+    assert "| feddyn | rounds to accuracy 0.5 | 1 of 2 | - | never | - |\n" in page
+    assert "| feddyn | fedavg | 1 | accuracy [%] | +7.0 |\n" in page
 
 
 def test_the_picture_of_a_table_is_of_means_over_seeds(tmp_path):
@@ -401,6 +442,7 @@ def test_the_picture_of_a_table_is_of_means_over_seeds(tmp_path):
     del cells[0]["curve"]
     written = suite_page.write(table, tmp_path / "page.md")
     assert len(written) == 2 and "png" not in written[0].read_text()
+    assert not (tmp_path / "two.png").exists()  # it was of other runs
 
 
 def test_every_setting_has_its_own_published_number():
@@ -447,6 +489,32 @@ def test_settings_that_change_no_number_but_its_rounding_leave_a_suite_comparabl
     for more in ({}, {"train.lr": 0.2}):
         suite = open_suite(written(tmp_path), same | more, False, tmp_path / "out", 1)
         assert suite.table()["overrides"] == list(more)
+
+
+def test_published_runs_whose_rounding_differs_are_kept(tmp_path):
+    """As those of a card, 20 clients at once, are on a machine without one."""
+    suite = open_suite(written(tmp_path), {}, False, tmp_path / "out", 1)
+    [first, second, *_] = suite.plan.cells
+    settings = [deciding(resolve(cell.values).flat()) for cell in (first, second)]
+    settings = [settings[0] | {"engine.cohort": "20"}, settings[1] | {"train.lr": 0.7}]
+    cells = [
+        cell(one.method, one.seed, 50.0, cell=one.name, setting=one.setting, settings=its)
+        for one, its in zip((first, second), settings, strict=True)
+    ]
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "two.json").write_text(json.dumps(a_table(cells=cells)))
+    statuses = [one["status"] for one in suite.table(tmp_path / "pages")["cells"]]
+    assert statuses[:2] == ["completed", "missing"]
+
+
+def test_cells_beside_each_other_share_a_containers_quota(monkeypatch):
+    shares = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: shares.append(cores))
+    monkeypatch.setattr(suites.machine, "processors", lambda: 4)
+    for place in range(2):
+        suites._take_cores(place, 2)
+    assert shares == [[0, 2], [1, 3]]
 
 
 def test_a_run_that_was_interrupted_is_told_as_that(tmp_path):

@@ -15,20 +15,50 @@ def test_the_page_is_made_from_the_results_and_the_suites():
 
 
 def test_what_is_there_and_what_is_open(tmp_path):
-    lines = page(RESULTS, SUITES).splitlines()
-    [c1] = [line for line in lines if "(fedpart-c1-cifar10.md)" in line]
-    cells = json.loads((RESULTS / "fedpart-c1-cifar10.json").read_text())["cells"]
-    assert f"| full | {len(cells)} |" in c1
-    assert "statistics [%]: -3.1 to +0.5 (4 numbers)" in c1
-    opened = [line for line in lines if "`flatfed suite" in line]
-    [zeta] = [line for line in opened if "man-zeta.toml" in line]
-    assert "| 36 | " in zeta and zeta.endswith("data.path=CIFAR10_DIR` |")
-    assert not any("fedpart-c1" in line or "smoke" in line for line in opened)
-    # Nothing is there: a suite of digits needs no path, and of a run that is missing no date.
-    [smoke] = [line for line in page(tmp_path, SUITES).splitlines() if "smoke.toml" in line]
-    assert smoke.endswith("smoke.toml --device cuda engine.cohort=auto` |")
     table = json.loads((RESULTS / "smoke.json").read_text())
-    for cell in table["cells"]:
-        cell["status"] = "missing"
-    (tmp_path / "smoke.json").write_text(json.dumps(table))
-    assert "| full | 0 of 8 | - | - | - |" in page(tmp_path, SUITES)
+
+    def told(**more) -> tuple[str, str]:
+        """The result's line, and that of the open suite, if it is that."""
+        (tmp_path / "smoke.json").write_text(json.dumps(table | more))
+        there, _, left = page(tmp_path, SUITES).partition("## Open")
+        [found] = [line for line in there.splitlines() if "(smoke.md)" in line]
+        return found, "".join(line for line in left.splitlines() if "smoke.toml" in line)
+
+    whole, left = told()
+    assert "| full | 8 | - | cpu" in whole and left == ""
+    command = "`flatfed suite experiments/smoke.toml --device cuda engine.cohort=auto`"
+    reduced, left = told(reduced=True)
+    assert "| reduced | 8 |" in reduced and left.endswith(f"| 8 | {command} |")
+    other, left = told(overrides=["run.rounds"])
+    assert "| full, other settings | 8 |" in other and left.endswith(f"| 8 | {command} |")
+    cells = [cell | {"status": "missing"} for cell in table["cells"][1:]]
+    some, left = told(cells=[table["cells"][0], *cells])
+    assert "| full | 1 of 8 |" in some and left.endswith(f"| 7 | {command} |")
+    none, left = told(cells=[cell | {"status": "missing"} for cell in table["cells"]])
+    assert "| full | 0 of 8 | - | - | - |" in none and left.endswith(f"| 8 | {command} |")
+
+
+def test_how_far_ours_are_from_published_numbers(tmp_path):
+    table = json.loads((RESULTS / "smoke.json").read_text())
+    block = {"table": "T", "metric": "accuracy", "settings": [], "note": "", "differs": ""}
+    block["values"] = {"fedavg": [90.0], "feddyn": [99.0]}
+    (tmp_path / "smoke.json").write_text(json.dumps(table | {"published": [block]}))
+    means = {
+        method: sum(c["values"]["accuracy"] for c in table["cells"] if c["method"] == method) / 2
+        for method in block["values"]
+    }
+    low, high = means["feddyn"] - 99, means["fedavg"] - 90
+    assert f"accuracy [%]: {low:+.1f} to {high:+.1f} (2 numbers)" in page(tmp_path, SUITES)
+
+
+def test_a_suite_whose_data_are_elsewhere_or_not_named(tmp_path):
+    for data, end in (
+        ("", ""),
+        ('data.source = "tiny-imagenet"\n', " data.path=TINY_IMAGENET_DIR"),
+    ):
+        text = f'title = "One"\nseeds = [3]\nmetrics = ["loss"]\n[base]\n{data}[methods.fedavg]\n'
+        (tmp_path / "one.toml").write_text(text)
+        (tmp_path / "plain.toml").write_text("[run]\nrounds = 2\n")
+        lines = page(tmp_path, tmp_path).splitlines()
+        assert lines[-1].startswith("| One | 1 | `flatfed suite experiments/one.toml --device")
+        assert lines[-1].endswith(f"engine.cohort=auto{end}` |")

@@ -364,7 +364,13 @@ def test_published_runs_outlive_the_folders_that_they_were_made_in(tmp_path, cap
         return {cell["cell"]: cell for cell in table["cells"]}, table, capfd.readouterr().out
 
     assert suite.call("run.rounds=1") == 0
+    pages.mkdir()
+    (pages / "README.md").write_text("`python -m fl_report.suite_index > ...` makes this page")
     first, table, told = publish()
+    index = f"and now the index: python -m fl_report.suite_index > {pages / 'README.md'}\n"
+    assert told.endswith(index)
+    (pages / "README.md").write_text("our own")
+    assert "index" not in publish()[2]
     assert "kept" not in told and table["elapsed_s"] > 0
     assert "run.output-dir" not in table["settings"] and table["settings"]["run.rounds"] == 1
     assert first["fedprox_seed0"]["settings"] == {"strategy.name": "fedprox", "fedprox.mu": 0.1}
