@@ -270,7 +270,7 @@ def _on_flower(
     from fl_common.pyproject import out_of_date
     from fl_server.bundle import app_directory, checkout
     from fl_server.progress import Screen
-    from fl_server.recorder import STOPPED, ended
+    from fl_server.recorder import STOPPED, ended, read_summary
 
     root = checkout()
     if root and (problem := out_of_date(root / "pyproject.toml", config.flat())):
@@ -284,6 +284,8 @@ def _on_flower(
         return _broken_off(str(error), folder, told)
     except (KeyboardInterrupt, SystemExit) as left:
         reason = "interrupted" if isinstance(left, KeyboardInterrupt) else STOPPED
+        if config.engine.name == "grpc" and read_summary(folder).get("status") == "running":
+            print("its results are being completed", flush=True)
         ended(folder, reason, wait=TO_END)  # a ServerApp on nodes learns of it after the SuperLink
         print(end=_continued(folder), flush=True)
         raise
