@@ -610,6 +610,23 @@ def test_a_published_page_is_made_from_the_numbers_beside_it(path):
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_page_is_of_its_suite(path):
+    """As the suite's file has it now."""
+    table = json.loads(path.read_text())
+    file = ROOT / "experiments" / f"{path.stem.removesuffix('-reduced')}.toml"
+    suite = parse(file)
+    cut = suite.reduced if table["reduced"] else Reduced()
+    assert [cell["cell"] for cell in table["cells"]] == [
+        cell.name for cell in cells_of(file, suite, cut, {})
+    ]
+    assert table["metrics"] == (cut.metrics or suite.metrics)
+    for key in ("title", "source", "about", "against"):
+        assert table[key] == getattr(suite, key), key
+    assert table["reduced_about"] == (cut.about if table["reduced"] else "")
+    assert table["published"] == [block.model_dump() for block in suite.published]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_published_table_is_whole_or_says_what_is_missing(path):
     cells = json.loads(path.read_text())["cells"]
     missing = sum(cell["status"] != "completed" for cell in cells)
