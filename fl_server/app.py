@@ -75,7 +75,7 @@ def main(grid: Grid, context: Context) -> None:
         error = _for_its_user(error, folder)
         reason = ended or str(error) or type(error).__name__
         recorder.fail(reason)
-        if recorder.summary["status"] == "completed":  # by this process
+        if recorder.written and recorder.summary["status"] == "completed":
             print(f"{reason} while the pictures were drawn; the results are complete, and\n"
                   f"flatfed report {quote(str(folder))} draws them", flush=True)  # fmt: skip
             raise error

@@ -206,6 +206,8 @@ class Recorder:
         self.labels: dict[str, Any] = {}
         self._tracking: Tracking | None = None
         self._config: dict[str, Scalar] = {}
+        self.written = False
+        """Whether the summary tells of the end."""
         self._length, self._digest = 0, hashlib.sha256()
         """Bytes and SHA-256 of the history's rows so far."""
 
@@ -402,6 +404,7 @@ class Recorder:
             **self._times(),
         }
         write_object(self.folder / SUMMARY, self.summary)
+        self.written = True
 
     def _times(self) -> dict[str, float]:
         """Seconds so far, before a resume too; the clients' processor time is part of it."""
