@@ -99,6 +99,7 @@ class Together:
         except Exception as error:  # training will report it again, client by client
             return 1, f"engine.cohort = auto: 1; training one client fails ({first_line(error)})"
         together = None
+        self._make_room(short)
         try:
             together = min(self._seconds(self._at_once, short, trial) for _ in range(2))
         except torch.OutOfMemoryError:
@@ -181,6 +182,7 @@ class Together:
         trained one by one.  No members and no failure: try again, with fewer where memory was too
         small.  When this returns, the error and the memory that it held are gone.
         """
+        self._make_room(jobs)
         try:
             members = self._at_once(jobs, self.clients.config.train)
             self._fit(jobs)
@@ -206,7 +208,12 @@ class Together:
         self.held[jobs[0].active] = most, too_many
         if most == too_many - 1:
             self._say(f"the card holds {most} of these clients at once, not {too_many}")
-        elif too_many < sys.maxsize:  # more are tried next, and not beside what these recorded
+
+    def _make_room(self, jobs: Sequence[Job]) -> None:
+        """Before more are tried than ever since some were too many: not beside what fewer
+        recorded."""
+        most, too_many = self.held.get(jobs[0].active, (1, sys.maxsize))
+        if most < len(jobs) and too_many < sys.maxsize:
             self._forget()
 
     def _forget(self) -> None:

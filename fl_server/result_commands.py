@@ -77,9 +77,10 @@ def suite(args: argparse.Namespace) -> int:
         show(suite_page.terminal(table))
         for path in suite.write(table, args.publish):
             print(path)
-        index = (args.publish or suite.base) / "README.md"
-        if index.exists() and (call := "python -m fl_report.suite_index") in index.read_text():
-            print(f"and now the index: {call} > {index}")
+        if args.publish and (index := args.publish / "README.md").exists():
+            call = "python -m fl_report.suite_index"
+            if call in index.read_text():
+                print(f"and now the index: {call} > {index}")
     except BrokenPipeError:
         raise
     except (OSError, SuiteError) as error:  # a full disk may be why cells failed, too

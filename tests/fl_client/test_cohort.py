@@ -771,6 +771,13 @@ def test_the_largest_number_that_a_card_holds(monkeypatch, caplog, most, trial, 
     assert tried == [int(size) for size in trial if size != " "]
     # What earlier ones recorded takes no room from those that are tried.
     assert all(i in forgotten for i in range(1, len(tried)) if tried[i] != tried[i - 1])
+    forgotten.clear()
+    if most > 1:  # what they recorded themselves is kept from round to round
+        [active] = clients.together.held
+        clients.together.held[active] = most - 1, 4
+        for count in (most, most, most - 1):
+            clients.train_together(jobs[:count], 4)
+        assert len(forgotten) == 1
     assert caplog.messages == said
     clients.together.held.clear()
     tried.clear()
