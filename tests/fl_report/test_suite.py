@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from fl_common.config import methods, resolve
-from fl_report import cost, suite_page, suite_table
+from fl_report import cost, plots, suite_page, suite_table
 from fl_report.compare import Run
 from fl_report.suite import Cell, Reduced, SuiteError, cells_of, load, parse
 from fl_report.suite_metrics import KINDS, Metric
@@ -443,6 +443,24 @@ def test_the_picture_of_a_table_is_of_means_over_seeds(tmp_path):
     written = suite_page.write(table, tmp_path / "page.md")
     assert len(written) == 2 and "png" not in written[0].read_text()
     assert not (tmp_path / "two.png").exists()  # it was of other runs
+
+
+def test_panels_stand_in_rows_each_with_its_own_axes(tmp_path, monkeypatch):
+    made, real = [], plots.new_figure
+
+    def new_figure(*size, **more):
+        made.append(real(*size, **more)[0])
+        return made[-1], made[-1].axes
+
+    monkeypatch.setattr(plots, "new_figure", new_figure)
+    panels = {(f"s{n}", "round"): {"a": ([0.0, 10.0**n], [0.1, 0.2])} for n in range(5)}
+    plots.comparison(panels, tmp_path / "many.png")
+    [figure] = made
+    assert [axes.get_title() for axes in figure.axes] == [f"s{n}" for n in range(5)]
+    ends = [axes.get_xlim()[1] for axes in figure.axes]
+    assert all(end == pytest.approx(1.05 * 10**n, rel=0.1) for n, end in enumerate(ends))
+    with Image.open(tmp_path / "many.png") as picture:
+        assert picture.width < 2 * picture.height
 
 
 def test_every_setting_has_its_own_published_number():
